@@ -1,0 +1,32 @@
+"""Estimators of KL(policy || reference) from tokens that the policy generated.
+
+With x = log pi(a) - log ref(a) (http://joschu.net/blog/kl-approx.html):
+
+    k1 = x                 unbiased, high variance, may be negative
+    k2 = x^2 / 2           biased value; its gradient is the gradient of the KL
+    k3 = exp(-x) - 1 + x   unbiased, never negative
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+ESTIMATORS = ("k1", "k2", "k3")
+_CLAMP = 20.0  # numerical guard, as in losses.LOG_RATIO_CLAMP
+
+
+def estimate(
+    logp: Float[Array, "..."], reference_logp: Float[Array, "..."], estimator: str = "k3"
+) -> Float[Array, "..."]:
+    """Per-token estimate, elementwise; differentiable in `logp`.
+
+    Raises:
+      ValueError: unknown estimator.
+    """
+    x = jnp.clip(jnp.asarray(logp, jnp.float32) - jnp.asarray(reference_logp, jnp.float32), -_CLAMP, _CLAMP)
+    if estimator == "k1":
+        return x
+    if estimator == "k2":
+        return 0.5 * x**2
+    if estimator == "k3":
+        return jnp.expm1(-x) + x
+    raise ValueError(f"unknown KL estimator {estimator!r}; one of {ESTIMATORS}")

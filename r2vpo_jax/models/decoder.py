@@ -1,0 +1,354 @@
+"""The decoder: RMSNorm, rotary embedding, grouped-query attention with QKV bias, SwiGLU (Qwen2).
+
+One parameter tree, stacked over layers, runs scanned or unrolled. Decoding attends to two caches: the
+prompt's, shared by the G samples of that prompt, and each sample's own response.
+
+Sizes in comments: N prompts, G samples a prompt, P prompt columns, T response columns, B rows,
+S columns of the tokens at hand, K key-value heads, R query heads a key-value head, D head size, V vocabulary.
+"""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from r2vpo_jax.models.config import DecoderConfig
+from r2vpo_jax.sharding import constrain
+
+_MASKED = -1e30  # finite, so that a row with nothing to attend to gives a mean and not NaN
+_ONE_HOT_VOCAB = 256  # up to here a one-hot matmul beats gather and scatter-add (measured on CPU)
+
+
+@struct.dataclass
+class Cache:
+    """Keys and values of what was read so far. `response_length` columns of the response part are filled."""
+
+    prompt_key: jax.Array  # [layers, N, P, K, D]
+    prompt_value: jax.Array  # [layers, N, P, K, D]
+    prompt_mask: jax.Array  # bool [N, P]
+    response_key: jax.Array  # [layers, N, G, T, K, D]
+    response_value: jax.Array  # [layers, N, G, T, K, D]
+    response_length: jax.Array  # int32 []
+
+
+def init_cache(
+    config: DecoderConfig, num_prompts: int, prompt_size: int, group_size: int, response_size: int
+) -> Cache:
+    """An empty cache for `num_prompts` prompts of `group_size` samples each."""
+    prompt = (config.num_layers, num_prompts, prompt_size, config.num_kv_heads, config.head_dim)
+    response = (
+        config.num_layers,
+        num_prompts,
+        group_size,
+        response_size,
+        config.num_kv_heads,
+        config.head_dim,
+    )
+    zeros = functools.partial(jnp.zeros, dtype=config.compute_dtype)
+    return Cache(
+        prompt_key=zeros(prompt),
+        prompt_value=zeros(prompt),
+        prompt_mask=jnp.zeros((num_prompts, prompt_size), bool),
+        response_key=zeros(response),
+        response_value=zeros(response),
+        response_length=jnp.zeros((), jnp.int32),
+    )
+
+
+def _einsum(spec, x, y, config, **kwargs):
+    # float32 means float32: TPUs and TF32 GPUs would otherwise round the inputs.
+    precision = jax.lax.Precision.HIGHEST if config.compute_dtype == jnp.float32 else None
+    return jnp.einsum(spec, x, y, precision=precision, **kwargs)
+
+
+class Projection(nn.Module):
+    """`einsum(spec, x, kernel) (+ bias)` with logical axis names on every parameter."""
+
+    config: DecoderConfig
+    spec: str
+    kernel_shape: tuple[int, ...]
+    kernel_axes: tuple[str | None, ...]
+    num_inputs: int = 1  # leading axes of the kernel that are contracted
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        config = self.config
+        axes = tuple(range(len(self.kernel_shape)))
+        init = nn.initializers.variance_scaling(
+            1.0, "fan_in", "normal", in_axis=axes[: self.num_inputs], out_axis=axes[self.num_inputs :]
+        )
+        kernel = self.param(
+            "kernel",
+            nn.with_logical_partitioning(init, self.kernel_axes),
+            self.kernel_shape,
+            config.param_dtype,
+        )
+        y = _einsum(self.spec, x, kernel.astype(config.compute_dtype), config)
+        if self.use_bias:
+            bias = self.param(
+                "bias",
+                nn.with_logical_partitioning(nn.initializers.zeros, self.kernel_axes[self.num_inputs :]),
+                self.kernel_shape[self.num_inputs :],
+                config.param_dtype,
+            )
+            y = y + bias.astype(config.compute_dtype)
+        return y
+
+
+class RMSNorm(nn.Module):
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param(
+            "scale",
+            nn.with_logical_partitioning(nn.initializers.ones, (None,)),
+            (self.config.hidden_size,),
+            self.config.param_dtype,
+        )
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.config.rms_norm_eps)
+        return scale.astype(self.config.compute_dtype) * x32.astype(self.config.compute_dtype)
+
+
+def rotary(x, positions, theta):
+    """Rotate pairs (i, i + D/2) of x [..., S, heads, D] by positions [..., S] (RoFormer, arXiv 2104.09864)."""
+    half = x.shape[-1] // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions[..., None].astype(jnp.float32) * frequency  # [..., S, D/2]
+    cos, sin = jnp.cos(angle)[..., None, :], jnp.sin(angle)[..., None, :]
+    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+class Attention(nn.Module):
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x, positions, mask, cache, layer):
+        """x [..., S, hidden] -> (out, new keys and values, response cache); see `Layer`."""
+        c = self.config
+        projection = functools.partial(Projection, c, num_inputs=1, use_bias=True)
+        query = projection(
+            "...e,ehd->...hd",
+            (c.hidden_size, c.num_heads, c.head_dim),
+            ("embed", "heads", None),
+            name="q_proj",
+        )(x)
+        kv_shape, kv_axes = (c.hidden_size, c.num_kv_heads, c.head_dim), ("embed", "kv_heads", None)
+        key = projection("...e,ehd->...hd", kv_shape, kv_axes, name="k_proj")(x)
+        value = projection("...e,ehd->...hd", kv_shape, kv_axes, name="v_proj")(x)
+        query = rotary(query, positions, c.rope_theta) * (c.head_dim**-0.5)
+        key = rotary(key, positions, c.rope_theta)
+        query = query.reshape(*query.shape[:-2], c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim)
+
+        if cache is None:
+            out, response = self._full(query, key, value, mask), None
+        else:
+            out, response = self._cached(query, key, value, mask, cache, layer)
+        out = out.reshape(*x.shape[:-1], c.num_heads, c.head_dim)
+        out = Projection(
+            c,
+            "...hd,hde->...e",
+            (c.num_heads, c.head_dim, c.hidden_size),
+            ("heads", None, "embed"),
+            num_inputs=2,
+            name="o_proj",
+        )(out)
+        return out, (key, value), response
+
+    def _full(self, query, key, value, mask):
+        """Causal attention within the rows: query [B, S, K, R, D], mask bool [B, S]."""
+        size = query.shape[1]
+        allowed = jnp.tril(jnp.ones((size, size), bool)) & mask[:, None, :]  # [B, S, S]
+        scores = _einsum("bskrd,btkd->bkrst", query, key, self.config, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(jnp.where(allowed[:, None, None], scores, _MASKED), axis=-1)
+        return _einsum("bkrst,btkd->bskrd", weights.astype(value.dtype), value, self.config)
+
+    def _cached(self, query, key, value, prompt_mask, cache, layer):
+        """query [N, G, S, K, R, D] attends to the group's prompt and to the sample's own response."""
+        prompt_key, prompt_value, response_key, response_value, start = cache
+        index = (layer, 0, 0, start, 0, 0)
+        response_key = jax.lax.dynamic_update_slice(response_key, key[None], index)
+        response_value = jax.lax.dynamic_update_slice(response_value, value[None], index)
+        keys = jax.lax.dynamic_index_in_dim(response_key, layer, keepdims=False)  # [N, G, T, K, D]
+        values = jax.lax.dynamic_index_in_dim(response_value, layer, keepdims=False)
+        f32 = {"preferred_element_type": jnp.float32}
+        to_prompt = _einsum("ngskrd,npkd->ngkrsp", query, prompt_key, self.config, **f32)
+        to_response = _einsum("ngskrd,ngtkd->ngkrst", query, keys, self.config, **f32)
+        steps = start + jnp.arange(query.shape[2])
+        filled = jnp.arange(keys.shape[2]) <= steps[:, None]  # [S, T]
+        to_prompt = jnp.where(prompt_mask[:, None, None, None, None, :], to_prompt, _MASKED)
+        to_response = jnp.where(filled, to_response, _MASKED)
+        weights = jax.nn.softmax(jnp.concatenate([to_prompt, to_response], axis=-1), axis=-1).astype(
+            value.dtype
+        )
+        split = prompt_key.shape[1]
+        out = _einsum("ngkrsp,npkd->ngskrd", weights[..., :split], prompt_value, self.config)
+        out = out + _einsum("ngkrst,ngtkd->ngskrd", weights[..., split:], values, self.config)
+        return out, (response_key, response_value)
+
+
+class MLP(nn.Module):
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x):
+        c = self.config
+        up_shape, up_axes = (c.hidden_size, c.intermediate_size), ("embed", "mlp")
+        gate = Projection(c, "...e,ef->...f", up_shape, up_axes, name="gate_proj")(x)
+        up = Projection(c, "...e,ef->...f", up_shape, up_axes, name="up_proj")(x)
+        return Projection(c, "...f,fe->...e", up_shape[::-1], up_axes[::-1], name="down_proj")(
+            nn.silu(gate) * up
+        )
+
+
+class Layer(nn.Module):
+    """One block; the carry of the scan over layers is (activations, response cache of all layers)."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, carry, layer, prompt_cache, positions, mask, response_length):
+        x, response_cache = carry
+        axes = ("batch",) + (None,) * (x.ndim - 1)
+        x = constrain(x, *axes)
+        cache = None if prompt_cache is None else (*prompt_cache, *response_cache, response_length)
+        hidden = RMSNorm(self.config, name="input_norm")(x)
+        out, keys_values, new_cache = Attention(self.config, name="attention")(
+            hidden, positions, mask, cache, layer
+        )
+        x = x + out
+        x = x + MLP(self.config, name="mlp")(RMSNorm(self.config, name="post_attention_norm")(x))
+        prefill = response_cache is not None and prompt_cache is None
+        return (constrain(x, *axes), new_cache or response_cache), keys_values if prefill else None
+
+
+class Decoder(nn.Module):
+    """`model.apply({"params": params}, tokens, positions=None, mask=None) -> logits`.
+
+    With `cache=` the answer is `(logits, cache)`: tokens [N, P] fill the prompt part, tokens [N, G, S]
+    append S tokens to each sample's response.
+    """
+
+    config: DecoderConfig
+
+    def setup(self):
+        c = self.config
+        layer = nn.remat(Layer, prevent_cse=not c.scan_layers) if c.remat else Layer
+        self.embed = self.param(
+            "embed",
+            nn.with_logical_partitioning(nn.initializers.normal(c.hidden_size**-0.5), ("vocab", "embed")),
+            (c.vocab_size, c.hidden_size),
+            c.param_dtype,
+        )
+        self.layers = nn.scan(
+            layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=c.num_layers,
+            unroll=1 if c.scan_layers else c.num_layers,
+            metadata_params={nn.PARTITION_NAME: None},
+        )(c)
+        self.final_norm = RMSNorm(c)
+        if not c.tie_word_embeddings:
+            self.lm_head = self.param(
+                "lm_head",
+                nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "vocab")),
+                (c.hidden_size, c.vocab_size),
+                c.param_dtype,
+            )
+
+    def __call__(self, tokens, positions=None, mask=None, cache: Cache | None = None):
+        hidden = self.hidden_states(tokens, positions, mask, cache)
+        if cache is None:
+            return self.unembed(hidden)
+        hidden, cache = hidden
+        return self.unembed(hidden), cache
+
+    def hidden_states(self, tokens, positions=None, mask=None, cache: Cache | None = None) -> Any:
+        """Last hidden states, after the final norm.
+
+        Args:
+          tokens: int32 [B, S]; with a cache [N, P] (prefill) or [N, G, S] (decode).
+          positions: int32, like tokens. Default: counted from each row's first valid token, in decode
+            from the length of the row's prompt.
+          mask: bool [B, S], False for padding (default: all valid). Decode takes the prompt's from the cache.
+          cache: see `Cache`.
+
+        Returns:
+          [..., S, hidden]; with a cache `(hidden, cache)`.
+        """
+        c = self.config
+        decode = cache is not None and tokens.ndim == 3
+        if decode:
+            mask = cache.prompt_mask
+            if positions is None:
+                start = jnp.sum(mask, axis=-1)[:, None, None] + cache.response_length
+                positions = start + jnp.arange(tokens.shape[-1])
+        else:
+            mask = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
+            if positions is None:
+                positions = jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
+        positions = jnp.broadcast_to(positions, tokens.shape)
+
+        embed = self.embed.astype(c.compute_dtype)
+        if c.vocab_size <= _ONE_HOT_VOCAB:
+            one_hot = jax.nn.one_hot(tokens, c.vocab_size, dtype=c.compute_dtype)
+            x = _einsum("...v,ve->...e", one_hot, embed, c)
+        else:
+            x = jnp.take(embed, tokens, axis=0)
+
+        response_cache = None if cache is None else (cache.response_key, cache.response_value)
+        prompt_cache = (cache.prompt_key, cache.prompt_value) if decode else None
+        length = cache.response_length if decode else None
+        layers = jnp.arange(c.num_layers)
+        (x, response_cache), keys_values = self.layers(
+            (x, response_cache), layers, prompt_cache, positions, mask, length
+        )
+        x = self.final_norm(x)
+        if cache is None:
+            return x
+        if decode:
+            response_key, response_value = response_cache
+            return x, cache.replace(
+                response_key=response_key,
+                response_value=response_value,
+                response_length=cache.response_length + tokens.shape[-1],
+            )
+        prompt_key, prompt_value = keys_values
+        return x, cache.replace(prompt_key=prompt_key, prompt_value=prompt_value, prompt_mask=mask)
+
+    def unembed(self, hidden):
+        """Hidden states [..., hidden] -> float32 logits [..., V]; padding rows of the vocabulary get -1e30."""
+        kernel = self.embed.T if self.config.tie_word_embeddings else self.lm_head
+        kernel = kernel.astype(self.config.compute_dtype)
+        logits = _einsum("...e,ev->...v", hidden, kernel, self.config, preferred_element_type=jnp.float32)
+        if self.config.num_tokens is not None:
+            logits = jnp.where(jnp.arange(logits.shape[-1]) < self.config.num_tokens, logits, _MASKED)
+        return constrain(logits, *(("batch",) + (None,) * (logits.ndim - 2) + ("vocab",)))
+
+
+def init_params(model: Decoder, key) -> dict:
+    """Random parameters: a plain nested dict without an outer "params" and without Flax boxes."""
+    return nn.unbox(model.init(key, jnp.zeros((1, 2), jnp.int32)))["params"]
+
+
+def abstract_params(model: Decoder) -> dict:
+    """Shapes and dtypes of the parameters; nothing is allocated."""
+    return jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+
+
+def logical_axes(model: Decoder) -> dict:
+    """The parameters' logical axis names: the tree of `init_params` with tuples as leaves."""
+    boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+
+    def names(leaf):
+        return tuple(leaf.names) if isinstance(leaf, nn.LogicallyPartitioned) else (None,) * leaf.ndim
+
+    return jax.tree.map(names, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))

@@ -1,0 +1,241 @@
+"""Prompts -> Rollout: one prefill a prompt, then one while_loop that decodes all samples in lock-step."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from r2vpo_jax import sharding
+from r2vpo_jax.models.decoder import init_cache
+from r2vpo_jax.rollout import Rollout
+
+_NEVER = -1e30
+
+
+@struct.dataclass
+class Sampling:
+    """How to sample. The first three are traced: changing them does not recompile."""
+
+    temperature: jax.Array | float = 1.0  # 0: greedy
+    top_k: jax.Array | int = 0  # keep the k most likely tokens; 0: all
+    top_p: jax.Array | float = 1.0  # keep the smallest set of tokens with this much probability; 1: all
+    group_size: int = struct.field(pytree_node=False, default=1)  # samples a prompt
+    max_response_length: int = struct.field(pytree_node=False, default=128)
+    eos_ids: tuple[int, ...] = struct.field(pytree_node=False, default=())
+    pad_id: int = struct.field(pytree_node=False, default=0)  # what is written past the end
+
+
+def _truncated_logits(logits, top_k, top_p):
+    """Logits with everything outside top-k and top-p at -1e30. [..., V]"""
+
+    def truncate(logits):
+        descending = jnp.sort(logits, axis=-1)[..., ::-1]
+        k = jnp.where(top_k > 0, jnp.minimum(top_k, logits.shape[-1]), logits.shape[-1])
+        kth = jnp.take_along_axis(descending, jnp.full(logits.shape[:-1] + (1,), k - 1), axis=-1)
+        probabilities = jax.nn.softmax(jnp.where(descending >= kth, descending, _NEVER), axis=-1)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities  # mass of the more likely tokens
+        inside = (before < top_p) & (descending >= kth)
+        threshold = jnp.min(jnp.where(inside, descending, jnp.inf), axis=-1, keepdims=True)
+        return jnp.where(logits >= threshold, logits, _NEVER)
+
+    return jax.lax.cond((top_k > 0) | (top_p < 1), truncate, lambda x: x, logits)
+
+
+def sampling_logps(logits, sampling: Sampling):
+    """Log-probabilities [..., V] of the distribution that is really sampled from: temperature, top-k, top-p.
+
+    At temperature 0 it is a point mass on the most likely token.
+    """
+    temperature = jnp.asarray(sampling.temperature, jnp.float32)
+    greedy = temperature == 0
+    scaled = logits.astype(jnp.float32) / jnp.where(greedy, 1.0, temperature)
+    logps = jax.nn.log_softmax(_truncated_logits(scaled, sampling.top_k, sampling.top_p), axis=-1)
+    best = jnp.arange(logits.shape[-1]) == jnp.argmax(logits, axis=-1, keepdims=True)
+    return jnp.where(greedy, jnp.where(best, 0.0, _NEVER), logps)
+
+
+def sample(
+    model, params, tokens, lengths, key, sampling: Sampling, *, problem_ids=None, first_sample=0, version=0
+) -> Rollout:
+    """Sample G responses to each of N prompts. Pure and jittable (`model` static).
+
+    The key of a draw is fold_in(key, problem, sample, step), so that batching, buckets and the number of
+    devices do not change it.
+
+    Args:
+      model: a `models.Decoder`.
+      params: its parameters.
+      tokens: int32 [N, P], prompts left-padded.
+      lengths: int32 [N], prompt tokens, at least 1.
+      key: a typed PRNG key.
+      sampling: temperature and so on.
+      problem_ids: int32 [N], stable identities of the prompts (default 0..N-1); also the `group_id`.
+      first_sample: number of the first sample of each group, to draw more samples of the same problems.
+      version: stamped on the rollout.
+
+    Returns:
+      A Rollout of B = N * G rows; reward and advantage NaN, rollout_id 0..B-1.
+    """
+    config = model.config
+    num_prompts, prompt_size = tokens.shape
+    group, size = sampling.group_size, sampling.max_response_length
+    problem_ids = jnp.arange(num_prompts) if problem_ids is None else problem_ids
+    tokens = sharding.constrain(tokens, "batch", None)
+
+    def row_key(problem, number):
+        return jax.random.fold_in(jax.random.fold_in(key, problem), number)
+
+    numbers = first_sample + jnp.arange(group)
+    keys = jax.vmap(lambda problem: jax.vmap(lambda n: row_key(problem, n))(numbers))(problem_ids)  # [N, G]
+
+    # Prefill: once a prompt, not once a sample.
+    mask = jnp.arange(prompt_size) >= (prompt_size - lengths)[:, None]
+    cache = init_cache(config, num_prompts, prompt_size, group, size)
+    axes = (None, "batch", None, None, "kv_heads", None)
+    cache = cache.replace(
+        response_key=sharding.constrain(cache.response_key, *axes),
+        response_value=sharding.constrain(cache.response_value, *axes),
+    )
+    hidden, cache = model.apply({"params": params}, tokens, mask=mask, cache=cache, method="hidden_states")
+    logits = model.apply({"params": params}, hidden[:, -1], method="unembed")  # [N, V]
+    logits = jnp.broadcast_to(logits[:, None], (num_prompts, group, logits.shape[-1]))
+
+    eos_ids = jnp.asarray(sampling.eos_ids, jnp.int32).reshape(-1)
+
+    def draw(logits, step):
+        """One token a row from [N, G, V] logits: (tokens, their log-probabilities)."""
+        logps = sampling_logps(logits, sampling)
+        step_keys = jax.vmap(jax.vmap(lambda k: jax.random.fold_in(k, step)))(keys)
+        gumbel = jax.vmap(jax.vmap(lambda k: jax.random.gumbel(k, logits.shape[-1:])))(step_keys)
+        token = jnp.argmax(logps + gumbel, axis=-1).astype(jnp.int32)
+        chosen = jnp.arange(logits.shape[-1]) == token[..., None]
+        return token, jnp.sum(jnp.where(chosen, logps, 0.0), axis=-1)
+
+    def body(state):
+        step, logits, done, out, logp_out, length, cache = state
+        token, logp = draw(logits, step)
+        token = jnp.where(done, sampling.pad_id, token)
+        out = jax.lax.dynamic_update_index_in_dim(out, token, step, axis=2)
+        logp_out = jax.lax.dynamic_update_index_in_dim(logp_out, jnp.where(done, 0.0, logp), step, axis=2)
+        length = length + ~done
+        done = done | jnp.any(token[..., None] == eos_ids, axis=-1)
+        logits, cache = model.apply({"params": params}, token[..., None], cache=cache)
+        return step + 1, logits[:, :, 0], done, out, logp_out, length, cache
+
+    state = (
+        jnp.int32(0),
+        logits,
+        jnp.zeros((num_prompts, group), bool),
+        jnp.full((num_prompts, group, size), sampling.pad_id, jnp.int32),
+        jnp.zeros((num_prompts, group, size), jnp.float32),
+        jnp.zeros((num_prompts, group), jnp.int32),
+        cache,
+    )
+    _, _, done, out, logp_out, length, _ = jax.lax.while_loop(
+        lambda s: (s[0] < size) & ~jnp.all(s[2]), body, state
+    )
+
+    def rows(x):
+        return x.reshape(num_prompts * group, *x.shape[2:])
+
+    def per_group(x):
+        return jnp.repeat(x, group, axis=0)
+
+    batch = num_prompts * group
+    nan = jnp.full((batch,), jnp.nan, jnp.float32)
+    return Rollout(
+        tokens=jnp.concatenate([per_group(tokens), rows(out)], axis=1),
+        prompt_length=per_group(lengths).astype(jnp.int32),
+        response_length=rows(length),
+        truncated=~rows(done),
+        behavior_logp=rows(logp_out),
+        temperature=jnp.full((batch,), sampling.temperature, jnp.float32),
+        reward=nan,
+        outcome=jnp.full((batch,), -1, jnp.int32),
+        advantage=nan,
+        group_id=per_group(problem_ids).astype(jnp.int32),
+        rollout_id=jnp.arange(batch, dtype=jnp.int32),
+        version=jnp.full((batch,), version, jnp.int32),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("model", "mesh"))
+def _sample(model, params, tokens, lengths, key, sampling, problem_ids, version, mesh):
+    with sharding.activate(mesh):
+        return sample(model, params, tokens, lengths, key, sampling, problem_ids=problem_ids, version=version)
+
+
+def generate(
+    model,
+    params,
+    tokens,
+    lengths,
+    key,
+    sampling: Sampling,
+    *,
+    mesh,
+    problem_ids,
+    version=0,
+    batch_size=None,
+    buckets=(),
+) -> Rollout:
+    """`sample` for any number of prompts, from and to the host.
+
+    Args:
+      model, params, key, sampling, version: as for `sample`.
+      tokens: int32 [N, P] NumPy, left-padded.
+      lengths: int32 [N].
+      mesh: the run's mesh.
+      problem_ids: int32 [N].
+      batch_size: prompts in one call (default all); the last batch is filled up and cut again.
+      buckets: prompt sizes below P; a prompt is computed at the smallest that holds it. One program each.
+
+    Returns:
+      A Rollout of NumPy arrays in the order of the prompts, with prompt size P.
+
+    Raises:
+      ValueError: a prompt is empty or longer than P, or an EOS id is outside of the vocabulary.
+    """
+    tokens, lengths = np.asarray(tokens, np.int32), np.asarray(lengths, np.int32)
+    problem_ids = np.asarray(problem_ids, np.int32)
+    num_prompts, prompt_size = tokens.shape
+    if num_prompts == 0 or lengths.min() < 1 or lengths.max() > prompt_size:
+        raise ValueError(
+            f"prompt lengths must be between 1 and {prompt_size}, got {lengths.min(initial=0)} to {lengths.max(initial=0)}"
+        )
+    if not all(0 <= i < model.config.vocab_size for i in sampling.eos_ids):
+        raise ValueError(
+            f"end-of-text ids {sampling.eos_ids} are not all in the vocabulary of {model.config.vocab_size}"
+        )
+    batch_size = min(batch_size or num_prompts, num_prompts)
+
+    sizes = sorted({min(b, prompt_size) for b in buckets} | {prompt_size})
+    bucket_of = np.searchsorted(sizes, lengths)
+    parts, order = [], []
+    for number, size in enumerate(sizes):
+        members = np.flatnonzero(bucket_of == number)
+        for start in range(0, len(members), batch_size):
+            chosen = members[start : start + batch_size]
+            filled = np.resize(chosen, batch_size)
+            part = _sample(
+                model,
+                params,
+                sharding.put_batch(tokens[filled, prompt_size - size :], mesh),
+                sharding.put_batch(lengths[filled], mesh),
+                key,
+                sampling,
+                sharding.put_batch(problem_ids[filled], mesh),
+                version,
+                mesh,
+            )
+            part = sharding.to_host(part)
+            part = jax.tree.map(lambda x: x[: len(chosen) * sampling.group_size], part)  # noqa: B023
+            left = np.full((len(part.tokens), prompt_size - size), sampling.pad_id, np.int32)
+            parts.append(part.replace(tokens=np.concatenate([left, part.tokens], axis=1)))
+            order.append(chosen)
+    rank = np.argsort(np.concatenate(order), kind="stable")
+    rows = (rank[:, None] * sampling.group_size + np.arange(sampling.group_size)).reshape(-1)
+    rollout = jax.tree.map(lambda *x: np.concatenate(x)[rows], *parts)
+    return rollout.replace(rollout_id=np.arange(len(rows), dtype=np.int32))

@@ -1,0 +1,76 @@
+"""Tokens -> log-probabilities of the responses, and entropies, in one pass.
+
+The learner and every check use this function, at the temperature of the rollout. The logits of a whole
+batch, float32 [B, T, V], never exist: they are made chunk by chunk and recomputed in the backward pass.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from r2vpo_jax.sharding import constrain
+
+
+def prompt_and_response_mask(prompt_length, response_length, prompt_size: int, size: int):
+    """bool [B, size]: the valid columns of rows [left-padded prompt | response], from lengths alone."""
+    column = jnp.arange(size)
+    first = (prompt_size - prompt_length)[:, None]
+    last = (prompt_size + response_length)[:, None]
+    return (column >= first) & (column < last)
+
+
+def score(
+    model,
+    params,
+    tokens: Int[Array, "batch columns"],
+    prompt_length: Int[Array, " batch"],
+    response_length: Int[Array, " batch"],
+    temperature: Float[Array, " batch"],
+    *,
+    prompt_size: int,
+    chunk_size: int = 128,
+) -> tuple[Float[Array, "batch time"], Float[Array, "batch time"]]:
+    """Log-probability and entropy of each response token under the model at `temperature`.
+
+    Args:
+      model: a `models.Decoder`.
+      params: its parameters.
+      tokens: int32 [B, P + T]; the prompt, left-padded, in the first P columns, then the response.
+      prompt_length, response_length: int32 [B].
+      temperature: float32 [B]; logits are divided by it, as in the sampler.
+      prompt_size: P.
+      chunk_size: response columns whose logits exist at one time.
+
+    Returns:
+      (log-probabilities, entropies in nats), both float32 [B, T]. Column t belongs to response token t given
+      all before it. Columns past the response's length hold numbers without meaning: mask them.
+    """
+    mask = prompt_and_response_mask(prompt_length, response_length, prompt_size, tokens.shape[1])
+    positions = jnp.maximum(jnp.arange(tokens.shape[1]) - (prompt_size - prompt_length)[:, None], 0)
+    hidden = model.apply({"params": params}, tokens, positions, mask, method="hidden_states")
+    hidden, targets = hidden[:, prompt_size - 1 : -1], tokens[:, prompt_size:]
+
+    @jax.checkpoint
+    def chunk_scores(hidden, targets):
+        logits = model.apply({"params": params}, hidden, method="unembed") / temperature[:, None, None]
+        logps = jax.nn.log_softmax(logits, axis=-1)
+        # A comparison instead of a gather: it shards over the vocabulary, and its gradient is elementwise.
+        chosen = jnp.arange(logits.shape[-1]) == targets[..., None]
+        entropy = -jnp.sum(jnp.exp(logps) * logps, axis=-1)
+        return jnp.sum(jnp.where(chosen, logps, 0.0), axis=-1), entropy
+
+    size = targets.shape[1]
+    if size <= chunk_size:
+        return chunk_scores(hidden, targets)
+    padding = -size % chunk_size
+
+    def chunked(x):
+        x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
+        x = x.reshape(x.shape[0], -1, chunk_size, *x.shape[2:]).swapaxes(0, 1)
+        return constrain(x, None, "batch", *(None,) * (x.ndim - 2))
+
+    _, scores = jax.lax.scan(
+        lambda _, xs: (None, chunk_scores(*xs)), None, (chunked(hidden), chunked(targets))
+    )
+    logps, entropy = (x.swapaxes(0, 1).reshape(x.shape[1], -1)[:, :size] for x in scores)
+    return logps, entropy

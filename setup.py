@@ -1,0 +1,46 @@
+"""Packaging of r2vpo_jax. Exact tested versions are in constraints.txt."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+setup(
+    name="r2vpo_jax",
+    version="0.1.0",
+    description="Ratio-Variance Regularized Policy Optimization for language models, in JAX",
+    long_description=pathlib.Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["r2vpo_jax", "r2vpo_jax.*"]),
+    package_data={"r2vpo_jax": ["py.typed", "checkpoints/*/*"]},
+    install_requires=[
+        "absl-py>=2.1,<3",
+        "chex>=0.1.90,<0.2",
+        "flax>=0.12.8,<0.13",
+        "jax>=0.10,<0.13",
+        "jaxtyping>=0.3,<0.4",
+        "jinja2>=3.1,<4",
+        "matplotlib>=3.9,<4",
+        "ml_collections>=1.0,<2",
+        "numpy>=2.0,<3",
+        "optax>=0.2.8,<0.3",
+        "orbax-checkpoint>=0.12,<0.13",
+        "safetensors>=0.5,<0.9",
+        "tensorboardX>=2.6,<3",
+        "tokenizers>=0.22,<0.24",
+        "tqdm>=4.66,<5",
+        "transformers>=5.0,<6",
+    ],
+    extras_require={
+        "cuda": ["jax[cuda12]>=0.10,<0.13"],
+        "tpu": ["jax[tpu]>=0.10,<0.13"],
+        "reasoning": [],
+        "dev": ["hypothesis>=6.100,<7", "pytest>=8,<10", "ruff==0.17.6", "scipy>=1.13,<2"],
+    },
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
