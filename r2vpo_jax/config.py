@@ -48,9 +48,7 @@ class ObjectiveConfig:
                 object.__setattr__(self, field.name, {**_DEFAULTS, **PRESETS[self.name]}.get(field.name))
         losses.get(self.loss)
         _require(self.variance_coef >= 0, f"objective.variance_coef must be >= 0, got {self.variance_coef}")
-        _require(
-            self.variance_budget > 0, f"objective.variance_budget must be > 0, got {self.variance_budget}"
-        )
+        _require(self.variance_budget > 0, f"objective.variance_budget must be > 0, got {self.variance_budget}")
         _require(self.dual_step > 0, f"objective.dual_step must be > 0, got {self.dual_step}")
         _require(self.dual_max_step > 0, f"objective.dual_max_step must be > 0, got {self.dual_max_step}")
         _require(
@@ -123,9 +121,7 @@ class TrainerConfig:
     max_noise_floor: float | None = _field(
         None, "start-up limit on E[(r-1)^2] with unchanged weights (default: 1e-6, bfloat16 delta/4)"
     )
-    allow_single_update: bool = _field(
-        False, "allow one update a rollout, where r = 1 and all objectives agree"
-    )
+    allow_single_update: bool = _field(False, "allow one update a rollout, where r = 1 and all objectives agree")
     tensorboard: bool = _field(False, "also write TensorBoard events")
 
     def __post_init__(self):
@@ -159,12 +155,8 @@ class SamplerConfig:
     temperature: float = _field(1.0, "softmax temperature; scoring applies the same")
 
     def __post_init__(self):
-        _require(
-            self.group_size >= 2, f"sampler.group_size must be at least 2 (a baseline), got {self.group_size}"
-        )
-        _require(
-            self.temperature > 0, f"sampler.temperature must be > 0 for training, got {self.temperature}"
-        )
+        _require(self.group_size >= 2, f"sampler.group_size must be at least 2 (a baseline), got {self.group_size}")
+        _require(self.temperature > 0, f"sampler.temperature must be > 0 for training, got {self.temperature}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,9 +175,7 @@ class OptimizerConfig:
 
     def __post_init__(self):
         _require(self.learning_rate > 0, f"optimizer.learning_rate must be > 0, got {self.learning_rate}")
-        _require(
-            self.warmup_updates >= 0, f"optimizer.warmup_updates must be >= 0, got {self.warmup_updates}"
-        )
+        _require(self.warmup_updates >= 0, f"optimizer.warmup_updates must be >= 0, got {self.warmup_updates}")
         _require(
             self.schedule in ("constant", "linear", "cosine"),
             f"optimizer.schedule={self.schedule!r} is unknown; one of constant, linear, cosine",

@@ -112,9 +112,7 @@ class Learner:
                 f"trainer.micro_batch_size={trainer.micro_batch_size} is not a multiple of the {data_parallel} "
                 "data-parallel devices (mesh.data * mesh.fsdp)"
             )
-        self.optimizer = optimizer or make_optimizer(
-            config.optimizer, trainer.num_iterations * self.num_updates
-        )
+        self.optimizer = optimizer or make_optimizer(config.optimizer, trainer.num_iterations * self.num_updates)
         self.schedule = learning_rate_schedule(config.optimizer, trainer.num_iterations * self.num_updates)
         self._loss = policy_loss(config.objective)
 
@@ -190,12 +188,10 @@ class Learner:
             with_multiplier = functools.partial(self._loss, dual_state=state.dual, normalizer=normalizer)
             loss, stats = with_multiplier(logp, batch.behavior_logp, batch.advantage, mask)
             # The gradient coefficient of each token, whatever the objective: elementwise, so cheap.
-            coefficient = -jax.grad(
-                lambda x: with_multiplier(x, batch.behavior_logp, batch.advantage, mask)[0]
-            )(jax.lax.stop_gradient(logp))
-            merged = ratio_stats.compute(
-                logp, batch.behavior_logp, batch.advantage, mask, coefficient=coefficient
+            coefficient = -jax.grad(lambda x: with_multiplier(x, batch.behavior_logp, batch.advantage, mask)[0])(
+                jax.lax.stop_gradient(logp)
             )
+            merged = ratio_stats.compute(logp, batch.behavior_logp, batch.advantage, mask, coefficient=coefficient)
             tokens = jnp.sum(mask, dtype=jnp.float32)
             stats["entropy"] = (jnp.sum(jnp.where(mask, entropy, 0.0)), tokens)
             if objective.kl_coef:

@@ -106,9 +106,7 @@ def pretrain(config: PretrainConfig, task, num_tokens: int, report=lambda step, 
     for i in range(config.num_steps):
         index = i * config.batch_size + jnp.arange(config.batch_size)
         problems = task.problems("train", index)
-        responses, lengths = task.demonstrations(
-            "train", index, demonstration_key, config.forget_carry, config.slip
-        )
+        responses, lengths = task.demonstrations("train", index, demonstration_key, config.forget_carry, config.slip)
         batch = {
             "prompt": problems.tokens,
             "prompt_length": problems.length,

@@ -33,7 +33,7 @@ def _truncated_logits(logits, top_k, top_p):
     def truncate(logits):
         descending = jnp.sort(logits, axis=-1)[..., ::-1]
         k = jnp.where(top_k > 0, jnp.minimum(top_k, logits.shape[-1]), logits.shape[-1])
-        kth = jnp.take_along_axis(descending, jnp.full(logits.shape[:-1] + (1,), k - 1), axis=-1)
+        kth = jnp.take_along_axis(descending, jnp.full((*logits.shape[:-1], 1), k - 1), axis=-1)
         probabilities = jax.nn.softmax(jnp.where(descending >= kth, descending, _NEVER), axis=-1)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities  # mass of the more likely tokens
         inside = (before < top_p) & (descending >= kth)
@@ -133,9 +133,7 @@ def sample(
         jnp.zeros((num_prompts, group), jnp.int32),
         cache,
     )
-    _, _, done, out, logp_out, length, _ = jax.lax.while_loop(
-        lambda s: (s[0] < size) & ~jnp.all(s[2]), body, state
-    )
+    _, _, done, out, logp_out, length, _ = jax.lax.while_loop(lambda s: (s[0] < size) & ~jnp.all(s[2]), body, state)
 
     def rows(x):
         return x.reshape(num_prompts * group, *x.shape[2:])

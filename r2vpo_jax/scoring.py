@@ -69,8 +69,6 @@ def score(
         x = x.reshape(x.shape[0], -1, chunk_size, *x.shape[2:]).swapaxes(0, 1)
         return constrain(x, None, "batch", *(None,) * (x.ndim - 2))
 
-    _, scores = jax.lax.scan(
-        lambda _, xs: (None, chunk_scores(*xs)), None, (chunked(hidden), chunked(targets))
-    )
+    _, scores = jax.lax.scan(lambda _, xs: (None, chunk_scores(*xs)), None, (chunked(hidden), chunked(targets)))
     logps, entropy = (x.swapaxes(0, 1).reshape(x.shape[1], -1)[:, :size] for x in scores)
     return logps, entropy

@@ -49,9 +49,7 @@ class DecoderConfig:
             if getattr(self, field) < 1:
                 raise ValueError(f"model.{field} must be at least 1, got {getattr(self, field)}")
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"
-            )
+            raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
         if self.num_tokens is not None and not 1 <= self.num_tokens <= self.vocab_size:
             raise ValueError(
                 f"the tokenizer knows {self.num_tokens} tokens, but the embedding has {self.vocab_size} rows; "

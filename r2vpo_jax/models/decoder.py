@@ -34,9 +34,7 @@ class Cache:
     response_length: jax.Array  # int32 []
 
 
-def init_cache(
-    config: DecoderConfig, num_prompts: int, prompt_size: int, group_size: int, response_size: int
-) -> Cache:
+def init_cache(config: DecoderConfig, num_prompts: int, prompt_size: int, group_size: int, response_size: int) -> Cache:
     """An empty cache for `num_prompts` prompts of `group_size` samples each."""
     prompt = (config.num_layers, num_prompts, prompt_size, config.num_kv_heads, config.head_dim)
     response = (
@@ -184,9 +182,7 @@ class Attention(nn.Module):
         filled = jnp.arange(keys.shape[2]) <= steps[:, None]  # [S, T]
         to_prompt = jnp.where(prompt_mask[:, None, None, None, None, :], to_prompt, _MASKED)
         to_response = jnp.where(filled, to_response, _MASKED)
-        weights = jax.nn.softmax(jnp.concatenate([to_prompt, to_response], axis=-1), axis=-1).astype(
-            value.dtype
-        )
+        weights = jax.nn.softmax(jnp.concatenate([to_prompt, to_response], axis=-1), axis=-1).astype(value.dtype)
         split = prompt_key.shape[1]
         out = _einsum("ngkrsp,npkd->ngskrd", weights[..., :split], prompt_value, self.config)
         out = out + _einsum("ngkrst,ngtkd->ngskrd", weights[..., split:], values, self.config)
@@ -202,9 +198,7 @@ class MLP(nn.Module):
         up_shape, up_axes = (c.hidden_size, c.intermediate_size), ("embed", "mlp")
         gate = Projection(c, "...e,ef->...f", up_shape, up_axes, name="gate_proj")(x)
         up = Projection(c, "...e,ef->...f", up_shape, up_axes, name="up_proj")(x)
-        return Projection(c, "...f,fe->...e", up_shape[::-1], up_axes[::-1], name="down_proj")(
-            nn.silu(gate) * up
-        )
+        return Projection(c, "...f,fe->...e", up_shape[::-1], up_axes[::-1], name="down_proj")(nn.silu(gate) * up)
 
 
 class Layer(nn.Module):
@@ -219,9 +213,7 @@ class Layer(nn.Module):
         x = constrain(x, *axes)
         cache = None if prompt_cache is None else (*prompt_cache, *response_cache, response_length)
         hidden = RMSNorm(self.config, name="input_norm")(x)
-        out, keys_values, new_cache = Attention(self.config, name="attention")(
-            hidden, positions, mask, cache, layer
-        )
+        out, keys_values, new_cache = Attention(self.config, name="attention")(hidden, positions, mask, cache, layer)
         x = x + out
         x = x + MLP(self.config, name="mlp")(RMSNorm(self.config, name="post_attention_norm")(x))
         prefill = response_cache is not None and prompt_cache is None

@@ -28,9 +28,7 @@ _QWEN2 = {
     ("final_norm", "scale"): _Weight("model.norm.weight"),
     ("lm_head",): _Weight("lm_head.weight", transpose=True),
     ("layers", "input_norm", "scale"): _Weight("model.layers.{layer}.input_layernorm.weight"),
-    ("layers", "post_attention_norm", "scale"): _Weight(
-        "model.layers.{layer}.post_attention_layernorm.weight"
-    ),
+    ("layers", "post_attention_norm", "scale"): _Weight("model.layers.{layer}.post_attention_layernorm.weight"),
     **{
         ("layers", "attention", f"{p}_proj", "kernel"): _Weight(
             f"model.layers.{{layer}}.self_attn.{p}_proj.weight", True
@@ -38,9 +36,7 @@ _QWEN2 = {
         for p in "qkvo"
     },
     **{
-        ("layers", "attention", f"{p}_proj", "bias"): _Weight(
-            f"model.layers.{{layer}}.self_attn.{p}_proj.bias"
-        )
+        ("layers", "attention", f"{p}_proj", "bias"): _Weight(f"model.layers.{{layer}}.self_attn.{p}_proj.bias")
         for p in "qkv"
     },
     **{
@@ -113,7 +109,7 @@ class _Tensors:
         if missing:
             raise FileNotFoundError(f"{path} lacks the weight files {missing} (only safetensors are read)")
         self._files = [safe_open(path / n, framework="np") for n in names]
-        self._owner = {key: file for file in self._files for key in file.keys()}
+        self._owner = {key: file for file in self._files for key in file}
         self._path = path
 
     def __contains__(self, name):
@@ -232,11 +228,7 @@ def save_pretrained(path, model: Decoder, params, tokenizer=None) -> None:
         stacked = names[0] == "layers"
         for layer in range(leaf.shape[0]) if stacked else (0,):
             tensor = leaf[layer] if stacked else leaf
-            tensor = (
-                tensor.reshape(_matrix_shape(names, weight, tensor.shape)[::-1]).T
-                if weight.transpose
-                else tensor
-            )
+            tensor = tensor.reshape(_matrix_shape(names, weight, tensor.shape)[::-1]).T if weight.transpose else tensor
             if not weight.transpose and names != ("embed",):
                 tensor = tensor.reshape(-1)
             tensors[weight.name.format(layer=layer)] = np.ascontiguousarray(tensor)

@@ -73,9 +73,7 @@ class ArithmeticTask:
     def problems(self, split: str, index) -> Problems:
         operands, count = _operands(self, split, _as_index(index))
         tokens, length = _prompts(self, operands, count)
-        return Problems(
-            index=np.asarray(index, np.int32), tokens=np.asarray(tokens), length=np.asarray(length)
-        )
+        return Problems(index=np.asarray(index, np.int32), tokens=np.asarray(tokens), length=np.asarray(length))
 
     def verify(self, split: str, index, responses, lengths):
         reward, outcome = _verify(self, split, _as_index(index), jnp.asarray(responses), jnp.asarray(lengths))
@@ -238,9 +236,7 @@ def _verify(task, split, index, responses, lengths):
     column = lengths[:, None] - expected.shape[1] + jnp.arange(expected.shape[1])
     ending = jnp.take_along_axis(responses, jnp.clip(column, 0, responses.shape[1] - 1), axis=1)
     right = jnp.all((ending == expected) & (column >= 0), axis=-1)
-    known = (responses >= 0) & (responses < len(SYMBOLS)) | (
-        jnp.arange(responses.shape[1]) >= lengths[:, None]
-    )
+    known = (responses >= 0) & (responses < len(SYMBOLS)) | (jnp.arange(responses.shape[1]) >= lengths[:, None])
     outcome = jnp.where(right, Outcome.RIGHT, Outcome.WRONG)
     outcome = jnp.where(jnp.all(known, axis=-1), outcome, Outcome.ERROR)
     return (outcome == Outcome.RIGHT).astype(jnp.float32), outcome.astype(jnp.int32)
