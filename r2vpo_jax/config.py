@@ -320,15 +320,15 @@ def from_flags(config) -> Config:
     return from_dict(config.to_dict())
 
 
-def describe() -> list[tuple[str, str]]:
-    """(field, help) of every field, in order."""
+def describe(config: Config) -> str:
+    """Every field with its value and its help, one a line."""
 
-    def walk(cls, prefix):
-        hints = typing.get_type_hints(cls)
-        for field in dataclasses.fields(cls):
-            if dataclasses.is_dataclass(hints[field.name]):
-                yield from walk(hints[field.name], f"{prefix}{field.name}.")
+    def lines(section, prefix):
+        for field in dataclasses.fields(section):
+            value = getattr(section, field.name)
+            if dataclasses.is_dataclass(value):
+                yield from lines(value, f"{prefix}{field.name}.")
             else:
-                yield f"{prefix}{field.name}", field.metadata["help"]
+                yield f"{prefix + field.name:36s} {value!s:16s} {field.metadata['help']}"
 
-    return list(walk(Config, ""))
+    return "\n".join(lines(config, ""))

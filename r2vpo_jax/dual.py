@@ -6,6 +6,7 @@ bandit with an active constraint lambda* = std(A) / (2 sqrt(budget)) (our deriva
 follows the scale of the advantages.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -53,7 +54,11 @@ def update(
 
     Returns:
       The new state. No gradient flows through it.
+
+    Raises:
+      AssertionError: ratio_variance is not a scalar (chex).
     """
+    chex.assert_rank(ratio_variance, 0)
     step = step_size * (jnp.asarray(ratio_variance, jnp.float32) - budget)
     if max_step is not None:
         step = jnp.clip(step, -max_step, max_step)

@@ -7,6 +7,7 @@ With x = log pi(a) - log ref(a) (http://joschu.net/blog/kl-approx.html):
     k3 = exp(-x) - 1 + x   unbiased, never negative
 """
 
+import chex
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -20,8 +21,10 @@ def estimate(
     """Per-token estimate, elementwise; differentiable in `logp`.
 
     Raises:
+      AssertionError: the shapes differ (chex).
       ValueError: unknown estimator.
     """
+    chex.assert_equal_shape([logp, reference_logp])
     x = jnp.clip(jnp.asarray(logp, jnp.float32) - jnp.asarray(reference_logp, jnp.float32), -_CLAMP, _CLAMP)
     if estimator == "k1":
         return x

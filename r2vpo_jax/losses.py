@@ -134,7 +134,7 @@ def ppo_clip_loss(
     """
     if not (0 <= clip_low <= 1 and clip_high >= 0):
         raise ValueError(f"clip_low must be in [0, 1] and clip_high >= 0, got {clip_low} and {clip_high}")
-    if dual_clip is not None and dual_clip <= 1:
+    if dual_clip is not None and not dual_clip > 1:
         raise ValueError(f"dual_clip must be above 1, got {dual_clip}")
     x = _prepare(logp, behavior_logp, advantages, mask, weights)
     clipped = jnp.clip(x.ratio, 1 - clip_low, 1 + clip_high)
@@ -219,6 +219,7 @@ class _Tokens:
         if normalizer is None:
             normalizer = count(self.mask, reduction)
         normalizer = jnp.asarray(normalizer, jnp.float32)
+        chex.assert_rank(normalizer, 0)
         loss = total / jnp.where(normalizer == 0, 1.0, normalizer)
 
         stat_reduction = "token_mean" if reduction == "constant_length" else reduction

@@ -7,8 +7,10 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float
 
+_CLAMP = 20.0  # numerical guard, as in losses.LOG_RATIO_CLAMP
+
 # Fixed edges of the histogram of |log r|, fine near zero, mirrored for negative values.
-_MAGNITUDES = np.logspace(-6, np.log10(20.0), 60)
+_MAGNITUDES = np.logspace(-6, np.log10(_CLAMP), 60)
 EDGES = np.concatenate([-_MAGNITUDES[::-1], _MAGNITUDES]).astype(np.float32)
 
 
@@ -37,7 +39,7 @@ class Stats:
 def compute(
     logp: Float[Array, "batch time"],
     behavior_logp: Float[Array, "batch time"],
-    advantages: Float[Array, "batch time"],
+    advantages: Float[Array, "batch"] | Float[Array, "batch time"],
     mask: Bool[Array, "batch time"],
     *,
     coefficient: Float[Array, "batch time"] | None = None,
@@ -55,23 +57,33 @@ def compute(
 
     Returns:
       Stats. `summarize` turns merged Stats into named numbers.
+
+    Raises:
+      AssertionError: shapes or ranks do not fit (chex).
     """
     chex.assert_rank([logp, behavior_logp, mask], 2)
     chex.assert_equal_shape([logp, behavior_logp, mask])
-    mask = mask.astype(bool)
-    advantages = advantages[:, None] if advantages.ndim == 1 else advantages
-    advantages = jnp.where(mask, advantages, 0.0)
-    log_ratio = jnp.where(mask, logp, 0.0) - jnp.where(mask, behavior_logp, 0.0)
-    bounded = jnp.clip(log_ratio, -20.0, 20.0)
+    chex.assert_rank(advantages, {1, 2})
+    chex.assert_equal_shape_prefix([advantages, mask], jnp.ndim(advantages))
+    mask = jnp.asarray(mask).astype(bool)
+
+    def unmasked(x):
+        return jnp.where(mask, jnp.asarray(x, jnp.float32), 0.0)
+
+    advantages = unmasked(advantages[:, None] if jnp.ndim(advantages) == 1 else advantages)
+    log_ratio = unmasked(logp) - unmasked(behavior_logp)
+    bounded = jnp.clip(log_ratio, -_CLAMP, _CLAMP)
     ratio, excess = jnp.exp(bounded), jnp.expm1(bounded)
     positive, negative = mask & (advantages > 0), mask & (advantages < 0)
     clipped = (positive & (ratio > 1 + clip_high)) | (negative & (ratio < 1 - clip_low))
-    magnitude = jnp.abs(ratio * advantages if coefficient is None else jnp.where(mask, coefficient, 0.0))
+    magnitude = jnp.abs(ratio * advantages if coefficient is None else unmasked(coefficient))
 
     def mean_over(x, where):
         return jnp.sum(jnp.where(where, x, 0.0)), jnp.sum(where, dtype=jnp.float32)
 
     sums = {
+        "ratio": mean_over(ratio, mask),
+        "ratio_squared": mean_over(ratio**2, mask),
         "excess": mean_over(excess, mask),
         "excess_squared": mean_over(excess**2, mask),
         "excess_squared_positive": mean_over(excess**2, positive),
@@ -98,7 +110,8 @@ def quantile(histogram, q: float) -> float:
     total = histogram.sum()
     if total == 0:
         return 0.0
-    bin_index = int(np.searchsorted(np.cumsum(histogram), q * total))
+    # The ceil(q N)-th smallest, and the smallest for q = 0.
+    bin_index = int(np.searchsorted(np.cumsum(histogram), max(q * total, 1)))
     low = EDGES[max(bin_index - 1, 0)]
     high = EDGES[min(bin_index, len(EDGES) - 1)]
     return float(0.0 if low < 0 < high else min(low, high, key=abs))
@@ -113,14 +126,13 @@ def summarize(stats: Stats) -> dict[str, float]:
         return float(total / number) if number > 0 else 0.0
 
     first, second = mean("excess"), mean("excess_squared")
-    number = float(stats.sums["excess_squared"][1])
-    total = float(stats.sums["excess_squared"][0])
-    # With r = 1 + x:  ESS / N = (sum r)^2 / (N sum r^2) = (1 + E x)^2 / (1 + 2 E x + E x^2)
-    ess = (1 + first) ** 2 / (1 + 2 * first + second) if number else 1.0
+    total, number = stats.sums["excess_squared"]
+    # From r itself, not from r - 1: where every r is tiny, 1 + E[r - 1] cancels to 0 / 0.
+    ess = mean("ratio") ** 2 / mean("ratio_squared") if number > 0 else 1.0
     return {
         "ratio/mean": 1 + first,
         "ratio/second_moment_mean": second,
-        "ratio/variance": second - first**2,
+        "ratio/variance": max(second - first**2, 0.0),  # rounding may leave it below zero
         "ratio/second_moment_positive": mean("excess_squared_positive"),
         "ratio/second_moment_negative": mean("excess_squared_negative"),
         "ratio/effective_sample_size": ess,
@@ -129,7 +141,7 @@ def summarize(stats: Stats) -> dict[str, float]:
         "ratio/mean_abs_log": mean("abs_log"),
         "ratio/log_p01": quantile(stats.histogram, 0.01),
         "ratio/log_p99": quantile(stats.histogram, 0.99),
-        "ratio/top_token_share": float(stats.maxima["excess_squared"]) / total if total > 0 else 0.0,
+        "ratio/top_token_share": float(stats.maxima["excess_squared"] / total) if total > 0 else 0.0,
         "clip/fraction": mean("clipped"),
         "clip/fraction_positive": mean("clipped_positive"),
         "clip/fraction_negative": mean("clipped_negative"),

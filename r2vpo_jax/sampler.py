@@ -8,7 +8,7 @@ import numpy as np
 from flax import struct
 
 from r2vpo_jax import sharding
-from r2vpo_jax.models.decoder import init_cache
+from r2vpo_jax.models.decoder import gather_layers, init_cache
 from r2vpo_jax.rollout import Rollout
 
 _NEVER = -1e30
@@ -90,6 +90,15 @@ def sample(
     numbers = first_sample + jnp.arange(group)
     keys = jax.vmap(lambda problem: jax.vmap(lambda n: row_key(problem, n))(numbers))(problem_ids)  # [N, G]
 
+    # Decoding reads all weights for a few rows a token: left sharded, they would be gathered at every token.
+    params = gather_layers(model, params)
+    kernel = model.apply({"params": params}, method="unembedding")
+
+    def next_logits(hidden):
+        logits = model.apply({"params": params}, hidden, kernel, method="unembed")
+        # Whole rows to the devices that draw them: sorting and drawing need no further communication.
+        return sharding.constrain(logits, "batch", *(None,) * (logits.ndim - 2), "vocab")
+
     # Prefill: once a prompt, not once a sample.
     mask = jnp.arange(prompt_size) >= (prompt_size - lengths)[:, None]
     cache = init_cache(config, num_prompts, prompt_size, group, size)
@@ -99,7 +108,7 @@ def sample(
         response_value=sharding.constrain(cache.response_value, *axes),
     )
     hidden, cache = model.apply({"params": params}, tokens, mask=mask, cache=cache, method="hidden_states")
-    logits = model.apply({"params": params}, hidden[:, -1], method="unembed")  # [N, V]
+    logits = next_logits(hidden[:, -1])  # [N, V]
     logits = jnp.broadcast_to(logits[:, None], (num_prompts, group, logits.shape[-1]))
 
     eos_ids = jnp.asarray(sampling.eos_ids, jnp.int32).reshape(-1)
@@ -121,8 +130,8 @@ def sample(
         logp_out = jax.lax.dynamic_update_index_in_dim(logp_out, jnp.where(done, 0.0, logp), step, axis=2)
         length = length + ~done
         done = done | jnp.any(token[..., None] == eos_ids, axis=-1)
-        logits, cache = model.apply({"params": params}, token[..., None], cache=cache)
-        return step + 1, logits[:, :, 0], done, out, logp_out, length, cache
+        hidden, cache = model.apply({"params": params}, token[..., None], cache=cache, method="hidden_states")
+        return step + 1, next_logits(hidden[:, :, 0]), done, out, logp_out, length, cache
 
     state = (
         jnp.int32(0),

@@ -49,10 +49,11 @@ def score(
     positions = jnp.maximum(jnp.arange(tokens.shape[1]) - (prompt_size - prompt_length)[:, None], 0)
     hidden = model.apply({"params": params}, tokens, positions, mask, method="hidden_states")
     hidden, targets = hidden[:, prompt_size - 1 : -1], tokens[:, prompt_size:]
+    kernel = model.apply({"params": params}, method="unembedding")  # laid out once, not once a chunk
 
     @jax.checkpoint
     def chunk_scores(hidden, targets):
-        logits = model.apply({"params": params}, hidden, method="unembed") / temperature[:, None, None]
+        logits = model.apply({"params": params}, hidden, kernel, method="unembed") / temperature[:, None, None]
         logps = jax.nn.log_softmax(logits, axis=-1)
         # A comparison instead of a gather: it shards over the vocabulary, and its gradient is elementwise.
         chosen = jnp.arange(logits.shape[-1]) == targets[..., None]

@@ -6,6 +6,7 @@ where those live. An axis that the mesh does not divide evenly is replicated; `p
 
 import contextlib
 import contextvars
+import functools
 import math
 
 import jax
@@ -14,8 +15,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
-# Logical axis -> mesh axes. Activation axes that are not named here are replicated.
+# Logical axis -> mesh axes. Activation axes that are not named here are replicated. Within one array a mesh
+# axis serves one axis only: the one that comes first here.
 RULES = {
+    # The vocabulary of logits. It takes "fsdp" from their rows: gathering a chunk's hidden states (6 MB at 1.5B
+    # parameters on 16 devices) is cheaper than gathering the unembedding (470 MB) for each chunk.
+    "logits": ("fsdp", "tensor"),
     "batch": ("data", "fsdp"),
     "embed": ("fsdp",),
     "heads": ("tensor",),
@@ -58,11 +63,16 @@ def make_mesh(shape=(1, 1, 1), devices=None) -> Mesh:
 
 def partition_spec(logical_axes, shape, mesh: Mesh) -> PartitionSpec:
     """The PartitionSpec of an array whose axes have these logical names (None: replicated)."""
-    spec = []
-    for name, size in zip(logical_axes, shape, strict=True):
-        axes = RULES.get(name, ())
-        parts = math.prod(mesh.shape[a] for a in axes)
-        spec.append(axes if parts > 1 and size % parts == 0 else None)
+    order = list(RULES)
+    named = [i for i, name in enumerate(logical_axes) if name in RULES]
+    spec, taken = [None] * len(shape), set()
+    for i in sorted(named, key=lambda i: order.index(logical_axes[i])):
+        axes = tuple(a for a in RULES[logical_axes[i]] if a not in taken)
+        while shape[i] % math.prod(mesh.shape[a] for a in axes):
+            axes = axes[1:]  # does not divide: over fewer mesh axes, at last over none
+        if math.prod(mesh.shape[a] for a in axes) > 1:
+            spec[i] = axes
+            taken.update(axes)
     return PartitionSpec(*spec)
 
 
@@ -120,20 +130,24 @@ def put_batch(tree, mesh: Mesh):
     return jax.tree.map(put, tree)
 
 
+@functools.cache
+def _replicate(sharding):
+    return jax.jit(lambda x: x, out_shardings=sharding)
+
+
 def to_host(tree):
     """Global arrays -> NumPy, on every process (np.asarray on an array of other hosts would raise)."""
 
     def fetch(x):
-        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
-            return x
-        return jax.jit(lambda y: y, out_shardings=replicated(x.sharding.mesh))(x)
-
-    def as_numpy(x):
         if not isinstance(x, jax.Array):
             return x
-        return np.asarray(x if x.is_fully_addressable else x.addressable_data(0))
+        if x.is_fully_addressable:
+            return np.asarray(x)
+        if not x.is_fully_replicated:
+            x = _replicate(replicated(x.sharding.mesh))(x)
+        return np.asarray(x.addressable_data(0))
 
-    return jax.tree.map(as_numpy, jax.tree.map(fetch, tree))
+    return jax.tree.map(fetch, tree)
 
 
 def placement_table(logical_axes, tree, mesh: Mesh) -> str:
@@ -145,7 +159,7 @@ def placement_table(logical_axes, tree, mesh: Mesh) -> str:
         undivided = [
             name
             for name, size, placed in zip(axes, leaf.shape, spec, strict=True)
-            if placed is None and math.prod(mesh.shape[a] for a in RULES.get(name, ())) > 1
+            if placed is None and size % math.prod(mesh.shape[a] for a in RULES.get(name, ()))
         ]
         note = f"  (replicated, does not divide: {', '.join(undivided)})" if undivided else ""
         name = "/".join(str(getattr(k, "key", k)) for k in path)

@@ -251,7 +251,7 @@ class Decoder(nn.Module):
         if not c.tie_word_embeddings:
             self.lm_head = self.param(
                 "lm_head",
-                nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "vocab")),
+                nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "logits")),
                 (c.hidden_size, c.vocab_size),
                 c.param_dtype,
             )
@@ -316,14 +316,17 @@ class Decoder(nn.Module):
         prompt_key, prompt_value = keys_values
         return x, cache.replace(prompt_key=prompt_key, prompt_value=prompt_value, prompt_mask=mask)
 
-    def unembed(self, hidden):
+    def unembedding(self):
+        """The kernel [hidden, V] of `unembed`, in its layout: made once before a loop that unembeds."""
+        return constrain(self.embed.T if self.config.tie_word_embeddings else self.lm_head, None, "logits")
+
+    def unembed(self, hidden, kernel=None):
         """Hidden states [..., hidden] -> float32 logits [..., V]; padding rows of the vocabulary get -1e30."""
-        kernel = self.embed.T if self.config.tie_word_embeddings else self.lm_head
-        kernel = kernel.astype(self.config.compute_dtype)
+        kernel = (self.unembedding() if kernel is None else kernel).astype(self.config.compute_dtype)
         logits = _einsum("...e,ev->...v", hidden, kernel, self.config, preferred_element_type=jnp.float32)
         if self.config.num_tokens is not None:
             logits = jnp.where(jnp.arange(logits.shape[-1]) < self.config.num_tokens, logits, _MASKED)
-        return constrain(logits, *(("batch",) + (None,) * (logits.ndim - 2) + ("vocab",)))
+        return constrain(logits, *(("batch",) + (None,) * (logits.ndim - 2) + ("logits",)))
 
 
 def init_params(model: Decoder, key) -> dict:
@@ -334,6 +337,16 @@ def init_params(model: Decoder, key) -> dict:
 def abstract_params(model: Decoder) -> dict:
     """Shapes and dtypes of the parameters; nothing is allocated."""
     return jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+
+
+def gather_layers(model: Decoder, params: dict) -> dict:
+    """`params` with the layers' "embed" axes replicated: what is gathered here is not gathered in a loop."""
+
+    def gather(axes, x):
+        return constrain(x, *(None if name == "embed" else name for name in axes))
+
+    axes = logical_axes(model)["layers"]
+    return params | {"layers": jax.tree.map(gather, axes, params["layers"], is_leaf=lambda x: isinstance(x, tuple))}
 
 
 def logical_axes(model: Decoder) -> dict:

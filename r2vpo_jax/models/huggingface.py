@@ -11,7 +11,7 @@ import numpy as np
 from r2vpo_jax.models.config import DecoderConfig
 from r2vpo_jax.models.decoder import Decoder, abstract_params
 
-_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+_INDEX = "model.safetensors.index.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +46,16 @@ _QWEN2 = {
 }
 
 
+def _read_object(file: pathlib.Path) -> dict:
+    try:
+        value = json.loads(file.read_text())
+    except ValueError as error:  # not JSON, or not even text
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} does not hold a JSON object")
+    return value
+
+
 def read_config(path) -> DecoderConfig:
     """The architecture described by `path/config.json`.
 
@@ -57,19 +67,21 @@ def read_config(path) -> DecoderConfig:
     file = path / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{path} is not a Hugging Face checkpoint directory: it has no config.json")
-    try:
-        raw = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    raw = _read_object(file)
     if raw.get("model_type") != "qwen2":
         raise ValueError(f"{file}: model_type {raw.get('model_type')!r} is not supported; supported: 'qwen2'")
-    rope = raw.get("rope_parameters") or {}
-    scaling = raw.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
-    if rope_type != "default":
-        raise ValueError(f"{file}: rotary scaling {rope_type!r} is not implemented; only 'default' is")
-    if raw.get("use_sliding_window"):
+    for rope in (raw.get("rope_scaling") or {}, raw.get("rope_parameters") or {}):
+        if any(isinstance(value, dict) for value in rope.values()):
+            raise ValueError(f"{file}: rotary parameters that differ between layers are not implemented")
+        rope_type = rope.get("rope_type") or rope.get("type") or "default"
+        if rope_type != "default":
+            raise ValueError(f"{file}: rotary scaling {rope_type!r} is not implemented; only 'default' is")
+    # Where both are given, Transformers takes rope_scaling.
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if raw.get("use_sliding_window") or set(raw.get("layer_types") or ()) - {"full_attention"}:
         raise ValueError(f"{file}: sliding-window attention is not implemented")
+    if raw.get("quantization_config"):
+        raise ValueError(f"{file}: quantized weights are not implemented")
     if raw.get("hidden_act", "silu") != "silu":
         raise ValueError(f"{file}: activation {raw['hidden_act']!r} is not implemented; only 'silu' is")
     try:
@@ -94,26 +106,28 @@ class _Tensors:
     """Tensors of one directory by name, from one safetensors file or several with an index."""
 
     def __init__(self, path: pathlib.Path):
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
-        index = path / "model.safetensors.index.json"
-        if index.is_file():
-            weight_map = json.loads(index.read_text())["weight_map"]
-            names = sorted(set(weight_map.values()))
-            outside = [n for n in names if pathlib.PurePath(n).name != n]
+        self._path = path
+        single, index = path / "model.safetensors", path / _INDEX
+        weight_map = None
+        if index.is_file() and not single.is_file():  # with both present, Transformers too reads the single file
+            weight_map = _read_object(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(n, str) for n in weight_map.values()):
+                raise ValueError(f"{index} lacks a weight_map from tensor names to file names")
+            outside = sorted(n for n in set(weight_map.values()) if n == ".." or pathlib.PurePath(n).name != n)
             if outside:
                 raise ValueError(f"{index} names files outside its directory: {outside}")
-        else:
-            names = ["model.safetensors"]
+        names = [single.name] if weight_map is None else sorted(set(weight_map.values()))
         missing = [n for n in names if not (path / n).is_file()]
         if missing:
             raise FileNotFoundError(f"{path} lacks the weight files {missing} (only safetensors are read)")
-        self._files = [safe_open(path / n, framework="np") for n in names]
-        self._owner = {key: file for file in self._files for key in file}
-        self._path = path
-
-    def __contains__(self, name):
-        return name in self._owner
+        try:
+            files = {n: safe_open(path / n, framework="np") for n in names}
+        except SafetensorError as error:
+            raise ValueError(f"{path}: one of {names} is not a safetensors file: {error}") from error
+        held = [(key, n) for n, file in files.items() for key in file.keys()]  # noqa: SIM118 (not a dict)
+        self._owner = {key: files[n] for key, n in held if weight_map is None or weight_map.get(key) == n}
 
     def get(self, name, shape) -> np.ndarray:
         if name not in self._owner:
@@ -145,8 +159,8 @@ def from_pretrained(path, *, param_dtype=None, compute_dtype=jnp.float32, **runt
 
     Args:
       path: directory with config.json and model.safetensors (or several files and their index).
-      param_dtype: dtype of the parameters; None keeps the checkpoint's.
-      compute_dtype: dtype of activations and matrix products.
+      param_dtype: dtype of the parameters, or its name; None keeps the checkpoint's.
+      compute_dtype: dtype of activations and matrix products, or its name.
       **runtime: other run-time fields of `DecoderConfig` (scan_layers, remat, num_tokens).
 
     Returns:
@@ -161,7 +175,9 @@ def from_pretrained(path, *, param_dtype=None, compute_dtype=jnp.float32, **runt
     tensors = _Tensors(path)
     if param_dtype is None:
         param_dtype = tensors.get("model.norm.weight", (config.hidden_size,)).dtype
-    config = dataclasses.replace(config, param_dtype=param_dtype, compute_dtype=compute_dtype, **runtime)
+    # As dtypes, not names or scalar types: the decoder compares them, and equal configs are to hash the same.
+    dtypes = {"param_dtype": jnp.dtype(param_dtype), "compute_dtype": jnp.dtype(compute_dtype)}
+    config = dataclasses.replace(config, **dtypes, **runtime)
     model = Decoder(config)
 
     def read(path, leaf, weight):
@@ -219,7 +235,6 @@ def save_pretrained(path, model: Decoder, params, tokenizer=None) -> None:
     from safetensors.numpy import save_file
 
     path = pathlib.Path(path)
-    path.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for names, leaf, weight in _leaves(params):
         leaf = np.asarray(leaf)
@@ -232,9 +247,13 @@ def save_pretrained(path, model: Decoder, params, tokenizer=None) -> None:
             if not weight.transpose and names != ("embed",):
                 tensor = tensor.reshape(-1)
             tensors[weight.name.format(layer=layer)] = np.ascontiguousarray(tensor)
+    path.mkdir(parents=True, exist_ok=True)
+    (path / _INDEX).unlink(missing_ok=True)  # it would lead readers to the weights that were here before
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     dtype = tensors["model.norm.weight"].dtype
     (path / "config.json").write_text(json.dumps(hf_config(model.config, dtype), indent=2) + "\n")
+    # safetensors keeps its file to the owner; readable to whoever may read the directory's other files.
+    (path / "model.safetensors").chmod((path / "config.json").stat().st_mode)
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
         generation = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}

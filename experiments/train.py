@@ -1,0 +1,31 @@
+"""Fine-tune a language model by reinforcement learning with verifiable rewards.
+
+    python -m experiments.train --config=experiments/configs/arithmetic.py --workdir=runs/arithmetic
+
+The same command continues a run that was stopped; a finished run shows its result.
+"""
+
+from r2vpo_jax import cli
+
+# isort: split
+from absl import flags
+
+_CONFIG = cli.define_config()
+_WORKDIR = flags.DEFINE_string("workdir", None, "Run directory: metrics, checkpoints, report, exported model.")
+_STOP_AFTER = flags.DEFINE_integer("stop_after_iteration", None, "Save and stop there; the same command goes on.")
+_PROFILE = flags.DEFINE_string("profile_steps", None, "first:last iterations to profile, for example 5:7.")
+
+
+def main():
+    config = cli.resolve(_CONFIG)
+    if not _WORKDIR.value:
+        raise cli.UsageError("--workdir is required, for example --workdir=runs/first")
+    profile = cli.parse_range("profile_steps", _PROFILE.value)
+    cli.start_devices()
+    from r2vpo_jax import trainer
+
+    trainer.train(config, _WORKDIR.value, stop_after_iteration=_STOP_AFTER.value, profile_steps=profile)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,115 @@
+"""The one entry of all binaries: flags in, one clear line out when something is wrong.
+
+An unknown flag or field, a bad value or a missing file ends with one line on stderr and exit code 2, before
+any work is done; everything unexpected keeps its traceback and exit code 1.
+"""
+
+import os
+import pathlib
+import sys
+
+import r2vpo_jax  # noqa: F401  (first: it takes the start time)
+
+# isort: split
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from r2vpo_jax import config as config_lib
+from r2vpo_jax.learner import NonFiniteUpdateError
+from r2vpo_jax.run_directory import UsageError
+
+_PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print every config field with its value and help, and exit.")
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Call jax.distributed.initialize first (TPU pods find their peers by themselves)."
+)
+_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0, where it is not found.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, where it is not found.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, where it is not found.")
+
+
+def define_config() -> flags.FlagHolder:
+    """The --config flag: a Python file that returns a ConfigDict; fields are set by --config.section.field=value."""
+    return config_flags.DEFINE_config_file(
+        "config", None, "Configuration file, for example experiments/configs/arithmetic.py."
+    )
+
+
+def resolve(flag) -> config_lib.Config:
+    """The validated configuration behind a parsed --config flag; prints it and exits with --print_config.
+
+    Raises:
+      UsageError: no --config, an unknown field or a value out of range.
+    """
+    if flag.value is None:
+        raise UsageError("--config is required, for example --config=experiments/configs/arithmetic.py")
+    try:
+        config = config_lib.from_flags(flag.value)
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from error
+    if _PRINT_CONFIG.value:
+        print(config_lib.describe(config))
+        sys.exit(0)
+    return config
+
+
+def start_devices() -> None:
+    """Compilation cache, and the other processes of a pod. Call before anything touches a device."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path.cwd() / ".cache" / "jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if _DISTRIBUTED.value:
+        jax.distributed.initialize(
+            coordinator_address=_COORDINATOR.value, num_processes=_NUM_PROCESSES.value, process_id=_PROCESS_ID.value
+        )
+
+
+def _fail(message: str) -> None:
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def run(main) -> None:
+    """Run `main()` as a program. Replaces absl.app.run."""
+
+    def parse(argv):
+        try:
+            rest = app.parse_flags_with_usage(argv) if "--help" in " ".join(argv) else flags.FLAGS(argv)
+        except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
+            _fail(f"{str(error).splitlines()[0]} (--help lists the flags, --print_config the config fields)")
+        if len(rest) > 1:
+            _fail(f"unexpected argument {rest[1]!r}; flags start with --")
+        return rest
+
+    def guarded(_):
+        logging.set_verbosity(logging.WARNING)  # libraries log their own set-up at info level
+        try:
+            return main()
+        except UsageError as error:
+            _fail(error)
+        except NonFiniteUpdateError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print("interrupted; the last checkpoint is intact", file=sys.stderr)
+            return 130
+
+    app.run(guarded, flags_parser=parse)
+
+
+def parse_range(name: str, text: str | None) -> tuple[int, int] | None:
+    """ "a:b" as (a, b), both counted from 1.
+
+    Raises:
+      UsageError: not two integers with 1 <= a <= b.
+    """
+    if text is None:
+        return None
+    try:
+        first, last = (int(part) for part in text.split(":"))
+    except ValueError as error:
+        raise UsageError(f"--{name}={text} must be two integers, first:last") from error
+    if not 1 <= first <= last:
+        raise UsageError(f"--{name}={text} must have 1 <= first <= last")
+    return first, last

@@ -1,0 +1,90 @@
+"""Scores on held-out problems: pass@1 as avg@k, unbiased pass@k, intervals over problems."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from r2vpo_jax import sampler, statistics
+from r2vpo_jax.sampler import Sampling
+from r2vpo_jax.tasks.base import Outcome
+
+# Evaluation draws depend on nothing of the run: the same problems and keys for base, best and final.
+_KEY_SEED = 0x5EED
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Outcomes of n samples on each problem of a split."""
+
+    split: str
+    right: np.ndarray  # bool [problems, n]
+    errors: int  # verifier errors, counted as not right
+    level: np.ndarray  # int32 [problems]
+    response_length: np.ndarray  # int32 [problems, n]
+    truncated: np.ndarray  # bool [problems, n]
+    texts: tuple[str, ...]  # first response to each of the first problems
+    prompts: tuple[str, ...]
+
+    def average_at(self, k: int) -> float:
+        """avg@k: mean over problems and their first k samples; an estimate of pass@1."""
+        return float(self.right[:, :k].mean())
+
+    def interval_at(self, k: int) -> tuple[float, float]:
+        """95 % bootstrap interval of avg@k, over problems."""
+        return statistics.bootstrap_interval(self.right[:, :k].mean(axis=1))
+
+    def pass_at(self, k: int) -> float:
+        """Unbiased pass@k from all n samples."""
+        return float(statistics.pass_at_k(self.right.shape[1], self.right.sum(axis=1), k).mean())
+
+
+def evaluate(
+    model, params, task, *, split: str, num_problems: int, num_samples: int, mesh, temperature=1.0, batch_size=64
+) -> Evaluation:
+    """Sample the first `num_problems` problems of a split and verify.
+
+    The keys are fixed, and a problem's first samples do not depend on how many are drawn: two models, or the
+    same at two times, are compared on the same problems with the same random numbers.
+
+    Args:
+      model, params: the policy; params in its compute dtype.
+      task: a `tasks.base.Task`.
+      split: "validation" while training; "test" for base and final scores only.
+      num_problems, num_samples: sizes.
+      mesh: the run's mesh.
+      temperature: 0 is greedy.
+      batch_size: problems sampled at one time.
+    """
+    problems = task.problems(split, np.arange(num_problems))
+    sampling = Sampling(
+        temperature=temperature,
+        group_size=num_samples,
+        max_response_length=task.max_response_length,
+        eos_ids=task.eos_ids,
+    )
+    rollout = sampler.generate(
+        model,
+        params,
+        problems.tokens,
+        problems.length,
+        jax.random.key(_KEY_SEED),
+        sampling,
+        mesh=mesh,
+        problem_ids=problems.index,
+        batch_size=batch_size,
+    )
+    index = np.repeat(problems.index, num_samples)
+    _, outcome = task.verify(split, index, rollout.response_tokens, rollout.response_length)
+    shown = range(min(3, num_problems))
+    first = rollout.response_tokens[::num_samples], rollout.response_length[::num_samples]
+    return Evaluation(
+        split=split,
+        right=(outcome == Outcome.RIGHT).reshape(num_problems, num_samples),
+        errors=int((outcome == Outcome.ERROR).sum()),
+        level=task.level(split, problems.index),
+        response_length=rollout.response_length.reshape(num_problems, num_samples),
+        truncated=rollout.truncated.reshape(num_problems, num_samples),
+        texts=tuple(task.decode(first[0][i, : first[1][i]]) for i in shown),
+        prompts=tuple(task.decode(problems.tokens[i, -problems.length[i] :]) for i in shown),
+    )

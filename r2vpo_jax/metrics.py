@@ -1,0 +1,126 @@
+"""Where numbers go: metrics.jsonl always, TensorBoard behind a flag, a progress line for people."""
+
+import json
+import math
+import os
+import pathlib
+import sys
+
+import numpy as np
+
+# Fields that measure the machine and not the run; everything else is reproducible bit for bit.
+TIME_PREFIXES = ("time/", "throughput/")
+
+
+def _plain(value):
+    if isinstance(value, (bool, str, int)) or value is None:
+        return value
+    number = float(np.asarray(value))
+    # JSON has no NaN; a name is readable and cannot pass for a number.
+    return number if math.isfinite(number) else repr(number)
+
+
+class JsonlWriter:
+    """Appends one JSON object a line, flushed; can be cut back to a known position on resume."""
+
+    def __init__(self, path, position: int | None = None):
+        """Open for appending.
+
+        Args:
+          path: the file.
+          position: bytes to keep; what was written after the checkpoint that is resumed is dropped.
+
+        Raises:
+          ValueError: the file is shorter than `position`: it does not belong to the checkpoint.
+        """
+        path = pathlib.Path(path)
+        size = path.stat().st_size if path.exists() else 0
+        if position is not None:
+            if size < position:
+                raise ValueError(
+                    f"{path} has {size} bytes, but the checkpoint was written at {position}: restore the file, or "
+                    "start again in a new --workdir"
+                )
+            if size > position:
+                os.truncate(path, position)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+
+    def write(self, row: dict) -> None:
+        self._file.write(json.dumps({k: _plain(v) for k, v in row.items()}, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def position(self) -> int:
+        """Bytes written so far, on disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class NullWriter:
+    """Stands in on processes other than 0, which write nothing."""
+
+    def write(self, row: dict) -> None:
+        pass
+
+    def position(self) -> int:
+        return 0
+
+    def close(self) -> None:
+        pass
+
+
+def read_jsonl(path) -> list[dict]:
+    """All complete rows of a file; a torn last line (a killed process) is left out."""
+    rows = []
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):
+                rows.append(json.loads(line))
+    return rows
+
+
+class TensorBoard:
+    """Scalars to TensorBoard event files by tensorboardX, which needs no TensorFlow."""
+
+    def __init__(self, directory):
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(str(directory))
+
+    def write(self, step: int, row: dict) -> None:
+        for name, value in row.items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Progress:
+    """A bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, total: int, initial: int, enabled=True, every: int = 10):
+        self._every, self._total, self._enabled, self._bar = every, total, enabled, None
+        self._last = initial
+        if enabled and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, initial=initial, unit="it", dynamic_ncols=True)
+
+    def update(self, iteration: int, text: str, seconds_left: float) -> None:
+        """Show that `iteration` iterations are done."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(iteration - self._last)
+        elif self._enabled and (iteration % self._every == 0 or iteration == self._total):
+            print(
+                f"iteration {iteration}/{self._total}  {text}  {seconds_left:.0f} s left", file=sys.stderr, flush=True
+            )
+        self._last = iteration
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()

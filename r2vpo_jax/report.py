@@ -1,0 +1,203 @@
+"""What a finished run shows: summary.json, curves.png, report.html, and a closing table."""
+
+import base64
+import html
+import json
+import pathlib
+
+import numpy as np
+
+from r2vpo_jax.config import Config
+
+_CLIP_EPSILON = 0.2  # of ratio_stats.compute: the clip whose victims are counted
+
+
+def summarize(config: Config, rows, *, base, final, progress, train_seconds, phases, peak_memory_bytes) -> dict:
+    """Everything about a finished run that fits into one flat-ish dictionary.
+
+    Args:
+      config: the run's.
+      rows: of metrics.jsonl.
+      base, final: test scores before and after (trainer).
+      progress: the trainer's counters.
+      train_seconds: from process start to the last evaluation, compilation included.
+      phases: seconds by phase of the last process.
+      peak_memory_bytes: of the process.
+    """
+    train = [r for r in rows if r["kind"] == "train"]
+    second_half = train[len(train) // 2 :]
+    seconds = {name: sum(r[f"time/{name}"] for r in train) for name in ("rollout", "verify", "update")}
+    k = final["k"]
+    return {
+        "objective": config.objective.name,
+        "seed": config.seed,
+        "base_pass_at_1": base["pass_at_1"],
+        "base_pass_at_1_interval": [base["pass_at_1_low"], base["pass_at_1_high"]],
+        "final_pass_at_1": final["pass_at_1"],
+        "final_pass_at_1_interval": [final["pass_at_1_low"], final["pass_at_1_high"]],
+        "best_pass_at_1": progress["best_validation"],
+        "final_validation_pass_at_1": progress["last_validation"],
+        f"base_pass_at_{k}": base["pass_at_k"],
+        f"final_pass_at_{k}": final["pass_at_k"],
+        "base_by_level": base["by_level"],
+        "final_by_level": final["by_level"],
+        "num_eval_problems": config.trainer.test_problems,
+        "num_iterations": config.trainer.num_iterations,
+        "num_rollouts": progress["rollouts"],
+        "num_rollout_tokens": progress["rollout_tokens"],
+        "num_trained_tokens": progress["trained_tokens"],
+        "num_updates": train[-1]["version"],
+        "train_seconds": train_seconds,
+        "phase_seconds": dict(phases),
+        "rollout_tokens_per_second": progress["rollout_tokens"] / max(seconds["rollout"], 1e-9),
+        "update_tokens_per_second": progress["trained_tokens"] / max(seconds["update"], 1e-9),
+        "peak_memory_bytes": peak_memory_bytes,
+        "adaptive": config.objective.adaptive,
+        "variance_budget": config.objective.variance_budget,
+        "final_variance_coef": train[-1]["dual/variance_coef"],
+        "max_variance_coef": config.objective.max_variance_coef,
+        "final_ratio_second_moment": train[-1]["ratio/second_moment"],
+        "second_half_ratio_second_moment": float(np.mean([r["ratio/second_moment"] for r in second_half])),
+        "second_half_variance_coef": float(np.mean([r["dual/variance_coef"] for r in second_half])),
+        "noise_floor_ratio_second_moment": progress["noise_floor"],
+        "final_entropy": train[-1]["policy/entropy"],
+        "max_ratio": max(r["ratio/max"] for r in train),
+        "clip_fraction": float(np.mean([r["clip/fraction"] for r in train])),
+        "clip_gradient_share": float(np.mean([r["clip/gradient_share"] for r in train])),
+        "samples_before": base["samples"],
+        "samples_after": final["samples"],
+    }
+
+
+def table(summary: dict) -> str:
+    """The closing table."""
+    k = next(int(name.removeprefix("final_pass_at_")) for name in summary if name.startswith("final_pass_at_") and name[14:].isdigit() and name[14:] != "1")  # fmt: skip
+    phases = summary["phase_seconds"]
+
+    def score(which):
+        low, high = summary[f"{which}_pass_at_1_interval"]
+        return f"{summary[f'{which}_pass_at_1']:.3f} [{low:.3f}, {high:.3f}]"
+
+    kind = "adaptive" if summary["adaptive"] else "fixed"
+    lines = [
+        f"{summary['objective']}, seed {summary['seed']}: {summary['num_iterations']} iterations, "
+        f"{summary['num_updates']} updates",
+        "",
+        f"{'test, ' + str(summary['num_eval_problems']) + ' problems':28s}{'base':>26s}{'fine-tuned':>26s}",
+        f"{'  pass@1 (avg@8, 95 %)':28s}{score('base'):>26s}{score('final'):>26s}",
+        f"{f'  pass@{k}':28s}{summary[f'base_pass_at_{k}']:>26.3f}{summary[f'final_pass_at_{k}']:>26.3f}",
+        *(
+            f"{f'  pass@1, level {level}':28s}{summary['base_by_level'][level]:>26.3f}{value:>26.3f}"
+            for level, value in summary["final_by_level"].items()
+        ),
+        "",
+        f"validation pass@1           best {summary['best_pass_at_1']:.3f}, last {summary['final_validation_pass_at_1']:.3f}",
+        f"rollouts                    {summary['num_rollouts']} ({summary['num_rollout_tokens']} tokens sampled, "
+        f"{summary['num_trained_tokens']} trained on)",
+        f"time                        {summary['train_seconds']:.0f} s: "
+        + ", ".join(
+            f"{name} {phases.get(name, 0.0):.0f}" for name in ("rollout", "verify", "update", "evaluation", "compile")
+        ),
+        f"speed                       rollout {summary['rollout_tokens_per_second']:.0f} tokens/s, "
+        f"update {summary['update_tokens_per_second']:.0f} tokens/s",
+        f"peak memory                 {summary['peak_memory_bytes'] / 2**20:.0f} MiB",
+        f"E[(r-1)^2], second half     {summary['second_half_ratio_second_moment']:.5f} (budget "
+        f"{summary['variance_budget']:g}, noise floor {summary['noise_floor_ratio_second_moment']:.1e})",
+        f"variance coefficient        {summary['final_variance_coef']:.3f} at the end ({kind}), "
+        f"{summary['second_half_variance_coef']:.3f} on average in the second half",
+        f"entropy at the end          {summary['final_entropy']:.4f} nats a token",
+        f"a clip at {_CLIP_EPSILON} would zero      {100 * summary['clip_fraction']:.3f} % of the tokens, which carry "
+        f"{100 * summary['clip_gradient_share']:.2f} % of this objective's gradient",
+        "",
+        "samples (problem | before | after)",
+        *(
+            f"  {before[0]} | {before[1]} | {after[1]}"
+            for before, after in zip(summary["samples_before"], summary["samples_after"], strict=True)
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def read_summary(workdir) -> dict:
+    """summary.json of a finished run."""
+    return json.loads((pathlib.Path(workdir) / "report" / "summary.json").read_text())
+
+
+def write(workdir, summary: dict, rows) -> None:
+    """Write workdir/report: curves.png, report.html (the picture inside) and, last, summary.json."""
+    directory = pathlib.Path(workdir) / "report"
+    directory.mkdir(parents=True, exist_ok=True)
+    _plot(directory / "curves.png", summary, rows)
+    picture = base64.b64encode((directory / "curves.png").read_bytes()).decode()
+    config = json.loads((pathlib.Path(workdir) / "config.json").read_text())
+    (directory / "report.html").write_text(
+        "<!doctype html><meta charset='utf-8'><title>r2vpo_jax run</title>"
+        "<style>body{font:15px/1.5 sans-serif;max-width:1080px;margin:2em auto;padding:0 1em}"
+        "pre{background:#f6f6f4;padding:1em;overflow-x:auto}img{max-width:100%}</style>"
+        f"<h1>{html.escape(summary['objective'])}, seed {summary['seed']}</h1>"
+        f"<img alt='curves of the run' src='data:image/png;base64,{picture}'>"
+        f"<h2>Result</h2><pre>{html.escape(table(summary))}</pre>"
+        f"<h2>Configuration</h2><pre>{html.escape(json.dumps(config, indent=2))}</pre>\n",
+        encoding="utf-8",
+    )
+    temporary = directory / "summary.json.tmp"
+    temporary.write_text(json.dumps(summary, indent=2) + "\n")
+    temporary.replace(directory / "summary.json")
+
+
+def _plot(file, summary, rows) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    train = [r for r in rows if r["kind"] == "train"]
+    validation = [r for r in rows if r["kind"] == "evaluation" and r["split"] == "validation"]
+    x = [r["iteration"] for r in train]
+
+    def series(name):
+        return np.array([float(r[name]) for r in train])
+
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, 3)
+
+    ax = axes[0, 0]
+    ax.plot(x, series("reward/mean"), color="0.7", label="train reward")
+    ax.plot([r["iteration"] for r in validation], [r["pass_at_1"] for r in validation], "o-", ms=3, label="validation")
+    ax.axhline(summary["base_pass_at_1"], color="C3", ls=":", label="base, test")
+    ax.axhline(summary["final_pass_at_1"], color="C2", ls="--", label="fine-tuned, test")
+    ax.set(title="pass@1", ylim=(0, 1.02))
+    ax.legend(loc="lower right", fontsize=8)
+
+    ax = axes[0, 1]
+    floor = 1e-9
+    ax.semilogy(x, np.maximum(series("ratio/second_moment"), floor), color="C0", lw=1, label="last minibatch")
+    ax.semilogy(x, np.maximum(series("ratio/second_moment_mean"), floor), color="0.7", lw=1, label="all minibatches")
+    if summary["adaptive"]:
+        ax.axhline(summary["variance_budget"], color="C3", ls="--", label="budget")
+    ax.axhline(summary["noise_floor_ratio_second_moment"] or floor, color="0.5", ls=":", label="noise floor")
+    ax.set(title="E[(r - 1)²]")
+    ax.legend(fontsize=8)
+
+    ax = axes[0, 2]
+    ax.plot(x, series("dual/variance_coef"), color="C4")
+    ax.set(title="variance coefficient", ylim=(0, None))
+
+    ax = axes[1, 0]
+    ax.plot(x, series("policy/entropy"), color="C5")
+    ax.set(title="entropy (nats a token)", ylim=(0, None), xlabel="iteration")
+
+    ax = axes[1, 1]
+    ax.semilogy(x, series("ratio/max"), color="C1", lw=1, label="max r")
+    ax.semilogy(x, series("optimizer/grad_norm"), color="C6", lw=1, label="gradient norm")
+    ax.set(title="largest ratio, gradient norm", xlabel="iteration")
+    ax.legend(fontsize=8)
+
+    ax = axes[1, 2]
+    ax.plot(x, 100 * series("clip/fraction"), color="C7", label="of the tokens")
+    ax.plot(x, 100 * series("clip/gradient_share"), color="C8", lw=1, label="of the gradient")
+    ax.set(title=f"what a clip at {_CLIP_EPSILON} would zero (%)", ylim=(0, None), xlabel="iteration")
+    ax.legend(fontsize=8)
+    for ax in axes.flat:
+        ax.grid(alpha=0.3)
+    figure.suptitle(f"{summary['objective']}, seed {summary['seed']}")
+    figure.savefig(file, dpi=110)

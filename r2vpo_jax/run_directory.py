@@ -1,0 +1,62 @@
+"""The directory of one run: whose it is, and what is in it."""
+
+import dataclasses
+import json
+import os
+import pathlib
+
+from r2vpo_jax.config import Config
+
+
+class UsageError(ValueError):
+    """Something the user can put right. Shown as one line; exit code 2."""
+
+
+def _flat(tree: dict, prefix="") -> dict:
+    flat = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def claim(workdir, config: Config, *, write=True) -> pathlib.Path:
+    """Make the directory this run's own, or find that it already is.
+
+    Args:
+      workdir: created if needed.
+      config: the run's; written to config.json of a new directory.
+      write: False on processes that only read.
+
+    Raises:
+      UsageError: the directory belongs to a run with another configuration, or cannot be written.
+    """
+    path = pathlib.Path(workdir)
+    mine = json.loads(json.dumps(dataclasses.asdict(config)))
+    file = path / "config.json"
+    if file.exists():
+        try:
+            theirs = _flat(json.loads(file.read_text()))
+        except json.JSONDecodeError as error:
+            raise UsageError(f"{file} is not valid JSON ({error}); choose another --workdir") from error
+        flat = _flat(mine)
+        differences = [
+            f"{name}: {theirs.get(name, 'absent')} there, {flat.get(name, 'absent')} here"
+            for name in sorted(theirs.keys() | flat.keys())
+            if theirs.get(name, None) != flat.get(name, None)
+        ]
+        if differences:
+            raise UsageError(
+                f"{path} holds a run with another configuration ({'; '.join(differences[:4])}"
+                f"{'; ...' if len(differences) > 4 else ''}); choose another --workdir"
+            )
+        return path
+    if not write:
+        return path
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        temporary = path / "config.json.tmp"
+        temporary.write_text(json.dumps(mine, indent=2) + "\n")
+        os.replace(temporary, file)
+    except OSError as error:
+        raise UsageError(f"cannot write to --workdir={path}: {error.strerror}") from error
+    return path

@@ -1,0 +1,71 @@
+"""Estimates and intervals from repeated samples. NumPy only; everything is deterministic."""
+
+import numpy as np
+
+
+def pass_at_k(num_samples, num_right, k: int) -> np.ndarray:
+    """Unbiased probability that at least one of k samples is right (arXiv 2107.03374, equation 1).
+
+        1 - C(n - c, k) / C(n, k)
+
+    Args:
+      num_samples: n, samples a problem.
+      num_right: c, int [problems].
+      k: at most n.
+
+    Returns:
+      float64 [problems].
+
+    Raises:
+      ValueError: k is not in [1, n], or c not in [0, n].
+    """
+    num_right = np.asarray(num_right)
+    if not 1 <= k <= num_samples:
+        raise ValueError(f"pass@k needs 1 <= k <= n, got k={k}, n={num_samples}")
+    if num_right.size and (num_right.min() < 0 or num_right.max() > num_samples):
+        raise ValueError(f"the number of right samples must be between 0 and {num_samples}")
+    wrong = num_samples - num_right[..., None]
+    factors = 1.0 - k / np.arange(1, num_samples + 1)
+    # C(n-c, k) / C(n, k) = prod_{i = n-c+1}^{n} (1 - k / i)
+    kept = np.where(np.arange(1, num_samples + 1) > wrong, factors, 1.0)
+    return 1.0 - np.prod(kept, axis=-1)
+
+
+def bootstrap_interval(values, *, confidence=0.95, resamples=2000, seed=0) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of per-problem values (problems are resampled, not samples).
+
+    Args:
+      values: [problems].
+      confidence: two-sided.
+      resamples, seed: of the bootstrap.
+
+    Returns:
+      (low, high).
+
+    Raises:
+      ValueError: no values.
+    """
+    values = np.asarray(values, np.float64)
+    if values.ndim != 1 or not len(values):
+        raise ValueError(f"a bootstrap needs a non-empty vector, got shape {values.shape}")
+    generator = np.random.default_rng(seed)
+    means = np.array([values[generator.integers(0, len(values), len(values))].mean() for _ in range(resamples)])
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+# Two-sided 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom.
+_T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+
+
+def mean_interval(values) -> tuple[float, float]:
+    """(mean, half-width of its 95 % interval by Student's t) over seeds; half-width NaN for one value."""
+    values = np.asarray(values, np.float64)
+    if not len(values):
+        raise ValueError("a mean needs at least one value")
+    if len(values) == 1:
+        return float(values[0]), float("nan")
+    freedom = len(values) - 1
+    quantile = _T_975[freedom - 1] if freedom <= len(_T_975) else 1.96 + 2.4 / freedom
+    return float(values.mean()), float(quantile * values.std(ddof=1) / np.sqrt(len(values)))

@@ -1,0 +1,524 @@
+"""The training loop.
+
+Before the loop:
+  0. Claim the run directory, load the base model, place it on the mesh, and continue from the last
+     checkpoint if there is one. Measure the noise floor: with unchanged weights the ratio of scoring to
+     sampling should be 1; if it is not, the constraint would act on noise, and the run is refused.
+     Score the base model on the test split.
+
+One iteration:
+  1. Take the next problems: a function of (seed, iteration).
+  2. Sample G responses to each, with the current parameters.
+  3. Verify them: right, wrong, or a verifier error (counted apart).
+  4. Turn rewards into advantages within each group.
+  5. Learn: N minibatch updates, then one step of the multiplier.
+  6. Write metrics and samples.
+  7. Every `eval_every` iterations, score the validation split.
+  8. Every `checkpoint_every` iterations, save everything the run needs to continue.
+
+After the loop: score the test split once, export the policy as a Hugging Face directory, write the report.
+
+A run is a function of (config, seed, code, devices): no hidden random state, no wall clock in any decision.
+"""
+
+import contextlib
+import importlib.resources
+import resource
+import signal
+import sys
+import time
+
+import jax
+import numpy as np
+
+import r2vpo_jax
+from r2vpo_jax import advantages, metrics, models, ratio_stats, report, sampler, sharding, tasks
+from r2vpo_jax.checkpoints import Checkpointer
+from r2vpo_jax.config import Config
+from r2vpo_jax.evaluation import Evaluation, evaluate
+from r2vpo_jax.learner import Learner, NonFiniteUpdateError
+from r2vpo_jax.rollout import Rollout
+from r2vpo_jax.run_directory import UsageError, claim
+from r2vpo_jax.sampler import Sampling
+from r2vpo_jax.tasks.base import Outcome
+from r2vpo_jax.timing import Timers
+
+_AVERAGE_AT = 8  # test pass@1 is avg@8
+
+
+def train(config: Config, workdir, *, stop_after_iteration: int | None = None, profile_steps=None) -> dict | None:
+    """Run, or continue, the experiment in `workdir`.
+
+    Args:
+      config: validated.
+      workdir: the run directory.
+      stop_after_iteration: save and stop there; the same command later goes on. Not part of the config, so
+        that it changes nothing about the run.
+      profile_steps: (first, last) iterations to record with the JAX profiler under workdir/profile.
+
+    Returns:
+      The summary of a finished run (report/summary.json), or None when it stopped early.
+
+    Raises:
+      UsageError: bad input, before anything is overwritten.
+      NonFiniteUpdateError: more non-finite updates in a row than allowed; the batch is saved.
+    """
+    return _Run(config, workdir, profile_steps).go(stop_after_iteration)
+
+
+def load_base_model(config: Config):
+    """(model, host parameters, tokenizer) of `config.model`, checked against the task's needs.
+
+    Raises:
+      UsageError: the directory, a tensor or the tokenizer is missing or does not fit.
+    """
+    from transformers import AutoTokenizer
+
+    path = config.model.path or importlib.resources.files("r2vpo_jax") / "checkpoints" / "arithmetic_base"
+    try:
+        models.read_config(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        model, params = models.from_pretrained(
+            path,
+            param_dtype=config.model.param_dtype,
+            compute_dtype=config.model.compute_dtype,
+            scan_layers=config.model.scan_layers,
+            remat=config.model.remat,
+            num_tokens=len(tokenizer),
+        )
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot load the base model: {error}") from error
+    return model, params, tokenizer
+
+
+def train_problem_index(config: Config, iteration: int) -> np.ndarray:
+    """Positions in the train split of an iteration's problems, int64 [prompts_per_rollout]."""
+    size = config.trainer.prompts_per_rollout
+    start = (config.seed % 1024) << 20  # seeds walk disjoint stretches of the split
+    return start + (iteration * size + np.arange(size)) % (1 << 20)
+
+
+class _Run:
+    """The parts of one run. `go` is the story; the methods are its sentences."""
+
+    def __init__(self, config: Config, workdir, profile_steps):
+        self.config, self.profile_steps = config, profile_steps
+        self.chief = jax.process_index() == 0
+        self.task = tasks.make(config.task)
+        self.mesh = sharding.make_mesh((config.mesh.data, config.mesh.fsdp, config.mesh.tensor))
+        self.model, base_params, self.tokenizer = load_base_model(config)
+        self.task.check_tokenizer(self.tokenizer)
+        self.learner = Learner(self.model, config, self.mesh)
+        self.workdir = claim(workdir, config, write=self.chief)
+        self.checkpointer = Checkpointer(self.workdir / "checkpoints", max_to_keep=config.trainer.max_checkpoints)
+        self.timers = Timers()
+        self.sampling = Sampling(
+            temperature=config.sampler.temperature,
+            group_size=config.sampler.group_size,
+            max_response_length=self.task.max_response_length,
+            eos_ids=self.task.eos_ids,
+        )
+        self.key = jax.random.key(config.seed)
+        self.state = self.learner.init_state(base_params)
+        self.reference = self.learner.sampler_params(self.state) if config.objective.kl_coef else None
+        self.iteration = 0
+        # What has happened so far, as plain numbers: goes into every checkpoint.
+        self.progress = {
+            "rollouts": 0, "rollout_tokens": 0, "trained_tokens": 0, "nonfinite_in_a_row": 0, "seconds": 0.0,
+            "best_validation": 0.0, "last_validation": 0.0, "noise_floor": None, "base": None, "positions": {},
+        }  # fmt: skip
+
+    # The story -----------------------------------------------------------------------------------------
+
+    def go(self, stop_after_iteration):
+        total = self.config.trainer.num_iterations
+        if self._is_finished():
+            return self._show_finished()
+        self._resume()
+        self._open_writers()
+        with self._writers(), _graceful_stop() as stop:
+            floor = self._check_noise_floor()
+            if self.progress["noise_floor"] is None:
+                self.progress["noise_floor"] = floor
+            if self.progress["base"] is None:
+                self.progress["base"] = self._test_scores()
+                self._validate()
+            last = total if stop_after_iteration is None else min(total, stop_after_iteration)
+            progress_bar = metrics.Progress(total, self.iteration, enabled=self.chief)
+            first_iteration, loop_start = self.iteration, time.perf_counter()
+            while self.iteration < last and not _any_process(stop.requested):
+                with self._profile():
+                    row = self._iterate()
+                if self.iteration % self.config.trainer.eval_every == 0 or self.iteration == total:
+                    self._validate()
+                if self.iteration % self.config.trainer.checkpoint_every == 0 or self.iteration == total:
+                    self._save()
+                pace = (time.perf_counter() - loop_start) / (self.iteration - first_iteration)
+                progress_bar.update(self.iteration, self._progress_text(row), pace * (total - self.iteration))
+            progress_bar.close()
+            self._save()
+            if self.iteration < total:
+                self._say(f"stopped after iteration {self.iteration} of {total}; the same command goes on from there")
+                return None
+            return self._finish()
+
+    def _iterate(self) -> dict:
+        config, timers = self.config, self.timers
+        before = dict(timers.seconds)
+        index = train_problem_index(config, self.iteration)  # 1
+        with timers("rollout"):  # 2
+            rollout = self._sample(index, self.learner.sampler_params(self.state))
+        with timers("verify"):  # 3
+            rollout = self._verify(index, rollout)
+        rollout = self._fill_advantages(rollout)  # 4
+        with timers("update"):  # 5
+            stats, variance = self._learn(rollout)
+        self.iteration += 1
+        self.progress["rollouts"] += len(rollout.reward)
+        self.progress["rollout_tokens"] += int(rollout.response_length.sum())
+        self.progress["trained_tokens"] += int(rollout.response_length.sum()) * config.trainer.num_epochs
+        spent = {k: v - before.get(k, 0.0) for k, v in timers.seconds.items()}
+        row = self._metrics_row(rollout, stats, variance, spent)  # 6
+        self.writers["metrics"].write(row)
+        if self.tensorboard:
+            self.tensorboard.write(self.iteration, row)
+        self._write_samples(rollout)
+        return row
+
+    # 0. Before the loop ----------------------------------------------------------------------------------
+
+    def _is_finished(self) -> bool:
+        return (self.workdir / "report" / "summary.json").exists()
+
+    def _show_finished(self) -> dict:
+        summary = report.read_summary(self.workdir)
+        self._say(f"{self.workdir} holds a finished run; its result:\n")
+        self._say(report.table(summary))
+        return summary
+
+    def _resume(self) -> None:
+        iteration = self.checkpointer.latest()
+        if iteration is None:
+            return
+        self.state, self.progress = self.checkpointer.restore(
+            iteration, self.learner.abstract_state, self.learner.state_shardings
+        )
+        self.iteration = iteration
+        self._say(f"continuing {self.workdir} from iteration {iteration}")
+
+    def _open_writers(self) -> None:
+        positions = self.progress["positions"]
+        resumed = bool(positions)
+        names = ("metrics", "samples")
+        if self.chief:
+            self.writers = {n: metrics.JsonlWriter(self.workdir / f"{n}.jsonl", positions.get(n, 0)) for n in names}
+            self.events = metrics.JsonlWriter(self.workdir / "events.jsonl")
+        else:
+            self.writers = {n: metrics.NullWriter() for n in names}
+            self.events = metrics.NullWriter()
+        self.tensorboard = None
+        if self.chief and self.config.trainer.tensorboard:
+            self.tensorboard = metrics.TensorBoard(self.workdir / "tensorboard")
+        self.events.write(
+            {"event": "resume" if resumed else "start", "iteration": self.iteration, "version": r2vpo_jax.__version__}
+        )
+        if not resumed:
+            self._say(f"mesh {dict(self.mesh.shape)}, {jax.device_count()} x {jax.devices()[0].device_kind}")
+            self._say(sharding.placement_table(self.learner.logical_axes, self.learner.abstract_params, self.mesh))
+
+    @contextlib.contextmanager
+    def _writers(self):
+        try:
+            yield
+        finally:
+            for writer in (*self.writers.values(), self.events, self.tensorboard, self.checkpointer):
+                if writer is not None:
+                    writer.close()
+
+    def _check_noise_floor(self) -> float:
+        """V of the ratio between scoring and sampling with the same weights; refuses a noisy set-up."""
+        rollout = self._sample(train_problem_index(self.config, 0), self.learner.sampler_params(self.state))
+        logp = sharding.to_host(self.learner.score(self.state.params, sharding.put_batch(rollout, self.mesh)))
+        mask = np.arange(logp.shape[1]) < rollout.response_length[:, None]
+        log_ratio = np.where(mask, logp - rollout.behavior_logp, 0.0)
+        floor = float((np.expm1(log_ratio) ** 2).sum() / mask.sum())
+        largest = float(np.abs(log_ratio).max())
+        low_precision = self.config.model.compute_dtype == "bfloat16"
+        limit = self.config.trainer.max_noise_floor
+        if limit is None:
+            limit = self.config.objective.variance_budget / 4 if low_precision else 1e-6
+        self._say(f"noise floor: E[(r-1)^2] = {floor:.2e}, max |log r| = {largest:.2e} (limit {limit:.0e})")
+        if not floor <= limit:
+            raise UsageError(
+                f"with unchanged weights the ratio's second moment is {floor:.2e}, above {limit:.0e}: the constraint "
+                "would act on numerical noise. Use model.compute_dtype=float32, or a larger "
+                "objective.variance_budget, or raise trainer.max_noise_floor knowingly"
+            )
+        return floor
+
+    # 2. to 5. --------------------------------------------------------------------------------------------
+
+    def _sample(self, index, params) -> Rollout:
+        problems = self.task.problems("train", index)
+        rollout = sampler.generate(
+            self.model,
+            params,
+            problems.tokens,
+            problems.length,
+            jax.random.fold_in(self.key, self.iteration),
+            self.sampling,
+            mesh=self.mesh,
+            problem_ids=problems.index,
+            version=np.int32(sharding.to_host(self.state.version)),
+        )
+        return rollout.replace(rollout_id=rollout.rollout_id + np.int32(self.iteration * len(rollout.rollout_id)))
+
+    def _verify(self, index, rollout: Rollout) -> Rollout:
+        index = np.repeat(index, self.sampling.group_size)
+        reward, outcome = self.task.verify("train", index, rollout.response_tokens, rollout.response_length)
+        return rollout.replace(reward=reward, outcome=outcome)
+
+    def _fill_advantages(self, rollout: Rollout) -> Rollout:
+        objective, group = self.config.objective, self.sampling.group_size
+        if objective.advantage == "leave_one_out":
+            advantage = advantages.leave_one_out(rollout.reward, group)
+        else:
+            advantage = advantages.group_relative(rollout.reward, group, scale=objective.advantage_scale)
+        return rollout.replace(advantage=np.asarray(advantage))
+
+    def _learn(self, rollout: Rollout):
+        batch = sharding.put_batch(rollout, self.mesh)
+        if self.reference is not None:
+            batch = batch.replace(reference_logp=self.learner.score(self.reference, batch))
+        key = jax.random.fold_in(jax.random.fold_in(self.key, self.iteration), 1)
+        self.state, stats, variance = self.learner.train_on_rollout(self.state, batch, key)
+        stats, variance = sharding.to_host((stats, variance))
+        self._check_finite(batch, key, variance["nonfinite"])
+        return stats, variance
+
+    def _check_finite(self, batch: Rollout, key, nonfinite) -> None:
+        for number, skipped in enumerate(np.asarray(nonfinite)):
+            in_a_row = self.progress["nonfinite_in_a_row"] + 1 if skipped else 0
+            self.progress["nonfinite_in_a_row"] = in_a_row
+            if not skipped:
+                continue
+            minibatch = sharding.to_host(self.learner.minibatch(batch, key, number))
+            file = self.workdir / f"nonfinite_{self.iteration}_{number}.npz"
+            if self.chief:
+                arrays = {k: v for k, v in vars(minibatch).items() if v is not None}
+                np.savez(file, **arrays)
+            self.events.write({"event": "nonfinite", "iteration": self.iteration, "update": number, "file": file.name})
+            if in_a_row > self.config.trainer.max_nonfinite_updates:
+                raise NonFiniteUpdateError(
+                    f"update {number} of iteration {self.iteration} had a non-finite loss or gradient and was not "
+                    f"applied; its minibatch is saved in {file}. The last checkpoint is intact"
+                )
+
+    # 6. Metrics ------------------------------------------------------------------------------------------
+
+    def _metrics_row(self, rollout: Rollout, stats, variance, spent) -> dict:
+        grouped = rollout.reward.reshape(-1, self.sampling.group_size)
+        length = rollout.response_length
+        tokens = float(length.sum())
+        version = int(sharding.to_host(self.state.version))
+        last = float(variance["last"])
+        row = {
+            "kind": "train",
+            "iteration": self.iteration,
+            "version": version,
+            "rollouts": self.progress["rollouts"],
+            "rollout_tokens": self.progress["rollout_tokens"],
+            "reward/mean": rollout.reward.mean(),
+            "reward/zero_variance_groups": (grouped == grouped[:, :1]).all(axis=1).mean(),
+            "reward/all_right_groups": (grouped == 1).all(axis=1).mean(),
+            "outcome/errors": int((rollout.outcome == Outcome.ERROR).sum()),
+            "response/length": length.mean(),
+            "response/length_max": int(length.max()),
+            "response/truncated": rollout.truncated.mean(),
+            "policy/entropy": stats.mean("entropy"),
+            "ratio/second_moment": last,
+            "ratio/second_moment_first": float(variance["first"]),
+            **ratio_stats.summarize(stats),
+            "ratio/clamped": stats.mean("clamped"),
+            "dual/variance_coef": float(sharding.to_host(self.state.dual.variance_coef)),
+            "dual/constraint_violation": last - self.config.objective.variance_budget,
+            "loss/total": stats.mean("loss"),
+            "loss/surrogate": stats.mean("surrogate"),
+            "loss/penalty": stats.mean("penalty") if "penalty" in stats.sums else 0.0,
+            "loss/reference_kl": stats.mean("reference_kl") if "reference_kl" in stats.sums else 0.0,
+            "optimizer/grad_norm": stats.mean("grad_norm"),
+            "optimizer/update_norm": stats.mean("update_norm"),
+            "optimizer/learning_rate": float(self.learner.schedule(max(version - 1, 0))),
+            "optimizer/nonfinite_updates": int(np.sum(variance["nonfinite"])),
+            "throughput/rollout_tokens_per_second": tokens / max(spent["rollout"], 1e-9),
+            "throughput/update_tokens_per_second": tokens * self.config.trainer.num_epochs / max(spent["update"], 1e-9),
+            **{f"time/{phase}": spent.get(phase, 0.0) for phase in ("rollout", "verify", "update", "compile")},
+        }
+        return {k: v.item() if hasattr(v, "item") else v for k, v in row.items()}
+
+    def _write_samples(self, rollout: Rollout) -> None:
+        for i in range(min(self.config.trainer.samples_per_iteration, len(rollout.reward))):
+            prompt = rollout.tokens[i, rollout.prompt_size - rollout.prompt_length[i] : rollout.prompt_size]
+            self.writers["samples"].write(
+                {
+                    "iteration": self.iteration,
+                    "version": int(rollout.version[i]),
+                    "problem": int(rollout.group_id[i]),
+                    "prompt": self.task.decode(prompt),
+                    "response": self.task.decode(rollout.response_tokens[i, : rollout.response_length[i]]),
+                    "reward": float(rollout.reward[i]),
+                    "outcome": Outcome(int(rollout.outcome[i])).name.lower(),
+                    "advantage": float(rollout.advantage[i]),
+                }
+            )
+
+    def _progress_text(self, row: dict) -> str:
+        tokens_per_second = row["rollout_tokens"] / max(sum(self.timers.seconds.values()), 1e-9)
+        return (
+            f"rollouts {row['rollouts']}  reward {row['reward/mean']:.3f}  val {self.progress['last_validation']:.3f}  "
+            f"V {row['ratio/second_moment']:.4f}/{self.config.objective.variance_budget:g}  "
+            f"lambda {row['dual/variance_coef']:.2f}  entropy {row['policy/entropy']:.3f}  {tokens_per_second:.0f} tok/s"
+        )
+
+    # 7. and 8. -------------------------------------------------------------------------------------------
+
+    def _evaluate(self, split: str, num_problems: int, num_samples: int) -> Evaluation:
+        with self.timers("evaluation"):
+            return evaluate(
+                self.model,
+                self.learner.sampler_params(self.state),
+                self.task,
+                split=split,
+                num_problems=num_problems,
+                num_samples=num_samples,
+                mesh=self.mesh,
+                batch_size=self.config.trainer.eval_batch_size,
+            )
+
+    def _write_evaluation(self, result: Evaluation, scores: dict) -> None:
+        self.writers["metrics"].write(
+            {
+                "kind": "evaluation",
+                "iteration": self.iteration,
+                "rollouts": self.progress["rollouts"],
+                "split": result.split,
+                **{k: v for k, v in scores.items() if not isinstance(v, (list, dict))},
+                "response_length": float(result.response_length.mean()),
+                "truncated": float(result.truncated.mean()),
+                "verifier_errors": result.errors,
+            }
+        )
+
+    def _validate(self) -> None:
+        trainer = self.config.trainer
+        result = self._evaluate("validation", trainer.eval_problems, trainer.eval_samples)
+        score = result.average_at(trainer.eval_samples)
+        self.progress["last_validation"] = score
+        self.progress["best_validation"] = max(self.progress["best_validation"], score)
+        self._write_evaluation(result, {"pass_at_1": score})
+
+    def _test_scores(self) -> dict:
+        trainer = self.config.trainer
+        result = self._evaluate("test", trainer.test_problems, trainer.test_samples)
+        low, high = result.interval_at(_AVERAGE_AT)
+        scores = {
+            "pass_at_1": result.average_at(_AVERAGE_AT),
+            "pass_at_1_low": low,
+            "pass_at_1_high": high,
+            "k": trainer.test_samples,
+            "pass_at_k": result.pass_at(trainer.test_samples),
+            "by_level": {
+                str(level): float(result.right[result.level == level, :_AVERAGE_AT].mean())
+                for level in sorted(set(result.level.tolist()))
+            },
+            "samples": [list(pair) for pair in zip(result.prompts, result.texts, strict=True)],
+        }
+        self._write_evaluation(result, scores)
+        return scores
+
+    def _save(self) -> None:
+        self.progress["positions"] = {name: writer.position() for name, writer in self.writers.items()}
+        self.checkpointer.save(self.iteration, self.state, {**self.progress, "seconds": self._seconds()})
+
+    def _seconds(self) -> float:
+        return self.progress["seconds"] + time.perf_counter() - r2vpo_jax.PROCESS_START
+
+    # After the loop --------------------------------------------------------------------------------------
+
+    def _finish(self) -> dict:
+        final = self._test_scores()
+        seconds = self._seconds()
+        params = sharding.to_host(self.state.params)
+        if not self.chief:
+            return {}
+        models.save_pretrained(self.workdir / "hf", self.model, params, self.tokenizer)
+        rows = metrics.read_jsonl(self.workdir / "metrics.jsonl")
+        summary = report.summarize(
+            self.config,
+            rows,
+            base=self.progress["base"],
+            final=final,
+            progress=self.progress,
+            train_seconds=seconds,
+            phases=self.timers.seconds,
+            peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        )
+        report.write(self.workdir, summary, rows)
+        self._say("\n" + report.table(summary))
+        self._say(f"\nreport: {self.workdir / 'report' / 'report.html'}   model: {self.workdir / 'hf'}")
+        return summary
+
+    # Small things ----------------------------------------------------------------------------------------
+
+    def _say(self, text: str) -> None:
+        if self.chief:
+            print(text, flush=True)
+
+    @contextlib.contextmanager
+    def _profile(self):
+        """Record this iteration if it is among `profile_steps` (counted from 1)."""
+        first, last = self.profile_steps or (0, -1)
+        number = self.iteration + 1
+        if number == first:
+            jax.profiler.start_trace(str(self.workdir / "profile"))
+        with jax.profiler.StepTraceAnnotation("iteration", step_num=number):
+            yield
+        if number == last:
+            jax.block_until_ready(self.state)
+            jax.profiler.stop_trace()
+
+
+class _StopRequest:
+    requested = False
+
+
+@contextlib.contextmanager
+def _graceful_stop():
+    """Ctrl-C and SIGTERM end the run after the iteration at hand, with a checkpoint; a second one at once."""
+    stop = _StopRequest()
+
+    def handle(signum, _):
+        if stop.requested:
+            raise KeyboardInterrupt
+        stop.requested = True
+        print(f"\n{signal.Signals(signum).name}: stopping after this iteration (again: at once)", file=sys.stderr)
+
+    try:
+        previous = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: the caller handles signals
+        yield stop
+        return
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _any_process(flag: bool) -> bool:
+    """True on every process as soon as it is true on one, so that all leave the loop together."""
+    if jax.process_count() == 1:
+        return flag
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
