@@ -35,7 +35,8 @@ setup(
     extras_require={
         "cuda": ["jax[cuda12]>=0.10,<0.13"],
         "tpu": ["jax[tpu]>=0.10,<0.13"],
-        "reasoning": [],
+        "reasoning": ["math-verify>=0.9,<0.10", "reasoning-gym>=0.1.25,<0.2"],
+        "tpu_compile": ["libtpu>=0.0.42,<0.0.43"],
         "dev": ["hypothesis>=6.100,<7", "pytest>=8,<10", "ruff==0.17.6", "scipy>=1.13,<2"],
     },
     classifiers=[

@@ -18,8 +18,7 @@ _PROFILE = flags.DEFINE_string("profile_steps", None, "first:last iterations to 
 
 def main():
     config = cli.resolve(_CONFIG)
-    if not _WORKDIR.value:
-        raise cli.UsageError("--workdir is required, for example --workdir=runs/first")
+    cli.require(_WORKDIR, "runs/first")
     profile = cli.parse_range("profile_steps", _PROFILE.value)
     cli.start_devices()
     from r2vpo_jax import trainer

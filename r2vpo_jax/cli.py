@@ -4,6 +4,7 @@ An unknown flag or field, a bad value or a missing file ends with one line on st
 any work is done; everything unexpected keeps its traceback and exit code 1.
 """
 
+import contextlib
 import os
 import pathlib
 import sys
@@ -34,22 +35,50 @@ def define_config() -> flags.FlagHolder:
     )
 
 
+@contextlib.contextmanager
+def usage_errors():
+    """Inside, a bad value or a missing file is the user's to put right: one line, exit code 2."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        raise UsageError(str(error)) from error
+
+
+def require(flag, example: str) -> None:
+    """Raises UsageError when a flag that has no default was not given."""
+    if not flag.value:
+        raise UsageError(f"--{flag.name} is required, for example --{flag.name}={example}")
+
+
 def resolve(flag) -> config_lib.Config:
     """The validated configuration behind a parsed --config flag; prints it and exits with --print_config.
 
     Raises:
       UsageError: no --config, an unknown field or a value out of range.
     """
-    if flag.value is None:
-        raise UsageError("--config is required, for example --config=experiments/configs/arithmetic.py")
-    try:
+    require(flag, "experiments/configs/arithmetic.py")
+    with usage_errors():
         config = config_lib.from_flags(flag.value)
-    except (ValueError, TypeError) as error:
-        raise UsageError(str(error)) from error
     if _PRINT_CONFIG.value:
         print(config_lib.describe(config))
         sys.exit(0)
     return config
+
+
+def resolve_sweep(flag) -> tuple[dict, config_lib.SweepConfig]:
+    """The same for a sweep: (plain values shared by all runs, the grid)."""
+    require(flag, "experiments/configs/sweep_variance.py:smoke")
+    with usage_errors():
+        if set(flag.value) != {"base", "sweep"}:
+            raise UsageError(
+                "a sweep's config has the fields base and sweep, see experiments/configs/sweep_variance.py"
+            )
+        base, sweep = flag.value.base.to_dict(), config_lib.SweepConfig(**flag.value.sweep.to_dict())
+        resolved = config_lib.from_dict(base)
+    if _PRINT_CONFIG.value:
+        print(config_lib.describe(sweep) + "\n" + config_lib.describe(resolved))
+        sys.exit(0)
+    return base, sweep
 
 
 def start_devices() -> None:

@@ -248,6 +248,23 @@ class Config:
         _require(self.seed >= 0, f"seed must be >= 0, got {self.seed}")
 
 
+@dataclasses.dataclass(frozen=True)
+class SweepConfig:
+    """A grid of coefficients per method; every seed runs the whole grid."""
+
+    variance_coefs: tuple[float, ...] = _field((0.1, 0.5, 2.5, 12.5), "fixed lambda of r2vpo_fixed")
+    variance_budgets: tuple[float, ...] = _field((0.001, 0.003, 0.01, 0.04), "delta of r2vpo")
+    clips: tuple[float, ...] = _field((0.05, 0.1, 0.2, 0.4), "epsilon of ppo_clip, both sides")
+    seeds: tuple[int, ...] = _field((0, 1, 2), "paired over all cells")
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            values = tuple(getattr(self, field.name))
+            object.__setattr__(self, field.name, values)
+            _require(len(set(values)) == len(values), f"sweep.{field.name} has a value twice: {values}")
+        _require(self.seeds, "sweep.seeds must name at least one seed")
+
+
 def to_config_dict(config: Config):
     """A ConfigDict for ml_collections flags: None becomes a typed placeholder."""
     from ml_collections import config_dict

@@ -24,8 +24,9 @@ def estimate(
       AssertionError: the shapes differ (chex).
       ValueError: unknown estimator.
     """
+    logp, reference_logp = jnp.asarray(logp, jnp.float32), jnp.asarray(reference_logp, jnp.float32)
     chex.assert_equal_shape([logp, reference_logp])
-    x = jnp.clip(jnp.asarray(logp, jnp.float32) - jnp.asarray(reference_logp, jnp.float32), -_CLAMP, _CLAMP)
+    x = jnp.clip(logp - reference_logp, -_CLAMP, _CLAMP)
     if estimator == "k1":
         return x
     if estimator == "k2":

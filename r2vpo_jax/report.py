@@ -7,6 +7,7 @@ import pathlib
 
 import numpy as np
 
+from r2vpo_jax import metrics
 from r2vpo_jax.config import Config
 
 _CLIP_EPSILON = 0.2  # of ratio_stats.compute: the clip whose victims are counted
@@ -31,6 +32,7 @@ def summarize(config: Config, rows, *, base, final, progress, train_seconds, pha
     return {
         "objective": config.objective.name,
         "seed": config.seed,
+        "test_k": k,
         "base_pass_at_1": base["pass_at_1"],
         "base_pass_at_1_interval": [base["pass_at_1_low"], base["pass_at_1_high"]],
         "final_pass_at_1": final["pass_at_1"],
@@ -71,7 +73,7 @@ def summarize(config: Config, rows, *, base, final, progress, train_seconds, pha
 
 def table(summary: dict) -> str:
     """The closing table."""
-    k = next(int(name.removeprefix("final_pass_at_")) for name in summary if name.startswith("final_pass_at_") and name[14:].isdigit() and name[14:] != "1")  # fmt: skip
+    k = summary["test_k"]
     phases = summary["phase_seconds"]
 
     def score(which):
@@ -121,6 +123,20 @@ def table(summary: dict) -> str:
 def read_summary(workdir) -> dict:
     """summary.json of a finished run."""
     return json.loads((pathlib.Path(workdir) / "report" / "summary.json").read_text())
+
+
+def rewrite(workdir) -> str:
+    """Write the report of a finished run again from its files; returns the closing table.
+
+    Raises:
+      ValueError: the run has not finished.
+    """
+    workdir = pathlib.Path(workdir)
+    if not (workdir / "report" / "summary.json").exists():
+        raise ValueError(f"{workdir} does not hold a finished run (no report/summary.json)")
+    summary = read_summary(workdir)
+    write(workdir, summary, metrics.read_jsonl(workdir / "metrics.jsonl"))
+    return table(summary)
 
 
 def write(workdir, summary: dict, rows) -> None:

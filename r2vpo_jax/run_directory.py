@@ -30,9 +30,14 @@ def claim(workdir, config: Config, *, write=True) -> pathlib.Path:
     Raises:
       UsageError: the directory belongs to a run with another configuration, or cannot be written.
     """
+    return claim_file(workdir, "config.json", dataclasses.asdict(config), write=write)
+
+
+def claim_file(workdir, name: str, identity: dict, *, write=True) -> pathlib.Path:
+    """`claim` for any JSON identity kept in `workdir/name`."""
     path = pathlib.Path(workdir)
-    mine = json.loads(json.dumps(dataclasses.asdict(config)))
-    file = path / "config.json"
+    mine = json.loads(json.dumps(identity))
+    file = path / name
     if file.exists():
         try:
             theirs = _flat(json.loads(file.read_text()))
@@ -40,9 +45,9 @@ def claim(workdir, config: Config, *, write=True) -> pathlib.Path:
             raise UsageError(f"{file} is not valid JSON ({error}); choose another --workdir") from error
         flat = _flat(mine)
         differences = [
-            f"{name}: {theirs.get(name, 'absent')} there, {flat.get(name, 'absent')} here"
-            for name in sorted(theirs.keys() | flat.keys())
-            if theirs.get(name, None) != flat.get(name, None)
+            f"{field}: {theirs.get(field, 'absent')} there, {flat.get(field, 'absent')} here"
+            for field in sorted(theirs.keys() | flat.keys())
+            if theirs.get(field) != flat.get(field)
         ]
         if differences:
             raise UsageError(
@@ -54,7 +59,7 @@ def claim(workdir, config: Config, *, write=True) -> pathlib.Path:
         return path
     try:
         path.mkdir(parents=True, exist_ok=True)
-        temporary = path / "config.json.tmp"
+        temporary = path / f"{name}.tmp"
         temporary.write_text(json.dumps(mine, indent=2) + "\n")
         os.replace(temporary, file)
     except OSError as error:

@@ -36,7 +36,7 @@ def _evaluator(name, jit, static):
 def evaluate(name, logp, behavior_logp, advantages, mask, *, jit=True, **hyper):
     """(loss, stats, gradient in logp). Compiled once for each objective, shape and set of static arguments."""
     hyper = REQUIRED.get(name, {}) | hyper
-    traced = {k: jnp.asarray(v, jnp.float32) for k, v in hyper.items() if k in TRACED}
+    traced = {k: np.asarray(v, np.float32) for k, v in hyper.items() if k in TRACED}
     static = tuple(sorted((k, v) for k, v in hyper.items() if k not in TRACED))
     (loss, stats), grad = _evaluator(name, jit, static)(logp, behavior_logp, advantages, mask, traced)
     return loss, stats, grad
@@ -44,15 +44,9 @@ def evaluate(name, logp, behavior_logp, advantages, mask, *, jit=True, **hyper):
 
 def one_token(name, advantage, ratio, jit, **hyper):
     """(loss, gradient coefficient) of a single token."""
-    logp = jnp.asarray([[math.log(ratio) - 1.5]])
+    arrays = [[[math.log(ratio) - 1.5]], [[-1.5]], [advantage]]
     loss, _, grad = evaluate(
-        name,
-        logp,
-        jnp.full((1, 1), -1.5),
-        jnp.asarray([advantage], jnp.float32),
-        jnp.ones((1, 1), bool),
-        jit=jit,
-        **hyper,
+        name, *(np.asarray(x, np.float32) for x in arrays), np.ones((1, 1), bool), jit=jit, **hyper
     )
     return float(loss), -float(grad[0, 0])
 
@@ -66,13 +60,13 @@ def batch(seed=0, rows=ROWS, columns=COLUMNS):
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, columns + 1, rows)
     behavior_logp = -rng.exponential(1.0, (rows, columns))
-    return {
-        "logp": jnp.asarray(behavior_logp + rng.normal(0, 0.3, (rows, columns)), jnp.float32),
-        "behavior_logp": jnp.asarray(behavior_logp, jnp.float32),
-        "advantages": jnp.asarray(rng.normal(0, 1, (rows, columns)), jnp.float32),
-        "mask": jnp.asarray(np.arange(columns) < lengths[:, None]),
-        "weights": jnp.asarray(rng.uniform(0.5, 2.0, (rows, columns)), jnp.float32),
+    arrays = {
+        "logp": behavior_logp + rng.normal(0, 0.3, (rows, columns)),
+        "behavior_logp": behavior_logp,
+        "advantages": rng.normal(0, 1, (rows, columns)),
+        "weights": rng.uniform(0.5, 2.0, (rows, columns)),
     }
+    return {k: v.astype(np.float32) for k, v in arrays.items()} | {"mask": np.arange(columns) < lengths[:, None]}
 
 
 def by_hand(ratio, advantages, weights=1.0):
@@ -89,8 +83,18 @@ def by_hand(ratio, advantages, weights=1.0):
 
 def reduce_with(reduction, mask):
     """The arguments for a reduction by its usual normalizer."""
-    normalizer = mask.size if reduction == "constant_length" else losses.count(mask, reduction)
+    normalizer = {
+        "token_mean": np.sum(mask),
+        "sequence_mean": np.sum(np.any(mask, axis=1)),
+        "constant_length": np.size(mask),
+    }[reduction]
     return {"reduction": reduction, "normalizer": normalizer}
+
+
+def trace(name, arrays, **hyper):
+    """Go through an objective without compiling anything."""
+    hyper = REQUIRED.get(name, {}) | hyper
+    return jax.eval_shape(lambda arrays: losses.get(name)(**arrays, **hyper), arrays)
 
 
 def same_up_to_rounding(actual, expected):
@@ -248,15 +252,15 @@ def test_clip_fractions():
 
 def test_ratio_variance_is_accurate_near_one():
     # At log r = 1e-5, exp(log r) - 1 in float32 is off by up to 1 %; expm1 is not.
-    arrays = {"logp": jnp.full((1, 1), 1e-5), "behavior_logp": jnp.zeros((1, 1)), "mask": jnp.ones((1, 1), bool)}
-    _, stats, _ = evaluate("r2vpo", **arrays, advantages=jnp.ones(1))
+    arrays = by_hand([[1.0]], advantages=[1.0])
+    arrays["logp"][0, 0] = 1e-5
+    _, stats, _ = evaluate("r2vpo", **arrays, **reduce_with("token_mean", arrays["mask"]))
     np.testing.assert_allclose(stats["ratio_variance"][0], math.expm1(1e-5) ** 2, rtol=1e-5)
 
 
 # Reductions, weights and normalizers ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])
 @pytest.mark.parametrize(
     ("reduction", "normalizer", "loss", "coefficients"),
     [
@@ -267,8 +271,8 @@ def test_ratio_variance_is_accurate_near_one():
         ("constant_length", 2 * 4, 1 / 8, (1 / 8, 1 / 8)),
     ],
 )
-def test_reductions(reduction, normalizer, loss, coefficients, jit):
-    hyper = {"reduction": reduction, "normalizer": normalizer, "jit": jit}
+def test_reductions(reduction, normalizer, loss, coefficients):
+    hyper = {"reduction": reduction, "normalizer": normalizer}
     arrays = by_hand([[1.0], [1.0, 1.0, 1.0]], advantages=[-1.0, 0.0])
     actual, _, _ = evaluate("policy_gradient", **arrays, **hyper)
     np.testing.assert_allclose(actual, loss, rtol=1e-6)
@@ -279,7 +283,7 @@ def test_reductions(reduction, normalizer, loss, coefficients, jit):
 
 @pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
 def test_default_normalizer_and_weights(reduction):
-    arrays = batch() | {"weights": jnp.ones((ROWS, COLUMNS))}
+    arrays = batch() | {"weights": np.ones((ROWS, COLUMNS), np.float32)}
     expected = evaluate("r2vpo", **arrays, **reduce_with(reduction, arrays["mask"]))
     del arrays["weights"]
     jax.tree.map(same_up_to_rounding, evaluate("r2vpo", **arrays, reduction=reduction), expected)
@@ -301,24 +305,25 @@ def test_weights_scale_loss_and_gradient_but_not_the_normalizer(name, reduction)
     arrays = batch()
     weights = arrays.pop("weights")
     hyper = reduce_with(reduction, arrays["mask"])
-    plain, _, plain_grad = evaluate(name, **arrays, weights=jnp.ones_like(weights), **hyper)
-    doubled, _, doubled_grad = evaluate(name, **arrays, weights=jnp.full_like(weights, 2.0), **hyper)
+    plain, _, plain_grad = evaluate(name, **arrays, weights=np.ones_like(weights), **hyper)
+    doubled, _, doubled_grad = evaluate(name, **arrays, weights=np.full_like(weights, 2.0), **hyper)
     _, _, weighted_grad = evaluate(name, **arrays, weights=weights, **hyper)
     np.testing.assert_allclose(doubled, 2 * plain, rtol=1e-6)
     np.testing.assert_allclose(doubled_grad, 2 * plain_grad, rtol=1e-6)
     np.testing.assert_allclose(weighted_grad, weights * plain_grad, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(
+    ("name", "reduction"), [(n, "token_mean") for n in NAMES] + [("r2vpo", r) for r in REDUCTIONS[1:]]
+)
 def test_micro_batches_add_up(name, reduction):
     parts = [batch(seed=1), batch(seed=2)]
-    whole = {k: jnp.concatenate([p[k] for p in parts]) for k in parts[0]}
+    whole = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
     hyper = reduce_with(reduction, whole["mask"])
     results = [evaluate(name, **part, **hyper) for part in parts]
     loss, stats, grad = evaluate(name, **whole, **hyper)
     same_up_to_rounding(results[0][0] + results[1][0], loss)
-    same_up_to_rounding(jnp.concatenate([r[2] for r in results]), grad)
+    same_up_to_rounding(np.concatenate([r[2] for r in results]), grad)
     assert stats["ratio_variance"][0] > 0
     for key, expected in stats.items():
         same_up_to_rounding(np.add(results[0][1][key], results[1][1][key]), expected)
@@ -338,16 +343,16 @@ def test_order_of_rows_does_not_matter(name, reduction):
 def test_padding_columns_do_not_matter(reduction):
     arrays = batch(columns=COLUMNS - 2)
     padding = ((0, 0), (0, 2))
-    padded = {k: jnp.pad(v, padding, constant_values=False if k == "mask" else 7) for k, v in arrays.items()}
+    padded = {k: np.pad(v, padding, constant_values=False if k == "mask" else 7) for k, v in arrays.items()}
     hyper = reduce_with(reduction, arrays["mask"])
     loss, stats, grad = evaluate("r2vpo", **arrays, **hyper)
-    jax.tree.map(same_up_to_rounding, evaluate("r2vpo", **padded, **hyper), (loss, stats, jnp.pad(grad, padding)))
+    jax.tree.map(same_up_to_rounding, evaluate("r2vpo", **padded, **hyper), (loss, stats, np.pad(grad, padding)))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_one_advantage_a_sequence_is_broadcast_over_its_tokens(name):
-    arrays = batch() | {"advantages": jnp.asarray([1.0, -1.0, 0.5, 0.0])}
-    per_token = arrays | {"advantages": jnp.broadcast_to(arrays["advantages"][:, None], (ROWS, COLUMNS))}
+    arrays = batch() | {"advantages": np.asarray([1.0, -1.0, 0.5, 0.0], np.float32)}
+    per_token = arrays | {"advantages": np.repeat(arrays["advantages"][:, None], COLUMNS, axis=1)}
     hyper = reduce_with("sequence_mean", arrays["mask"])
     jax.tree.map(np.testing.assert_array_equal, evaluate(name, **arrays, **hyper), evaluate(name, **per_token, **hyper))
 
@@ -360,7 +365,7 @@ def test_one_advantage_a_sequence_is_broadcast_over_its_tokens(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_masked_positions_contribute_nothing(name, argument, bad):
     arrays = batch()
-    poisoned = arrays | {argument: jnp.where(arrays["mask"], arrays[argument], bad)}
+    poisoned = arrays | {argument: np.where(arrays["mask"], arrays[argument], np.float32(bad))}
     assert not np.all(arrays["mask"])
     hyper = reduce_with("token_mean", arrays["mask"])
     expected, actual = evaluate(name, **arrays, **hyper), evaluate(name, **poisoned, **hyper)
@@ -371,11 +376,12 @@ def test_masked_positions_contribute_nothing(name, argument, bad):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_masked_sequence_may_have_any_advantage(name):
-    arrays = batch() | {"advantages": jnp.asarray([1.0, -1.0, 0.5, 2.0])}
-    arrays["mask"] = arrays["mask"].at[2].set(False)
+    arrays = batch() | {"advantages": np.asarray([1.0, -1.0, 0.5, 2.0], np.float32)}
+    arrays["mask"][2] = False
     hyper = reduce_with("sequence_mean", arrays["mask"])
     expected = evaluate(name, **arrays, **hyper)
-    actual = evaluate(name, **arrays | {"advantages": arrays["advantages"].at[2].set(jnp.nan)}, **hyper)
+    arrays["advantages"][2] = math.nan
+    actual = evaluate(name, **arrays, **hyper)
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
     assert np.isfinite(actual[0])
 
@@ -383,9 +389,8 @@ def test_a_masked_sequence_may_have_any_advantage(name):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("name", NAMES)
 def test_an_empty_mask_gives_zero(name, reduction):
-    arrays = batch() | {"mask": jnp.zeros((ROWS, COLUMNS), bool)}
-    normalizer = 0 if reduction == "constant_length" else losses.count(arrays["mask"], reduction)
-    loss, stats, grad = evaluate(name, **arrays, reduction=reduction, normalizer=normalizer)
+    arrays = batch() | {"mask": np.zeros((ROWS, COLUMNS), bool)}
+    loss, stats, grad = evaluate(name, **arrays, reduction=reduction, normalizer=0)
     assert loss == 0
     np.testing.assert_array_equal(grad, 0.0)
     jax.tree.map(lambda x: np.testing.assert_array_equal(x, 0.0), stats)
@@ -394,7 +399,7 @@ def test_an_empty_mask_gives_zero(name, reduction):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_nan_that_counts_is_not_hidden(name):
     arrays = batch()
-    arrays["logp"] = arrays["logp"].at[0, 0].set(jnp.nan)
+    arrays["logp"][0, 0] = math.nan
     loss, _, _ = evaluate(name, **arrays, **reduce_with("token_mean", arrays["mask"]))
     assert np.isnan(loss)
 
@@ -402,7 +407,7 @@ def test_a_nan_that_counts_is_not_hidden(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_only_logp_has_a_gradient(name):
     arrays = batch()
-    traced = {"weights": arrays.pop("weights"), "variance_coef": jnp.float32(2.5)}
+    traced = {"weights": arrays.pop("weights"), "variance_coef": np.float32(2.5)}
     if name not in REQUIRED:
         del traced["variance_coef"]
     names = ("behavior_logp", "advantages", *traced)
@@ -427,13 +432,12 @@ def test_stats_have_no_gradient():
 # Numerics -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])
 @pytest.mark.parametrize("name", NAMES)
-def test_log_ratio_clamp(name, jit):
+def test_log_ratio_clamp(name):
     # -A r of a negative advantage, and the penalty, grow with r: outside the clamp they are constant.
     arrays = by_hand([[1.0] * 3] * 2, advantages=[-1.0, -1.0])
     arrays["logp"][:2, :3] = [[19.5, 20.5, 1e4], [-19.5, -20.5, -1e4]]
-    loss, stats, grad = evaluate(name, **arrays, **reduce_with("token_mean", arrays["mask"]), jit=jit)
+    loss, stats, grad = evaluate(name, **arrays, **reduce_with("token_mean", arrays["mask"]))
     assert np.isfinite(loss)
     assert grad[0, 0] > 0
     np.testing.assert_array_equal(grad[:2, 1:], 0.0)
@@ -468,10 +472,9 @@ def test_vmap_over_the_variance_coefficient():
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("name", NAMES)
 def test_no_implicit_rank_promotion(name, reduction):
-    arrays = batch() | {"advantages": jnp.ones(ROWS)}
-    hyper = REQUIRED.get(name, {}) | reduce_with(reduction, arrays["mask"])
+    arrays = batch() | {"advantages": np.ones(ROWS)}
     with jax.numpy_rank_promotion("raise"):
-        jax.eval_shape(lambda arrays: losses.get(name)(**arrays, **hyper), arrays)
+        trace(name, arrays, **reduce_with(reduction, arrays["mask"]))
 
 
 # Away from the kinks of the clip at .8 and 1.2; both signs of A; clipped and unclipped tokens.
@@ -486,8 +489,8 @@ ANALYTIC = {
 @pytest.mark.parametrize("name", NAMES)
 def test_finite_differences_through_the_softmax(name):
     rng = np.random.default_rng(1)
-    logits = jnp.asarray(rng.normal(0, 1, (2, 3, 4)), jnp.float32)
-    tokens = jnp.asarray(rng.integers(0, 4, (2, 3)))
+    logits = rng.normal(0, 1, (2, 3, 4)).astype(np.float32)
+    tokens = rng.integers(0, 4, (2, 3))
     advantages = np.asarray([[-1.0, 1.0, 1.0], [1.0, -0.5, -1.0]])
     mask = np.asarray([[1, 1, 1], [1, 1, 0]])
 
@@ -498,10 +501,10 @@ def test_finite_differences_through_the_softmax(name):
 
     def loss(logits):
         hyper = REQUIRED.get(name, {})
-        return losses.get(name)(take(logits), behavior_logp, jnp.asarray(advantages), jnp.asarray(mask), **hyper)[0]
+        return losses.get(name)(take(logits), behavior_logp, advantages, mask, **hyper)[0]
 
     # d(log pi(a)) / d(logits) = one_hot(a) - pi, and 5 tokens count.
-    softmax_grad = jax.nn.one_hot(tokens, 4) - jax.nn.softmax(logits)
+    softmax_grad = np.eye(4)[tokens] - jax.nn.softmax(logits)
     coefficient = ANALYTIC[name](FINITE_DIFFERENCE_RATIOS, advantages) * mask
     expected = np.asarray(-coefficient[..., None] * softmax_grad / 5)
 
@@ -561,20 +564,20 @@ def test_wrong_shapes_raise(name, argument, shape):
     arrays = {k: np.ones((2, 3)) for k in ("logp", "behavior_logp", "advantages", "mask")}
     arrays[argument] = np.ones(shape)
     with pytest.raises(AssertionError, match="Chex"):
-        losses.get(name)(**arrays, **REQUIRED.get(name, {}))
+        trace(name, arrays)
 
 
 def test_the_variance_coefficient_is_a_scalar():
     arrays = batch()
     with pytest.raises(AssertionError, match="Chex"):
-        losses.r2vpo_loss(**arrays, variance_coef=jnp.ones(5))
+        trace("r2vpo", arrays, variance_coef=np.ones(5))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_constant_length_needs_a_normalizer(name):
     arrays = batch()
     with pytest.raises(ValueError, match="normalizer"):
-        losses.get(name)(**arrays, reduction="constant_length", **REQUIRED.get(name, {}))
+        trace(name, arrays, reduction="constant_length")
     with pytest.raises(ValueError, match="normalizer"):
         losses.count(arrays["mask"], "constant_length")
 
@@ -583,7 +586,7 @@ def test_constant_length_needs_a_normalizer(name):
 def test_unknown_reduction(name):
     arrays = batch()
     with pytest.raises(ValueError, match=r"unknown reduction 'sum'.*token_mean"):
-        losses.get(name)(**arrays, reduction="sum", normalizer=1.0, **REQUIRED.get(name, {}))
+        trace(name, arrays, reduction="sum", normalizer=1.0)
     with pytest.raises(ValueError, match=r"unknown reduction 'sum'.*token_mean"):
         losses.count(arrays["mask"], "sum")
 
@@ -603,7 +606,7 @@ def test_unknown_reduction(name):
 def test_clips_out_of_range(hyper):
     arrays = batch()
     with pytest.raises(ValueError, match="clip"):
-        losses.ppo_clip_loss(**arrays, **hyper)
+        trace("ppo_clip", arrays, **hyper)
 
 
 def test_names():

@@ -250,4 +250,5 @@ def make_tokenizer():
     tokenizer = Tokenizer(models.WordLevel(dict(_ID), unk_token=PAD))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS)
+    # Without unk_token, loading the tokenizer next to a Qwen2 config.json would add one to the vocabulary.
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, unk_token=PAD)

@@ -25,9 +25,14 @@ TOLERANCE = 2e-4  # times the largest logit
 NORMS = (("layers", "input_norm"), ("layers", "post_attention_norm"), ("final_norm",))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def apply(model, params, tokens, mask):
+# Each program runs a few times at most: it needs no optimized code.
+@functools.partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
+def jitted_apply(model, params, tokens, mask):
     return model.apply({"params": params}, tokens, mask=mask)
+
+
+def apply(model, params, tokens, mask):
+    return np.asarray(jitted_apply(model, params, tokens, mask))
 
 
 @functools.cache

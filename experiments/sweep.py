@@ -1,0 +1,29 @@
+"""Sweep the variance coefficient, the variance budget and the clip, at paired seeds.
+
+    python -m experiments.sweep --config=experiments/configs/sweep_variance.py:smoke --workdir=runs/sweep
+
+The same command continues a sweep that was stopped. Fields: --config.sweep.seeds="(0, 1)", --config.base....
+"""
+
+from r2vpo_jax import cli
+
+# isort: split
+from absl import flags
+
+_CONFIG = cli.define_config()
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the sweep: its runs, table.md, sweep.png.")
+
+
+def main():
+    base, sweep = cli.resolve_sweep(_CONFIG)
+    cli.require(_WORKDIR, "runs/sweep")
+    cli.start_devices()
+    from r2vpo_jax import sweeps
+
+    results = sweeps.run_sweep(base, sweep, _WORKDIR.value)
+    if results is not None:
+        print(sweeps.table(results))
+
+
+if __name__ == "__main__":
+    cli.run(main)

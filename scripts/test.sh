@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Install everything into .venv, then lint and test. `--all` adds the slow tests. Other arguments go to pytest.
+set -euo pipefail
+source "$(dirname "$0")/_environment.sh"
+marker=(-m "not slow")
+extras="[dev]"
+if [ "${1:-}" = --all ]; then
+  shift
+  marker=(-m "slow or not slow")
+  extras="[dev,tpu_compile]"
+fi
+install "$extras"
+echo "ruff"
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+echo "pytest"
+exec .venv/bin/python -m pytest "${marker[@]}" "$@"

@@ -1,0 +1,145 @@
+"""What the tests share: a compilation cache, a tiny decoder, a tiny task and a tiny run.
+
+Compiling costs more than computing here, so shapes are few and the same everywhere, and compiled programs are
+kept on disk: the programs that the tests start in processes of their own find them there.
+"""
+
+import dataclasses
+import os
+import pathlib
+
+ROOT = pathlib.Path(__file__).parent.parent
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+import jax
+import numpy as np
+import pytest
+
+from r2vpo_jax import advantages, config, models, pretraining, sampler, sharding, tasks, trainer
+from r2vpo_jax.tasks.arithmetic import SYMBOLS, make_tokenizer
+
+# Two or three operands of one digit: prompts of 4 or 6 tokens, responses of up to 14.
+TASK = {"min_operands": 2, "max_operands": 3, "num_digits": 1}
+PRETRAIN = pretraining.PretrainConfig(
+    num_steps=300,
+    batch_size=64,
+    micro_batch_size=64,
+    learning_rate=2e-2,
+    warmup_steps=10,
+    forget_carry=0.0,
+    slip=0.2,
+    hidden_size=16,
+    intermediate_size=32,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=1,
+)
+
+
+@pytest.fixture(scope="session")
+def task():
+    return tasks.ArithmeticTask(**TASK)
+
+
+@pytest.fixture(scope="session")
+def mesh():
+    """One device, however many there are."""
+    return sharding.make_mesh((1, 1, 1), jax.devices()[:1])
+
+
+@pytest.fixture(scope="session")
+def pretrained(task):
+    """(model, params, losses by step) of a base model that is right now and then: rewards differ in a group."""
+    losses = {}
+    model, params = pretraining.pretrain(PRETRAIN, task, len(SYMBOLS), losses.__setitem__)
+    return model, params, losses
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(pretrained, tmp_path_factory):
+    """A Hugging Face directory with that model and the task's tokenizer. Copy it before changing it."""
+    path = tmp_path_factory.mktemp("tiny") / "checkpoint"
+    models.save_pretrained(path, *pretrained[:2], make_tokenizer())
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_sections(tiny_checkpoint):
+    """The arguments of config.make for a run of seconds: 4 iterations of 4 problems x 4 samples, 4 updates each."""
+    return {
+        "objective": {"variance_budget": 1e-3},
+        "trainer": {
+            "num_iterations": 4,
+            "prompts_per_rollout": 4,
+            "num_minibatches": 2,
+            "num_epochs": 2,
+            "micro_batch_size": 4,
+            "scoring_chunk_size": 5,
+            "eval_every": 2,
+            "eval_problems": 16,
+            "eval_samples": 2,
+            "eval_batch_size": 16,
+            "test_problems": 16,
+            "test_samples": 16,
+            "checkpoint_every": 2,
+        },
+        "sampler": {"group_size": 4},
+        "optimizer": {"learning_rate": 3e-3, "warmup_updates": 2},
+        "task": TASK,
+        "mesh": {"data": 1},
+        "model": {"path": str(tiny_checkpoint)},
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_sections):
+    """Makes the frozen Config of that run; `section={field: value}` changes it."""
+
+    def make(**overrides):
+        sections = {name: dict(fields) for name, fields in tiny_sections.items()}
+        for name, value in overrides.items():
+            sections[name] = sections.get(name, {}) | value if isinstance(value, dict) else value
+        return config.from_flags(config.make(**sections))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_config):
+    """(model, host parameters), read back from the checkpoint as the trainer does."""
+    return trainer.load_base_model(tiny_config())[:2]
+
+
+@pytest.fixture(scope="session")
+def rollout(tiny_model, task, mesh):
+    """16 verified responses with advantages, on the host, of the shape that the tiny run has."""
+    model, params = tiny_model
+    problems = task.problems("train", np.arange(4))
+    sampling = sampler.Sampling(group_size=4, max_response_length=task.max_response_length, eos_ids=task.eos_ids)
+    drawn = sampler.generate(
+        model, params, problems.tokens, problems.length, jax.random.key(3), sampling, mesh=mesh, problem_ids=problems.index
+    )
+    reward, outcome = task.verify("train", np.repeat(np.arange(4), 4), drawn.response_tokens, drawn.response_length)
+    drawn = drawn.replace(reward=reward, outcome=outcome, advantage=np.asarray(advantages.group_relative(reward, 4)))
+    assert len(set(drawn.prompt_length)) > 1, "ragged prompts are wanted"
+    assert len(set(drawn.response_length)) > 1, "ragged responses are wanted"
+    assert np.any(drawn.advantage != 0), "rewards that differ are wanted"
+    return drawn
+
+
+def random_params(model, seed=0):
+    """NumPy parameters none of which is at a value that hides it (biases at 0, norms at 1); compiles nothing."""
+    generator = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        spread = {"embed": 0.6, "lm_head": 0.3, "kernel": 0.3, "bias": 0.3, "scale": 0.2}[path[-1].key]
+        center = 1.0 if path[-1].key == "scale" else 0.0
+        return np.asarray(center + spread * generator.standard_normal(leaf.shape), leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, models.abstract_params(model))
+
+
+def with_config(model, **changes):
+    """The same decoder with other fields of its configuration."""
+    return models.Decoder(dataclasses.replace(model.config, **changes))
