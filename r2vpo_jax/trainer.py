@@ -72,12 +72,13 @@ def load_base_model(config: Config):
     Raises:
       UsageError: the directory, a tensor or the tokenizer is missing or does not fit.
     """
-    from transformers import AutoTokenizer
+    # Not AutoTokenizer: for Qwen2 it may add a token that tokenizer.json does not have, and num_tokens would be off.
+    from transformers import PreTrainedTokenizerFast
 
     path = config.model.path or importlib.resources.files("r2vpo_jax") / "checkpoints" / "arithmetic_base"
     try:
         models.read_config(path)
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
         model, params = models.from_pretrained(
             path,
             param_dtype=config.model.param_dtype,

@@ -160,19 +160,21 @@ def compile_program(lowered) -> Report:
 
 def collectives(program: str) -> dict:
     """Kind -> (how many, bytes of the largest result on a device)."""
-    counts, largest, seen = collections.Counter(), collections.Counter(), set()
+    counts, largest, seen, function = collections.Counter(), collections.Counter(), set(), ""
     for line in program.splitlines():
+        if line.startswith("%"):
+            function = line
         found = re.match(rf"\s+(?:ROOT )?%?\S+ = (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(", line)
         if found is None:
             continue
-        # One that is cut up to run beside computation carries the same name in each part.
-        part = re.search(r'(chain_id|async_collective_name)="[^"]*"', line)
-        if part is None or (found[2], part[0]) not in seen:
-            counts[found[2]] += 1
-            seen.add((found[2], part and part[0]))
+        # On TPUs a reduce-scatter is spelled as a function of its own around an all-reduce.
+        kind = "reduce-scatter" if function.startswith("%all-reduce-scatter") else found[2]
+        # A collective that is cut up to run beside computation carries the same name in each part.
+        part = re.search(r'(?:chain_id|async_collective_name)="[^"]*"', line)
+        counts[kind] += part is None or part[0] not in seen
+        seen.add(part and part[0])
         for dtype, shape in re.findall(r"(\w+)\[([\d,]+)\]", found[1]):
-            size = ITEM_BYTES.get(dtype, 4) * math.prod(map(int, shape.split(",")))
-            largest[found[2]] = max(largest[found[2]], size)
+            largest[kind] = max(largest[kind], ITEM_BYTES.get(dtype, 4) * math.prod(map(int, shape.split(","))))
     return {kind: (counts[kind], largest[kind]) for kind in counts}
 
 
@@ -246,7 +248,7 @@ def main(argv):
     show("optimizer state", lambda name, _: mib(reads[name][1]))
     show("batch, and padding of the arguments", lambda name, r: mib(r.arguments - sum(reads[name])))
     show("temporaries: activations, gradients, …", lambda _, r: mib(r.temporaries))
-    show("  of which KV cache, from its shape", lambda name, _: mib(cache if name == "sampler" else 0))
+    show("  of which KV cache, from its shape: at most", lambda name, _: mib(cache if name == "sampler" else 0))
     show("outputs, program", lambda _, r: mib(r.rest))
     show("learner's weights and optimizer beside it", lambda name, _: mib(beside[name]))
     show("total", lambda name, _: mib(total[name]))

@@ -8,16 +8,21 @@ import dataclasses
 import os
 import pathlib
 
-ROOT = pathlib.Path(__file__).parent.parent
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
-
 import jax
 import numpy as np
 import pytest
 
 from r2vpo_jax import advantages, config, models, pretraining, sampler, sharding, tasks, trainer
 from r2vpo_jax.tasks.arithmetic import SYMBOLS, make_tokenizer
+
+ROOT = pathlib.Path(__file__).parent.parent
+# In the environment too, for the processes that tests start.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update(
+    "jax_persistent_cache_min_compile_time_secs", float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"])
+)
 
 # Two or three operands of one digit: prompts of 4 or 6 tokens, responses of up to 14.
 TASK = {"min_operands": 2, "max_operands": 3, "num_digits": 1}
@@ -118,7 +123,14 @@ def rollout(tiny_model, task, mesh):
     problems = task.problems("train", np.arange(4))
     sampling = sampler.Sampling(group_size=4, max_response_length=task.max_response_length, eos_ids=task.eos_ids)
     drawn = sampler.generate(
-        model, params, problems.tokens, problems.length, jax.random.key(3), sampling, mesh=mesh, problem_ids=problems.index
+        model,
+        params,
+        problems.tokens,
+        problems.length,
+        jax.random.key(3),
+        sampling,
+        mesh=mesh,
+        problem_ids=problems.index,
     )
     reward, outcome = task.verify("train", np.repeat(np.arange(4), 4), drawn.response_tokens, drawn.response_length)
     drawn = drawn.replace(reward=reward, outcome=outcome, advantage=np.asarray(advantages.group_relative(reward, 4)))

@@ -36,6 +36,9 @@ class DecoderConfig:
     remat: bool = False  # recompute each layer in the backward pass
 
     def __post_init__(self):
+        # Names and scalar types become dtypes: the decoder compares them, and equal configs must hash the same.
+        for field in ("param_dtype", "compute_dtype"):
+            object.__setattr__(self, field, jnp.dtype(getattr(self, field)))
         for field in (
             "vocab_size",
             "hidden_size",

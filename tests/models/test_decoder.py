@@ -1,4 +1,4 @@
-"""The decoder: one function of tokens and parameters, however it is padded, cached, scanned or sharded.
+"""The decoder: one function of tokens and parameters, however it is padded, cached or scanned.
 
 What it computes is held against Transformers in test_huggingface.py; here the ways to compute it are held
 against each other.
