@@ -24,8 +24,6 @@ A run is a function of (config, seed, code, devices): no hidden random state, no
 import contextlib
 import importlib.resources
 import resource
-import signal
-import sys
 import time
 
 import jax
@@ -36,6 +34,7 @@ from r2vpo_jax import advantages, metrics, models, ratio_stats, report, sampler,
 from r2vpo_jax.checkpoints import Checkpointer
 from r2vpo_jax.config import Config
 from r2vpo_jax.evaluation import Evaluation, evaluate
+from r2vpo_jax.interrupts import any_process, graceful_stop
 from r2vpo_jax.learner import Learner, NonFiniteUpdateError
 from r2vpo_jax.rollout import Rollout
 from r2vpo_jax.run_directory import UsageError, claim
@@ -137,7 +136,7 @@ class _Run:
             return self._show_finished()
         self._resume()
         self._open_writers()
-        with self._writers(), _graceful_stop() as stop:
+        with self._writers(), graceful_stop() as stop:
             floor = self._check_noise_floor()
             if self.progress["noise_floor"] is None:
                 self.progress["noise_floor"] = floor
@@ -147,7 +146,7 @@ class _Run:
             last = total if stop_after_iteration is None else min(total, stop_after_iteration)
             progress_bar = metrics.Progress(total, self.iteration, enabled=self.chief)
             first_iteration, loop_start = self.iteration, time.perf_counter()
-            while self.iteration < last and not _any_process(stop.requested):
+            while self.iteration < last and not any_process(stop.requested):
                 with self._profile():
                     row = self._iterate()
                 if self.iteration % self.config.trainer.eval_every == 0 or self.iteration == total:
@@ -487,39 +486,3 @@ class _Run:
         if number == last:
             jax.block_until_ready(self.state)
             jax.profiler.stop_trace()
-
-
-class _StopRequest:
-    requested = False
-
-
-@contextlib.contextmanager
-def _graceful_stop():
-    """Ctrl-C and SIGTERM end the run after the iteration at hand, with a checkpoint; a second one at once."""
-    stop = _StopRequest()
-
-    def handle(signum, _):
-        if stop.requested:
-            raise KeyboardInterrupt
-        stop.requested = True
-        print(f"\n{signal.Signals(signum).name}: stopping after this iteration (again: at once)", file=sys.stderr)
-
-    try:
-        previous = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: the caller handles signals
-        yield stop
-        return
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _any_process(flag: bool) -> bool:
-    """True on every process as soon as it is true on one, so that all leave the loop together."""
-    if jax.process_count() == 1:
-        return flag
-    from jax.experimental import multihost_utils
-
-    return bool(multihost_utils.process_allgather(np.asarray(flag)).any())

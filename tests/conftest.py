@@ -5,10 +5,12 @@ kept on disk: the programs that the tests start in processes of their own find t
 """
 
 import dataclasses
+import math
 import os
 import pathlib
 
 import jax
+import jax.extend
 import numpy as np
 import pytest
 
@@ -155,3 +157,14 @@ def random_params(model, seed=0):
 def with_config(model, **changes):
     """The same decoder with other fields of its configuration."""
     return models.Decoder(dataclasses.replace(model.config, **changes))
+
+
+def jaxpr_sizes(jaxpr):
+    """Elements of every array in a jaxpr, those of the programs inside of it too."""
+    kinds = (jax.extend.core.Jaxpr, jax.extend.core.ClosedJaxpr)
+    for equation in jaxpr.eqns:
+        for variable in (*equation.invars, *equation.outvars):
+            yield math.prod(getattr(variable.aval, "shape", ()))
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: isinstance(x, kinds)):
+            if isinstance(value, kinds):
+                yield from jaxpr_sizes(getattr(value, "jaxpr", value))
