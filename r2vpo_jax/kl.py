@@ -8,6 +8,7 @@ With x = log pi(a) - log ref(a) (http://joschu.net/blog/kl-approx.html):
 """
 
 import chex
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -20,13 +21,16 @@ def estimate(
 ) -> Float[Array, "..."]:
     """Per-token estimate, elementwise; differentiable in `logp`.
 
+    A NaN stays a NaN but has no gradient, so `where(mask, estimate(...), 0)` is safe with NaN under the mask.
+
     Raises:
       AssertionError: the shapes differ (chex).
       ValueError: unknown estimator.
     """
     logp, reference_logp = jnp.asarray(logp, jnp.float32), jnp.asarray(reference_logp, jnp.float32)
     chex.assert_equal_shape([logp, reference_logp])
-    x = jnp.clip(logp - reference_logp, -_CLAMP, _CLAMP)
+    x = logp - reference_logp
+    x = jnp.where(jnp.abs(x) <= _CLAMP, x, jax.lax.stop_gradient(jnp.clip(x, -_CLAMP, _CLAMP)))
     if estimator == "k1":
         return x
     if estimator == "k2":

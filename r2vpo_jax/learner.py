@@ -264,7 +264,7 @@ class Learner:
         objective = self.config.objective
         first, last = (s.mean("ratio_variance") for s in (all_stats[0], all_stats[-1]))
         if objective.adaptive:
-            dual_state = dual.update(
+            stepped = dual.update(
                 dual_state,
                 last,
                 budget=objective.variance_budget,
@@ -272,6 +272,8 @@ class Learner:
                 max_coef=objective.max_variance_coef,
                 max_step=objective.dual_max_step,
             )
+            # A minibatch that was skipped as non-finite (and counted) must not poison the multiplier.
+            dual_state = jax.tree.map(lambda new, old: jnp.where(jnp.isfinite(last), new, old), stepped, dual_state)
         merged = jax.tree.map(lambda *x: jnp.stack(x), *all_stats)
         return (
             dual_state,

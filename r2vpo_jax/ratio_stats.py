@@ -53,7 +53,7 @@ def compute(
       advantages: f32[B] or f32[B, T].
       coefficient: the objective's gradient coefficient of each token, d(objective)/d(logp), at any common
         scale. Default r A, the unclipped one.
-      clip_low, clip_high: the clip whose victims Z are counted: tokens where its gradient is 0.
+      clip_low, clip_high: the clip whose victims are counted: tokens where its gradient is 0.
 
     Returns:
       Stats. `summarize` turns merged Stats into named numbers.
@@ -100,7 +100,7 @@ def compute(
         "excess_squared": jnp.max(jnp.where(mask, excess**2, 0.0)),
     }
     # Counts above each edge, and their differences: no scatter, which is slow on every backend.
-    above = jnp.sum(mask[..., None] & (log_ratio[..., None] > EDGES), axis=(0, 1), dtype=jnp.float32)
+    above = jnp.sum(mask[..., None] & (log_ratio[..., None] > EDGES[None, None]), axis=(0, 1), dtype=jnp.float32)
     histogram = -jnp.diff(above, prepend=jnp.sum(mask, dtype=jnp.float32), append=0.0)
     return jax.lax.stop_gradient(Stats(sums=sums, maxima=maxima, histogram=histogram))
 

@@ -1,7 +1,8 @@
 """One mesh, and a table of rules from logical axis names to its axes.
 
 Parameters and activations say what their axes *are* ("batch", "heads", "vocab"); only this module knows
-where those live. An axis that the mesh does not divide evenly is replicated; `placement_table` shows it.
+where those live. An axis that its mesh axes do not divide evenly takes fewer of them, at last none: it is
+replicated, and `placement_table` shows it.
 """
 
 import contextlib

@@ -48,16 +48,18 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2}
 MIB = 2**20
 
+jax.config.update("jax_enable_compilation_cache", False)  # programs for absent devices are written, never read
+
 FLAGS = flags.FLAGS
 flags.DEFINE_string("model", "qwen2-1.5b", f"shape of the decoder: {', '.join(MODELS)}")
 flags.DEFINE_string("topology", "v5e:4x4", f"chip and grid; chips: {', '.join(HBM)}")
 flags.DEFINE_string("mesh", "1,-1,1", "devices along data,fsdp,tensor; one may be -1: all that is left")
-flags.DEFINE_integer("prompts", 32, "prompts a rollout batch")
-flags.DEFINE_integer("group_size", 8, "samples a prompt")
-flags.DEFINE_integer("prompt_length", 512, "prompt tokens")
-flags.DEFINE_integer("response_length", 1536, "response tokens")
-flags.DEFINE_integer("num_minibatches", 4, "optimizer updates a rollout batch")
-flags.DEFINE_integer("micro_batch_size", None, "rows at one time; default one a device of data * fsdp")
+flags.DEFINE_integer("prompts", 32, "prompts a rollout batch", lower_bound=1)
+flags.DEFINE_integer("group_size", 8, "samples a prompt", lower_bound=2)
+flags.DEFINE_integer("prompt_length", 512, "prompt tokens", lower_bound=1)
+flags.DEFINE_integer("response_length", 1536, "response tokens", lower_bound=1)
+flags.DEFINE_integer("num_minibatches", 4, "optimizer updates a rollout batch", lower_bound=1)
+flags.DEFINE_integer("micro_batch_size", None, "rows at one time; default one a device of data * fsdp", lower_bound=1)
 
 
 class BadFlagError(ValueError):
@@ -67,14 +69,11 @@ class BadFlagError(ValueError):
 def make_learner() -> learner.Learner:
     """The learner that the flags describe, on the devices of the described pod."""
     if importlib.util.find_spec("libtpu") is None:
-        raise BadFlagError(f"the TPU compiler is not installed: pip install 'jax[tpu]=={jax.__version__}'")
+        raise BadFlagError("the TPU compiler (libtpu) is not installed: pip install -e '.[tpu_compile]'")
     if FLAGS.model not in MODELS:
         raise BadFlagError(f"--model={FLAGS.model} is unknown; one of {', '.join(MODELS)}")
     if FLAGS.topology.partition(":")[0] not in HBM:
         raise BadFlagError(f"--topology={FLAGS.topology}: the chip is not one of {', '.join(HBM)} (example: v5e:4x4)")
-    for name in ("prompts", "group_size", "prompt_length", "response_length", "num_minibatches"):
-        if FLAGS[name].value < 1:
-            raise BadFlagError(f"--{name} must be at least 1, got {FLAGS[name].value}")
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=FLAGS.topology).devices
     except jax.errors.JaxRuntimeError as error:
@@ -83,16 +82,17 @@ def make_learner() -> learner.Learner:
         mesh = sharding.make_mesh([int(size) for size in FLAGS.mesh.split(",")], devices)
     except ValueError as error:
         raise BadFlagError(f"--mesh={FLAGS.mesh}: {str(error).partition(';')[0]}") from error
-    rows = FLAGS.micro_batch_size or mesh.shape["data"] * mesh.shape["fsdp"]
+    sizes = {
+        "prompts_per_rollout": FLAGS.prompts,
+        "num_minibatches": FLAGS.num_minibatches,
+        "micro_batch_size": FLAGS.micro_batch_size or mesh.shape["data"] * mesh.shape["fsdp"],
+    }
     how = {"compute_dtype": jnp.bfloat16, "scan_layers": True, "remat": True}
+    model = models.Decoder(models.DecoderConfig(**MODELS[FLAGS.model], **how))
     try:
-        run = config.Config(
-            trainer=config.TrainerConfig(
-                prompts_per_rollout=FLAGS.prompts, num_minibatches=FLAGS.num_minibatches, micro_batch_size=rows
-            ),
-            sampler=config.SamplerConfig(group_size=FLAGS.group_size),
-        )
-        return learner.Learner(models.Decoder(models.DecoderConfig(**MODELS[FLAGS.model], **how)), run, mesh)
+        trainer = config.TrainerConfig(**sizes, allow_single_update=True)
+        run = config.Config(trainer=trainer, sampler=config.SamplerConfig(group_size=FLAGS.group_size))
+        return learner.Learner(model, run, mesh)
     except ValueError as error:
         raise BadFlagError(str(error)) from error
 
@@ -100,30 +100,28 @@ def make_learner() -> learner.Learner:
 def lower(run: learner.Learner):
     """Yields (name, lowered program) in the order of an iteration; the arguments are shapes with shardings."""
 
-    def rows(size):
-        def place(x):
-            shape = (size, *x.shape[1:])
-            return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding.batch_sharding(shape, run.mesh))
+    def abstract(shape, dtype, where):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
-        return lambda tree: jax.tree.map(place, tree)
+    def rows(x, size):
+        shape = (size, *x.shape[1:])
+        return abstract(shape, x.dtype, sharding.batch_sharding(shape, run.mesh))
 
-    def placed(x, where, dtype=None):
-        return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=where)
-
-    state = jax.tree.map(placed, run.abstract_state, run.state_shardings)
-    weights = jax.tree.map(lambda x: placed(x, x.sharding, run.model.config.compute_dtype), state.params)
-    number = jax.ShapeDtypeStruct((FLAGS.prompts,), jnp.int32)
-    tokens = jax.ShapeDtypeStruct((FLAGS.prompts, FLAGS.prompt_length), jnp.int32)
-    number, tokens = rows(FLAGS.prompts)((number, tokens))
-    key = placed(jax.eval_shape(lambda: jax.random.key(0)), sharding.replicated(run.mesh))
+    state = jax.tree.map(lambda x, where: abstract(x.shape, x.dtype, where), run.abstract_state, run.state_shardings)
+    weights = jax.tree.map(lambda x: abstract(x.shape, run.model.config.compute_dtype, x.sharding), state.params)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = abstract(key.shape, key.dtype, sharding.replicated(run.mesh))
+    number = rows(jnp.zeros(1, jnp.int32), FLAGS.prompts)
+    tokens = rows(jnp.zeros((1, FLAGS.prompt_length), jnp.int32), FLAGS.prompts)
     sampling = sampler.Sampling(
         group_size=FLAGS.group_size, max_response_length=FLAGS.response_length, eos_ids=(0,), pad_id=0
     )
     lowered = sampler._sample.lower(run.model, weights, tokens, number, key, sampling, number, 0, run.mesh)
-    rollout, size = lowered.out_info, FLAGS.prompts * FLAGS.group_size  # what it makes is what the learner takes
     yield "sampler", lowered
-    yield "scoring", run._score.lower(state.params, rows(size)(rollout))
-    yield "update", run.update.lower(state, rows(size // FLAGS.num_minibatches)(rollout))
+    rollout, size = lowered.out_info, FLAGS.prompts * FLAGS.group_size  # what it makes is what the learner takes
+    yield "scoring", run._score.lower(state.params, jax.tree.map(lambda x: rows(x, size), rollout))
+    size //= FLAGS.num_minibatches
+    yield "update", run.update.lower(state, jax.tree.map(lambda x: rows(x, size), rollout))
 
 
 @dataclasses.dataclass
@@ -180,21 +178,23 @@ def collectives(program: str) -> dict:
 
 def device_bytes(tree, shardings, dtype=None) -> int:
     """Bytes of one device's part."""
-    parts = jax.tree.map(
-        lambda x, where: math.prod(where.shard_shape(x.shape)) * jnp.dtype(dtype or x.dtype).itemsize, tree, shardings
-    )
-    return sum(jax.tree.leaves(parts))
+
+    def part(x, where):
+        return math.prod(where.shard_shape(x.shape)) * jnp.dtype(dtype or x.dtype).itemsize
+
+    return sum(jax.tree.leaves(jax.tree.map(part, tree, shardings)))
 
 
 def cache_bytes(run: learner.Learner) -> int:
-    """Bytes of one device's part of the keys and values."""
+    """Bytes of one device's part of the keys and values, when split as the rules say."""
+
+    def where(x):
+        return sharding.named_sharding((None, "batch", *(None,) * (x.ndim - 4), "kv_heads", None), x.shape, run.mesh)
+
     sizes = FLAGS.prompts, FLAGS.prompt_length, FLAGS.group_size, FLAGS.response_length
     cache = jax.eval_shape(lambda: models.init_cache(run.model.config, *sizes))
-    arrays = [cache.prompt_key, cache.prompt_value, cache.response_key, cache.response_value]
-    axes = [(None, "batch", *(None,) * (x.ndim - 4), "kv_heads", None) for x in arrays]
-    return device_bytes(
-        arrays, [sharding.named_sharding(a, x.shape, run.mesh) for a, x in zip(axes, arrays, strict=True)]
-    )
+    arrays = cache.prompt_key, cache.prompt_value, cache.response_key, cache.response_value
+    return device_bytes(arrays, tuple(where(x) for x in arrays))
 
 
 def matmul_flops(run: learner.Learner) -> dict:
@@ -219,11 +219,12 @@ def main(argv):
     run, chip = make_learner(), FLAGS.topology.partition(":")[0]
     batch = FLAGS.prompts * FLAGS.group_size
     mesh = ", ".join(f"{name} {size}" for name, size in run.mesh.shape.items())
+    lengths = f"{FLAGS.prompt_length} + {FLAGS.response_length} tokens"
     print(f"{FLAGS.model} on {FLAGS.topology}, {run.mesh.size} devices: {mesh}")
-    print(
-        f"{FLAGS.prompts} prompts x {FLAGS.group_size} samples of {FLAGS.prompt_length} + {FLAGS.response_length} tokens"
-    )
+    print(f"{FLAGS.prompts} prompts x {FLAGS.group_size} samples of {lengths}")
     print(f"updates of {batch // FLAGS.num_minibatches} rows, {run.config.trainer.micro_batch_size} at one time")
+    if FLAGS.prompts % (run.mesh.shape["data"] * run.mesh.shape["fsdp"]):
+        print("note: --prompts does not divide over data * fsdp, so that some devices sample the same rows")
     reports = {name: compile_program(lowered) for name, lowered in lower(run)}
 
     def show(label, cell):

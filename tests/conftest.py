@@ -75,7 +75,7 @@ def tiny_checkpoint(pretrained, tmp_path_factory):
 def tiny_sections(tiny_checkpoint):
     """The arguments of config.make for a run of seconds: 4 iterations of 4 problems x 4 samples, 4 updates each."""
     return {
-        "objective": {"variance_budget": 1e-3},
+        "objective": {"variance_budget": 0.01, "dual_step": 0.1},
         "trainer": {
             "num_iterations": 4,
             "prompts_per_rollout": 4,
@@ -92,7 +92,7 @@ def tiny_sections(tiny_checkpoint):
             "checkpoint_every": 2,
         },
         "sampler": {"group_size": 4},
-        "optimizer": {"learning_rate": 3e-3, "warmup_updates": 2},
+        "optimizer": {"learning_rate": 1e-3, "warmup_updates": 2},
         "task": TASK,
         "mesh": {"data": 1},
         "model": {"path": str(tiny_checkpoint)},

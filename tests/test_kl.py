@@ -94,6 +94,31 @@ def test_far_apart_is_finite(estimator):
     assert grad == 0
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("argument", [0, 1])
+@pytest.mark.parametrize("estimator", kl.ESTIMATORS)
+def test_masked_positions_contribute_nothing(estimator, argument, bad):
+    logps = [np.asarray([-1.0, -2.0], np.float32), np.asarray([-1.5, -2.0], np.float32)]
+    logps[argument][1] = bad
+    value, grads = _masked_sum(estimator)(*logps)
+    np.testing.assert_allclose(value, kl.estimate(np.float32(-1.0), np.float32(-1.5), estimator), rtol=1e-6)
+    assert grads[0][0] != 0
+    assert grads[0][1] == grads[1][1] == 0
+
+
+@functools.cache
+def _masked_sum(estimator):
+    def value(logp, reference_logp):
+        return jnp.sum(jnp.where(np.asarray([True, False]), kl.estimate(logp, reference_logp, estimator), 0.0))
+
+    return jax.jit(jax.value_and_grad(value, argnums=(0, 1)))
+
+
+@pytest.mark.parametrize("estimator", kl.ESTIMATORS)
+def test_a_nan_that_counts_is_not_hidden(estimator):
+    assert np.isnan(kl.estimate(jnp.float32(jnp.nan), jnp.float32(0), estimator))
+
+
 def test_bfloat16_is_computed_in_float32():
     # -3 + 2.98828125 needs more bits than bfloat16 has between 2 and 4.
     logp, reference_logp = jnp.asarray(-3.0, jnp.bfloat16), jnp.asarray(-0.01171875, jnp.bfloat16)

@@ -1,12 +1,28 @@
-"""The shipped run: R2VPO on the embedded arithmetic task, minutes on two CPU cores."""
+"""The shipped run: R2VPO on the embedded arithmetic task, minutes on two CPU cores.
+
+The budget is small because the ratio's second moment is a mean over all tokens, and most tokens of this task are
+nearly deterministic: unconstrained it is a few times larger than the budget while the policy learns. Learning
+rate, updates and budget were chosen together on the validation split, so that the constraint is active throughout
+(docs/algorithms/r2vpo.md, "Choosing delta").
+"""
 
 from r2vpo_jax import config
 
 
 def get_config():
     return config.make(
-        objective={"variance_budget": 0.002},
-        optimizer={"learning_rate": 1e-4},
+        # A slow multiplier that starts near where it settles: a fast one winds up on the strong early signal.
+        objective={"variance_budget": 0.0006, "variance_coef": 2.0, "dual_step": 0.15, "dual_max_step": 0.5},
+        # The norm clip binds only when a few rare tokens dominate the penalty's gradient: typical norms are 0.1.
+        optimizer={"learning_rate": 1e-4, "max_grad_norm": 0.2},
         sampler={"group_size": 16},
-        trainer={"prompts_per_rollout": 32, "num_minibatches": 4, "num_epochs": 2, "num_iterations": 80},
+        trainer={
+            "num_iterations": 45,
+            "prompts_per_rollout": 32,
+            "num_minibatches": 4,
+            "num_epochs": 2,
+            "micro_batch_size": 8,
+            "eval_every": 5,
+            "checkpoint_every": 15,
+        },
     )

@@ -1,0 +1,149 @@
+"""scripts/compile_for_tpu.py, as a user starts it: its programs, its exit codes, its one-line refusals."""
+
+import importlib.util
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+SCRIPT = ROOT / "scripts" / "compile_for_tpu.py"
+
+pytestmark = pytest.mark.slow
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="needs the TPU compiler: pip install -e '.[tpu_compile]' (scripts/test.sh --all does)",
+)
+
+
+def _python(*arguments):
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+
+
+def _cells(output, label):
+    """The numbers of a line of the table."""
+    (line,) = (line for line in output.splitlines() if line.strip().startswith(label))
+    return [float(number.replace(",", "")) for number in re.findall(r"-?[\d,]*\d(?:\.\d+)?", line.partition(label)[2])]
+
+
+@needs_compiler
+def test_the_shipped_model_compiles_and_fits():
+    result = _python(SCRIPT, "--model=arithmetic", "--topology=v5e:4x4", "--mesh=2,8,1")
+    assert result.returncode == 0, result.stderr
+    assert "16 devices: data 2, fsdp 8, tensor 1" in result.stdout
+    assert result.stdout.count(" fits") == 3
+    assert "Traceback" not in result.stderr
+    # 2 layers of 2 (keys, values) x 32 prompts x (512 + 8 samples x 1536) tokens x 2 heads x 16 x 2 bytes, over 16.
+    expected = 2 * 2 * 32 * (512 + 8 * 1536) * 2 * 16 * 2 / 16 / 2**20
+    assert _cells(result.stdout, "of which KV cache, from its shape: at most")[0] == pytest.approx(expected, abs=0.05)
+    # 64 rows of 2,048 tokens, forward twice and backward once, cannot be free, nor can a batch of 16 devices be silent.
+    assert _cells(result.stdout, "matrix products, from shapes")[2] > 0
+    assert _cells(result.stdout, "all-reduce")[4] > 0
+
+
+@needs_compiler
+def test_what_does_not_fit_exits_1():
+    # 7 billion parameters: float32 weights and two Adam moments alone are 21 GiB on each of 4 chips.
+    result = _python(SCRIPT, "--model=qwen2-7b", "--topology=v5e:2x2", "--prompts=4", "--group_size=4")
+    assert result.returncode == 1, result.stderr
+    assert "update does not fit" in result.stdout
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("flag", "part"),
+    [
+        ("--model=gpt", "one of qwen2-1.5b, qwen2-7b, arithmetic"),
+        ("--topology=v9:4x4", "not one of v5e, v5p, v6e"),
+        ("--topology=v5e:3x7", "--topology=v5e:3x7"),
+        ("--mesh=2,2,1", "needs 4 devices, but there are 16"),
+        ("--mesh=1,x,1", "--mesh=1,x,1"),
+        ("--micro_batch_size=8", "not a multiple of the 16 data-parallel devices"),
+        ("--prompts=30", "not a multiple"),
+        ("--group_size=1", "group_size"),
+        ("--no_such_flag=1", "no_such_flag"),
+        ("stray", "stray"),
+    ],
+)
+def test_a_bad_flag_is_one_line_and_exit_2(flag, part):
+    result = _python(SCRIPT, flag)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("compile_for_tpu: ")
+    assert part in line
+
+
+def test_without_the_compiler_it_says_how_to_get_it():
+    hidden = f"import runpy, sys; sys.modules['libtpu'] = None; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    result = _python("-c", hidden)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert "pip install -e '.[tpu_compile]'" in line
+
+
+def test_collectives_are_counted_by_kind():
+    program = """
+%all-reduce-scatter.1 (p: bf16[8,4]) -> bf16[2,4] {
+  %all-reduce.7 = bf16[8,4]{1,0} all-reduce(%p), replica_groups={{0,1}}
+}
+%body (p: f32[2]) -> f32[2] {
+  %all-gather.1 = bf16[16,8]{1,0:T(8,128)} all-gather(%x), frontend_attributes={chain_id="3"}
+  %all-gather.2 = bf16[16,8]{1,0:T(8,128)} all-gather(%y), frontend_attributes={chain_id="3"}
+  %all-gather.3 = f32[4]{0} all-gather(%z), dimensions={0}
+  ROOT %all-reduce.9 = (f32[2]{0}, f32[3]{0}) all-reduce(%a, %b), to_apply=%add
+  %cp = (f32[5]{0}, f32[5]{0}, u32[], u32[]) collective-permute-start(%c), source_target_pairs={{0,1}}
+  %cp-done = f32[5]{0} collective-permute-done(%cp)
+  %fusion = bf16[2,4]{1,0} fusion(%d), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+    code = f"import runpy; print(runpy.run_path({str(SCRIPT)!r})['collectives']({program!r}))"
+    result = _python("-c", code)
+    assert result.returncode == 0, result.stderr
+    # Two parts of one all-gather count once; 16 x 8 bfloat16 are 256 bytes, 8 x 4 are 64, 3 and 5 float32 12 and 20.
+    assert eval(result.stdout) == {
+        "reduce-scatter": (1, 64),
+        "all-gather": (2, 256),
+        "all-reduce": (1, 12),
+        "collective-permute": (1, 20),
+    }
+
+
+# The script's programs for 8 devices of this machine instead of a pod; prints the largest results.
+ON_CPU = """
+import os, runpy, sys
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+script = runpy.run_path(sys.argv[1])
+import jax, jax.numpy as jnp
+from r2vpo_jax import config, learner, models, sharding
+
+lower, flags = script["lower"], script["FLAGS"]
+flags(["", "--prompts=8", "--group_size=2", "--prompt_length=8", "--response_length=256", "--num_minibatches=1"])
+sizes = {"vocab_size": 16_384, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "num_kv_heads": 2}
+decoder = models.DecoderConfig(**sizes, head_dim=16, num_layers=2, tie_word_embeddings=sys.argv[2] == "tied")
+trainer = config.TrainerConfig(prompts_per_rollout=8, num_minibatches=1, micro_batch_size=8, allow_single_update=True)
+run = config.Config(trainer=trainer, sampler=config.SamplerConfig(group_size=2))
+for name, lowered in lower(learner.Learner(models.Decoder(decoder), run, sharding.make_mesh((1, 8, 1)))):
+    print(name, max(size for _, size in script["collectives"](lowered.compile().as_text()).values()))
+"""
+
+
+@pytest.mark.parametrize("head", ["tied", "untied"])
+def test_no_program_moves_a_whole_unembedding(head):
+    # It would be moved for every chunk of logits; the hidden states are moved instead.
+    result = _python("-c", ON_CPU, SCRIPT, head)
+    assert result.returncode == 0, result.stderr
+    largest = {name: int(size) for name, size in (line.split() for line in result.stdout.splitlines())}
+    assert set(largest) == {"sampler", "scoring", "update"}
+    for name, size in largest.items():
+        assert size < 16_384 * 64 * 4 / 2, name

@@ -1,0 +1,59 @@
+"""What the documents promise: the snippet runs, links lead somewhere, flags and metrics exist."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from r2vpo_jax import config
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = sorted([ROOT / "README.md", ROOT / "BUILD.md", *(ROOT / "docs").rglob("*.md")])
+
+
+def test_readme_snippet_runs_as_printed():
+    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert len(snippet.strip().splitlines()) <= 18
+    done = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    loss, coefficient = (float(x) for x in done.stdout.split())
+    # r = 1.2, 0.75, 0.8; A = 1, 1, -1: mean of rA = 1.15 / 3; mean (r-1)^2 = (0.04 + 0.0625 + 0.04) / 3 = 0.0475.
+    assert loss == pytest.approx(-1.15 / 3 + 2.5 * 0.0475, rel=1e-5)
+    assert coefficient == pytest.approx(2.5 + 12.5 * (0.0475 - 0.04), rel=1e-5)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_to_files(page):
+    targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text())
+    missing = [t for t in targets if not t.startswith("http") and not (page.parent / t).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_config_flags_exist(page):
+    known = config.make()
+    for flag in re.findall(r"--config\.([a-z_0-9]+(?:\.[a-z_0-9]+)+)", page.read_text()):
+        section = known
+        for name in flag.split("."):
+            assert name in section, f"{page.name} names --config.{flag}"
+            section = section[name]
+
+
+def test_every_metric_is_documented(finished_run):
+    """Names like `a/b`, and `_suffix` after a comma for several at once."""
+    text = (ROOT / "docs" / "metrics.md").read_text()
+    words = set(re.findall(r"`([^`]+)`", text))
+    prefixes = {w.split("/")[0] + "/" for w in words if "/" in w}
+    rows = finished_run
+    undocumented = [
+        name
+        for row in rows
+        for name in row
+        if name not in words
+        and not any(name.endswith(w) for w in words if w.startswith("_"))
+        and not any(name == p + w for p in prefixes for w in words)
+        and name != "kind"
+    ]
+    assert not undocumented
