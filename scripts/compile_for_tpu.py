@@ -46,7 +46,6 @@ MODELS = {
 HBM = {"v5e": 15.75, "v5p": 95.74, "v6e": 31.25}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2}
-MIB = 2**20
 
 jax.config.update("jax_enable_compilation_cache", False)  # programs for absent devices are written, never read
 
@@ -109,13 +108,10 @@ def lower(run: learner.Learner):
 
     state = jax.tree.map(lambda x, where: abstract(x.shape, x.dtype, where), run.abstract_state, run.state_shardings)
     weights = jax.tree.map(lambda x: abstract(x.shape, run.model.config.compute_dtype, x.sharding), state.params)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    key = abstract(key.shape, key.dtype, sharding.replicated(run.mesh))
+    key = abstract((), jax.random.key(0).dtype, sharding.replicated(run.mesh))
     number = rows(jnp.zeros(1, jnp.int32), FLAGS.prompts)
     tokens = rows(jnp.zeros((1, FLAGS.prompt_length), jnp.int32), FLAGS.prompts)
-    sampling = sampler.Sampling(
-        group_size=FLAGS.group_size, max_response_length=FLAGS.response_length, eos_ids=(0,), pad_id=0
-    )
+    sampling = sampler.Sampling(group_size=FLAGS.group_size, max_response_length=FLAGS.response_length, eos_ids=(0,))
     lowered = sampler._sample.lower(run.model, weights, tokens, number, key, sampling, number, 0, run.mesh)
     yield "sampler", lowered
     rollout, size = lowered.out_info, FLAGS.prompts * FLAGS.group_size  # what it makes is what the learner takes
@@ -187,14 +183,10 @@ def device_bytes(tree, shardings, dtype=None) -> int:
 
 def cache_bytes(run: learner.Learner) -> int:
     """Bytes of one device's part of the keys and values, when split as the rules say."""
-
-    def where(x):
-        return sharding.named_sharding((None, "batch", *(None,) * (x.ndim - 4), "kv_heads", None), x.shape, run.mesh)
-
-    sizes = FLAGS.prompts, FLAGS.prompt_length, FLAGS.group_size, FLAGS.response_length
-    cache = jax.eval_shape(lambda: models.init_cache(run.model.config, *sizes))
-    arrays = cache.prompt_key, cache.prompt_value, cache.response_key, cache.response_value
-    return device_bytes(arrays, tuple(where(x) for x in arrays))
+    c, sizes = run.model.config, (FLAGS.prompts, run.model.config.num_kv_heads)
+    rows, heads = sharding.named_sharding(("batch", "kv_heads"), sizes, run.mesh).shard_shape(sizes)
+    columns = FLAGS.prompt_length + FLAGS.group_size * FLAGS.response_length
+    return 2 * c.num_layers * rows * columns * heads * c.head_dim * jnp.dtype(c.compute_dtype).itemsize
 
 
 def matmul_flops(run: learner.Learner) -> dict:
@@ -232,7 +224,7 @@ def main(argv):
         print(f"  {label:46s}" + "".join(f"{text:>15s}" for text in cells))
 
     def mib(size):
-        return f"{size / MIB:,.1f}"
+        return f"{size / 2**20:,.1f}"
 
     weights = device_bytes(run.abstract_params, run.param_shardings)
     copy = device_bytes(run.abstract_params, run.param_shardings, run.model.config.compute_dtype)

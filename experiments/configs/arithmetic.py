@@ -17,7 +17,7 @@ def get_config():
         optimizer={"learning_rate": 1e-4, "max_grad_norm": 0.2},
         sampler={"group_size": 16},
         trainer={
-            "num_iterations": 45,
+            "num_iterations": 60,
             "prompts_per_rollout": 32,
             "num_minibatches": 4,
             "num_epochs": 2,

@@ -1,0 +1,292 @@
+"""One device against eight. Run by test_sharding.py in a process of its own, which has eight CPU devices:
+
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.run_on_eight_devices [placement]
+
+Prints one line of JSON: {"check on mesh": null, or what went wrong}. `placement` leaves out all that compiles.
+"""
+
+import json
+import sys
+import traceback
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from r2vpo_jax import config, models, sampler, sharding
+from r2vpo_jax.learner import Learner
+from r2vpo_jax.rollout import Rollout
+from tests.conftest import random_params
+
+RATE = 2.0**20  # swamps the parameters: the new ones are -RATE * gradient
+ROWS, MICRO, PROMPT, RESPONSE = 16, 8, 6, 5
+LENGTHS = np.array([6, 3, 1, 5, 2, 4, 6, 2], np.int32)
+
+
+def make_model(num_kv_heads):
+    """Eight heads; its output matrix is its own when there are two key-value heads."""
+    return models.Decoder(
+        models.DecoderConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=32,
+            num_layers=1,
+            num_heads=8,
+            num_kv_heads=num_kv_heads,
+            head_dim=2,
+            num_tokens=17,
+            tie_word_embeddings=num_kv_heads == 8,
+        )
+    )
+
+
+def make_config(micro_batch_size=MICRO):
+    trainer = {"prompts_per_rollout": 8, "num_minibatches": 1, "num_epochs": 2, "scoring_chunk_size": 3}
+    objective = {"name": "r2vpo_fixed", "reduction": "sequence_mean"}
+    return config.from_flags(
+        config.make(
+            objective=objective, trainer=trainer | {"micro_batch_size": micro_batch_size}, sampler={"group_size": 2}
+        )
+    )
+
+
+def make_rollout():
+    """16 rows with ratios well away from 1."""
+    generator = np.random.default_rng(0)
+    integers = np.arange(ROWS, dtype=np.int32)
+    return Rollout(
+        tokens=generator.integers(0, 17, (ROWS, PROMPT + RESPONSE)).astype(np.int32),
+        prompt_length=np.repeat(LENGTHS, 2),
+        response_length=generator.integers(1, RESPONSE + 1, ROWS).astype(np.int32),
+        truncated=np.zeros(ROWS, bool),
+        behavior_logp=(-3 + 0.2 * generator.standard_normal((ROWS, RESPONSE))).astype(np.float32),
+        temperature=np.ones(ROWS, np.float32),
+        reward=np.zeros(ROWS, np.float32),
+        outcome=np.zeros(ROWS, np.int32),
+        advantage=(20 + 10 * generator.standard_normal(ROWS)).astype(np.float32),
+        group_id=integers,
+        rollout_id=integers,
+        version=np.zeros(ROWS, np.int32),
+    )
+
+
+class Subject:
+    """One model on one mesh, and what comes out of it."""
+
+    def __init__(self, num_kv_heads, mesh):
+        self.model, self.mesh = make_model(num_kv_heads), mesh
+        self.params = random_params(self.model)
+        self.rollout = make_rollout()
+
+    def learner(self):
+        return Learner(self.model, make_config(), self.mesh, optimizer=optax.sgd(RATE))
+
+    def update(self):
+        learner = self.learner()
+        state = learner.init_state(self.params)
+        state, stats = learner.update(state, sharding.put_batch(self.rollout, self.mesh))
+        after, stats = sharding.to_host((state.params, stats))
+        return jax.tree.map(lambda new, old: (old - new) / RATE, after, self.params), stats
+
+    def score(self):
+        learner = self.learner()
+        params = learner.init_state(self.params).params
+        return sharding.to_host(learner.score(params, sharding.put_batch(self.rollout, self.mesh)))
+
+    def minibatch(self):
+        batch = sharding.put_batch(self.rollout, self.mesh)
+        return sharding.to_host(self.learner().minibatch(batch, jax.random.key(1), 1))
+
+    def draws(self, num_prompts=8):
+        learner = self.learner()
+        return sampler.generate(
+            self.model,
+            learner.sampler_params(learner.init_state(self.params)),
+            self.rollout.tokens[:num_prompts, :PROMPT],
+            LENGTHS[:num_prompts],
+            jax.random.key(2),
+            sampler.Sampling(group_size=2, max_response_length=RESPONSE, eos_ids=(3, 5, 7, 11)),
+            mesh=self.mesh,
+            problem_ids=np.arange(num_prompts),
+        )
+
+
+def same_update(actual, expected):
+    (grads, stats), (expected_grads, expected_stats) = actual, expected
+    largest = max(np.abs(g).max() for g in jax.tree.leaves(expected_grads))
+    assert largest > 0.1
+    for (path, a), e in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(expected_grads), strict=True):
+        np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-6 * largest, err_msg=jax.tree_util.keystr(path))
+    for name, (total, number) in expected_stats.sums.items():
+        np.testing.assert_allclose(stats.sums[name][0], total, rtol=1e-5, atol=1e-6 * number, err_msg=name)
+        np.testing.assert_allclose(stats.sums[name][1], number, rtol=1e-5, err_msg=name)
+    for name, value in expected_stats.maxima.items():
+        np.testing.assert_allclose(stats.maxima[name], value, rtol=1e-5, err_msg=name)
+    np.testing.assert_array_equal(stats.histogram, expected_stats.histogram)
+
+
+def same_score(actual, expected):
+    mask = make_rollout().response_mask
+    np.testing.assert_allclose(actual[mask], expected[mask], rtol=1e-5, atol=1e-5)
+
+
+def same_minibatch(actual, expected):
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+    assert sorted(actual.rollout_id) == list(range(ROWS))
+    assert list(actual.rollout_id) != list(range(ROWS))
+
+
+def same_draws(actual, expected):
+    np.testing.assert_array_equal(actual.tokens, expected.tokens)
+    np.testing.assert_array_equal(actual.response_length, expected.response_length)
+    assert len(set(expected.response_length.tolist())) > 1
+    np.testing.assert_allclose(actual.behavior_logp, expected.behavior_logp, rtol=1e-5, atol=1e-5)
+
+
+CHECKS = {
+    "update": (Subject.update, same_update),
+    "score": (Subject.score, same_score),
+    "minibatch": (Subject.minibatch, same_minibatch),
+    "draws": (Subject.draws, same_draws),
+}
+# Mesh and number of key-value heads. Two of them do not divide over eight devices, nor do three prompts.
+CASES = {
+    "8,1,1": ((8, 1, 1), 8),
+    "2,2,2": ((2, 2, 2), 8),
+    "1,1,8": ((1, 1, 8), 8),
+    "1,1,8 with 2 kv heads": ((1, 1, 8), 2),
+}
+
+
+def attempt(function, *args):
+    """None, or the last lines of what went wrong."""
+    try:
+        function(*args)
+    except Exception:
+        return "\n".join(traceback.format_exc().splitlines()[-25:])
+    return None
+
+
+def compare():
+    one = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
+    expected, results = {}, {}
+    for case, (shape, num_kv_heads) in CASES.items():
+        subject = Subject(num_kv_heads, sharding.make_mesh(shape))
+        checks = dict(CHECKS)
+        if case == "8,1,1":
+            checks["three draws"] = (lambda s: s.draws(3), same_draws)
+        for name, (compute, same) in checks.items():
+            if (name, num_kv_heads) not in expected:
+                expected[name, num_kv_heads] = compute(Subject(num_kv_heads, one))
+            results[f"{name} on {case}"] = attempt(
+                lambda: same(compute(subject), expected[name, num_kv_heads])  # noqa: B023
+            )
+    return results
+
+
+# ---- placement: nothing but small programs ----
+
+
+def shard_shape(array):
+    """The shape that each device holds, the same for all."""
+    (shape,) = {shard.data.shape for shard in array.addressable_shards}
+    return shape
+
+
+def parameters_are_sharded():
+    """data 2, fsdp 2, tensor 2: an eighth of nothing, a quarter of each matrix, all of each norm."""
+    model, mesh = make_model(8), sharding.make_mesh((2, 2, 2))
+    learner = Learner(model, make_config(), mesh)
+    state = learner.init_state(random_params(model))
+    expected = {
+        "embed": (16, 8),  # vocabulary over tensor, hidden over fsdp
+        "q_proj": (1, 8, 4, 2),
+        "o_proj": (1, 4, 2, 8),
+        "gate_proj": (1, 8, 16),
+        "down_proj": (1, 16, 8),
+    }
+    layers = state.params["layers"]
+    kernels = {n: layers["attention"][n]["kernel"] for n in ("q_proj", "o_proj")}
+    kernels |= {n: layers["mlp"][n]["kernel"] for n in ("gate_proj", "down_proj")}
+    shapes = {"embed": shard_shape(state.params["embed"]), **{n: shard_shape(k) for n, k in kernels.items()}}
+    assert shapes == expected, shapes
+    assert shard_shape(layers["attention"]["q_proj"]["bias"]) == (1, 4, 2)
+    assert shard_shape(state.params["final_norm"]["scale"]) == (16,)
+    # Adam's moments live where their parameters do; so do the sampler's copies.
+    for tree in (
+        optax.tree_utils.tree_get(state.opt_state, "mu"),
+        optax.tree_utils.tree_get(state.opt_state, "nu"),
+        learner.sampler_params(state),
+    ):
+        for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(state.params), strict=True):
+            assert a.sharding.is_equivalent_to(b.sharding, a.ndim), (a.sharding, b.sharding)
+    jax.tree.map(np.testing.assert_array_equal, sharding.to_host(state.params), random_params(model))
+
+
+def heads_that_do_not_divide_are_replicated():
+    model, mesh = make_model(2), sharding.make_mesh((1, 1, 8))
+    learner = Learner(model, make_config(), mesh)
+    params = learner.init_state(random_params(model)).params
+    attention = params["layers"]["attention"]
+    assert shard_shape(attention["q_proj"]["kernel"]) == (1, 16, 1, 2)
+    assert shard_shape(attention["k_proj"]["kernel"]) == (1, 16, 2, 2)  # all of it
+    assert shard_shape(params["lm_head"]) == (16, 4)
+    table = sharding.placement_table(learner.logical_axes, learner.abstract_params, mesh)
+    lines = {line.split()[0]: line for line in table.splitlines()}
+    for name in ("k_proj", "v_proj"):
+        assert "does not divide: kv_heads" in lines[f"layers/attention/{name}/kernel"]
+    assert "does not divide" not in lines["layers/attention/q_proj/kernel"]
+    assert "tensor" in lines["layers/attention/q_proj/kernel"]
+
+
+def batches_are_sharded():
+    mesh = sharding.make_mesh((2, 2, 2))
+    rows = sharding.put_batch({"even": np.arange(24).reshape(8, 3), "odd": np.arange(6), "scalar": np.int32(3)}, mesh)
+    assert shard_shape(rows["even"]) == (2, 3)  # over data and fsdp
+    assert shard_shape(rows["odd"]) == (3,)  # over fsdp alone
+    assert shard_shape(rows["scalar"]) == ()
+    host = sharding.to_host(rows)
+    np.testing.assert_array_equal(host["even"], np.arange(24).reshape(8, 3))
+    np.testing.assert_array_equal(host["odd"], np.arange(6))
+
+
+def activations_are_constrained():
+    mesh = sharding.make_mesh((2, 2, 2))
+
+    @jax.jit
+    def inside(x):
+        with sharding.activate(mesh):
+            return sharding.constrain(x, "batch", None, "vocab")
+
+    assert shard_shape(inside(jnp.zeros((8, 3, 4)))) == (2, 3, 2)
+    assert sharding.constrain(5, "batch") == 5  # outside nothing happens
+
+
+def meshes_are_checked():
+    assert dict(sharding.make_mesh((-1, 2, 1)).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+    for shape in ((3, 1, 1), (-1, 3, 1), (4, 1, 1)):
+        with pytest.raises(ValueError, match="devices"):
+            sharding.make_mesh(shape)
+    with pytest.raises(ValueError, match="is not a multiple of the 8 data-parallel devices"):
+        Learner(make_model(8), make_config(micro_batch_size=4), sharding.make_mesh((4, 2, 1)))
+
+
+PLACEMENT = (
+    parameters_are_sharded,
+    heads_that_do_not_divide_are_replicated,
+    batches_are_sharded,
+    activations_are_constrained,
+    meshes_are_checked,
+)
+
+
+def main():
+    assert jax.device_count() == 8, jax.devices()
+    only_placement = sys.argv[1:] == ["placement"]
+    print(json.dumps({check.__name__: attempt(check) for check in PLACEMENT} if only_placement else compare()))
+
+
+if __name__ == "__main__":
+    main()
