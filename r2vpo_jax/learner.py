@@ -148,10 +148,12 @@ class Learner:
     # State ----------------------------------------------------------------------------------------------
 
     def _init(self, params):
+        objective = self.config.objective
         return LearnerState(
             params=params,
             opt_state=self.optimizer.init(params),
-            dual=dual.init(self.config.objective.variance_coef),
+            # Objectives without a penalty have no multiplier: it is reported as 0.
+            dual=dual.init(objective.variance_coef if objective.loss == "r2vpo" else 0.0),
             version=jnp.zeros((), jnp.int32),
         )
 

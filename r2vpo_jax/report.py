@@ -81,6 +81,7 @@ def table(summary: dict) -> str:
         return f"{summary[f'{which}_pass_at_1']:.3f} [{low:.3f}, {high:.3f}]"
 
     kind = "adaptive" if summary["adaptive"] else "fixed"
+    budget = f"budget {summary['variance_budget']:g}, " if summary["adaptive"] else ""
     lines = [
         f"{summary['objective']}, seed {summary['seed']}: {summary['num_iterations']} iterations, "
         f"{summary['num_updates']} updates",
@@ -103,8 +104,8 @@ def table(summary: dict) -> str:
         f"speed                       rollout {summary['rollout_tokens_per_second']:.0f} tokens/s, "
         f"update {summary['update_tokens_per_second']:.0f} tokens/s",
         f"peak memory                 {summary['peak_memory_bytes'] / 2**20:.0f} MiB",
-        f"E[(r-1)^2], second half     {summary['second_half_ratio_second_moment']:.5f} (budget "
-        f"{summary['variance_budget']:g}, noise floor {summary['noise_floor_ratio_second_moment']:.1e})",
+        f"E[(r-1)^2], second half     {summary['second_half_ratio_second_moment']:.5f} ({budget}noise floor "
+        f"{summary['noise_floor_ratio_second_moment']:.1e})",
         f"variance coefficient        {summary['final_variance_coef']:.3f} at the end ({kind}), "
         f"{summary['second_half_variance_coef']:.3f} on average in the second half",
         f"entropy at the end          {summary['final_entropy']:.4f} nats a token",
@@ -185,13 +186,12 @@ def _plot(file, summary, rows) -> None:
     ax.legend(loc="lower right", fontsize=8)
 
     ax = axes[0, 1]
-    floor = 1e-9
-    ax.semilogy(x, np.maximum(series("ratio/second_moment"), floor), color="C0", lw=1, label="last minibatch")
-    ax.semilogy(x, np.maximum(series("ratio/second_moment_mean"), floor), color="0.7", lw=1, label="all minibatches")
+    tiny = 1e-12
+    ax.semilogy(x, np.maximum(series("ratio/second_moment"), tiny), color="C0", lw=1, label="last minibatch")
+    ax.semilogy(x, np.maximum(series("ratio/second_moment_mean"), tiny), color="0.7", lw=1, label="all minibatches")
     if summary["adaptive"]:
         ax.axhline(summary["variance_budget"], color="C3", ls="--", label="budget")
-    ax.axhline(summary["noise_floor_ratio_second_moment"] or floor, color="0.5", ls=":", label="noise floor")
-    ax.set(title="E[(r - 1)²]")
+    ax.set(title=f"E[(r - 1)²], noise floor {summary['noise_floor_ratio_second_moment']:.0e}")
     ax.legend(fontsize=8)
 
     ax = axes[0, 2]

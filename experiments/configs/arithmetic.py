@@ -1,4 +1,4 @@
-"""The shipped run: R2VPO on the embedded arithmetic task, minutes on two CPU cores.
+"""The shipped run: R2VPO on the embedded arithmetic task, two minutes on two CPU cores.
 
 The budget is small because the ratio's second moment is a mean over all tokens, and most tokens of this task are
 nearly deterministic: unconstrained it is a few times larger than the budget while the policy learns. Learning
@@ -13,7 +13,7 @@ def get_config():
     return config.make(
         # A slow multiplier that starts near where it settles: a fast one winds up on the strong early signal.
         objective={"variance_budget": 0.0006, "variance_coef": 2.0, "dual_step": 0.15, "dual_max_step": 0.5},
-        # The norm clip binds only when a few rare tokens dominate the penalty's gradient: typical norms are 0.1.
+        # Norms start at 0.1; the clip bounds the steps in which a few rare tokens dominate the penalty's gradient.
         optimizer={"learning_rate": 1e-4, "max_grad_norm": 0.2},
         sampler={"group_size": 16},
         trainer={

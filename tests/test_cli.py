@@ -1,0 +1,252 @@
+"""The command line: what the user got wrong is one line and exit code 2, and nothing is overwritten."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from r2vpo_jax import cli, metrics
+from r2vpo_jax.config import Config
+from r2vpo_jax.run_directory import UsageError, claim
+from tests.conftest import ROOT
+
+
+@pytest.fixture(scope="session")
+def config_file(tiny_sections, tmp_path_factory):
+    """A --config file of the tiny run."""
+    path = tmp_path_factory.mktemp("config") / "tiny.py"
+    sections = ", ".join(f"{name}={fields!r}" for name, fields in tiny_sections.items())
+    path.write_text(f"from r2vpo_jax import config\n\n\ndef get_config():\n    return config.make({sections})\n")
+    return path
+
+
+def command(*args):
+    return [sys.executable, "-m", "experiments.train", *map(str, args)]
+
+
+def run(*args, **environment):
+    return subprocess.run(
+        command(*args), cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def assert_refused(result, *parts):
+    """One line that starts with "error:" and says each of these parts; exit code 2."""
+    lines = result.stderr.splitlines()
+    assert result.returncode == 2, result.stderr
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    for part in parts:
+        assert part in lines[0]
+
+
+def snapshot(directory):
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+# ---- flags and fields ----
+
+
+@pytest.mark.parametrize(
+    ("flag", "parts"),
+    [
+        ("--nonsense=1", ["Unknown command line flag 'nonsense'"]),
+        ("--config.trainer.nonsense=1", ["trainer.nonsense"]),
+        ("--config.nonsense.field=1", ["nonsense.field"]),
+        ("--config.trainer.num_iterations=many", ["trainer.num_iterations", "many"]),
+        ("--config.trainer.num_iterations=0", ["trainer.num_iterations must be at least 1, got 0"]),
+        ("--config.objective.name=nope", ["objective.name='nope'", "r2vpo, r2vpo_fixed, ppo_clip"]),
+        ("--config.objective.variance_budget=-1", ["objective.variance_budget must be > 0, got -1"]),
+        ("--config.trainer.prompts_per_rollout=5", ["prompts_per_rollout=5", "num_minibatches=2"]),
+        ("--config.trainer.micro_batch_size=3", ["8 rows", "micro_batch_size=3"]),
+        ("--config.task.num_digits=9", ["num_digits must be 1 to 6, got 9"]),
+        ("--config.mesh.data=7", ["needs 7 devices"]),
+        ("--profile_steps=5", ["--profile_steps=5", "first:last"]),
+        ("stray", ["unexpected argument 'stray'"]),
+        ("--config.model.path=/nowhere/at/all", ["/nowhere/at/all"]),
+    ],
+)
+def test_bad_values_are_one_line(flag, parts, config_file, tmp_path):
+    assert_refused(run(f"--config={config_file}", f"--workdir={tmp_path / 'run'}", flag), *parts)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_missing_is_named(config_file, tmp_path):
+    assert_refused(run(f"--workdir={tmp_path}"), "--config is required")
+    assert_refused(run(f"--config={config_file}"), "--workdir is required")
+    assert_refused(run("--config=/nowhere/config.py", f"--workdir={tmp_path}"), "/nowhere/config.py")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_cannot_be_written_is_refused(config_file, tmp_path):
+    (tmp_path / "file").write_text("not a directory")
+    result = run(f"--config={config_file}", f"--workdir={tmp_path / 'file' / 'run'}")
+    assert_refused(result, "cannot write to --workdir")
+    assert (tmp_path / "file").read_text() == "not a directory"
+
+
+def test_print_config_shows_every_field(config_file):
+    result = run(f"--config={config_file}", "--print_config", "--config.trainer.eval_every=7")
+    assert result.returncode == 0
+    lines = {line.split()[0]: line for line in result.stdout.splitlines()}
+    sections = {f.name: f.type for f in Config.__dataclass_fields__.values()}
+    assert sections.pop("seed") is int
+    fields = [f"{name}.{field}" for name, kind in sections.items() for field in kind.__dataclass_fields__]
+    assert len(fields) > 50
+    assert set(lines) == {*fields, "seed"}
+    assert lines["trainer.eval_every"].split()[1:] == ["7", "iterations", "between", "validations"]
+    assert all(len(line.split()) > 2 for line in lines.values()), "a value and a help text"
+
+
+def test_help_lists_the_flags():
+    result = run("--help")
+    assert result.returncode in (0, 1)  # absl exits with 1
+    assert "Traceback" not in result.stdout + result.stderr
+    for flag in ("--config", "--workdir", "--stop_after_iteration"):
+        assert flag in result.stdout
+
+
+# ---- base models ----
+
+
+@pytest.fixture
+def base(tiny_checkpoint, tmp_path):
+    """A copy of the base model to be damaged."""
+    shutil.copytree(tiny_checkpoint, tmp_path / "base")
+    return tmp_path / "base"
+
+
+def remove_a_tensor(base):
+    tensors = load_file(base / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, base / "model.safetensors")
+    return ["model.layers.0.mlp.up_proj.weight"]
+
+
+def reshape_a_tensor(base):
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"] = np.ones(12, np.float32)
+    save_file(tensors, base / "model.safetensors")
+    return ["model.norm.weight", "(12,)", "(16,)"]
+
+
+def shrink_the_vocabulary(base):
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:10].copy()
+    save_file(tensors, base / "model.safetensors")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"vocab_size": 10}))
+    return ["the tokenizer knows 17 tokens", "the embedding has 10 rows"]
+
+
+def exchange_two_symbols(base):
+    text = (base / "tokenizer.json").read_text()
+    text = text.replace('"+": 12', '"+": 13').replace('"=": 13', '"=": 12')
+    (base / "tokenizer.json").write_text(text)
+    return ["tokenizer does not belong to the arithmetic task"]
+
+
+def remove_the_tokenizer(base):
+    for path in base.glob("tokenizer*"):
+        path.unlink()
+    return ["cannot load the base model"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [remove_a_tensor, reshape_a_tensor, shrink_the_vocabulary, exchange_two_symbols, remove_the_tokenizer],
+)
+def test_a_base_model_that_does_not_fit_is_refused(damage, base, config_file, tmp_path):
+    parts = damage(base)
+    before = snapshot(base)
+    result = run(f"--config={config_file}", f"--workdir={tmp_path / 'run'}", f"--config.model.path={base}")
+    assert_refused(result, *parts)
+    assert snapshot(base) == before
+    assert not (tmp_path / "run").exists()
+
+
+# ---- run directories ----
+
+
+def test_the_directory_of_another_run_is_refused(config_file, tiny_config, tmp_path):
+    claim(tmp_path / "run", tiny_config())
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
+    before = snapshot(tmp_path)
+    arguments = f"--config={config_file}", f"--workdir={tmp_path / 'run'}"
+    assert_refused(run(*arguments, "--config.seed=5"), "another configuration (seed: 0 there, 5 here)")
+    assert snapshot(tmp_path) == before
+    (tmp_path / "run" / "config.json").write_text("{torn")
+    assert_refused(run(*arguments), "config.json is not valid JSON")
+    assert (tmp_path / "run" / "config.json").read_text() == "{torn"
+
+
+def test_claiming_twice_is_fine(tiny_config, tmp_path):
+    claim(tmp_path / "new" / "run", tiny_config())
+    before = snapshot(tmp_path)
+    claim(tmp_path / "new" / "run", tiny_config())
+    assert snapshot(tmp_path) == before
+    claim(tmp_path / "reader", tiny_config(), write=False)
+    assert not (tmp_path / "reader").exists()
+
+
+# ---- ranges ----
+
+
+@pytest.mark.parametrize(("text", "expected"), [(None, None), ("5:7", (5, 7)), ("1:1", (1, 1))])
+def test_parse_range(text, expected):
+    assert cli.parse_range("profile_steps", text) == expected
+
+
+@pytest.mark.parametrize("text", ["5", "5:", "a:b", "0:3", "4:3", "1:2:3"])
+def test_bad_ranges_raise(text):
+    with pytest.raises(UsageError, match="--profile_steps"):
+        cli.parse_range("profile_steps", text)
+
+
+# ---- Ctrl-C ----
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_with_a_checkpoint_and_the_run_goes_on(config_file, tmp_path):
+    """Sent once there are rows; a run of 60 iterations is then still going."""
+    arguments = (
+        f"--config={config_file}",
+        f"--workdir={tmp_path / 'run'}",
+        "--config.trainer.num_iterations=60",
+        "--config.trainer.eval_every=60",
+        "--config.trainer.checkpoint_every=60",
+    )
+    process = subprocess.Popen(
+        command(*arguments), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    file = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while process.poll() is None and time.monotonic() < deadline:
+        if file.exists() and '"kind": "train"' in file.read_text():
+            break
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert "SIGINT: stopping after this iteration" in errors
+    assert "Traceback" not in errors
+    done = [row["iteration"] for row in metrics.read_jsonl(file) if row["kind"] == "train"]
+    assert 1 <= len(done) < 60
+    assert done == list(range(1, len(done) + 1))
+    assert (tmp_path / "run" / "checkpoints" / str(len(done))).is_dir()
+    assert not (tmp_path / "run" / "report").exists()
+
+    result = run(*arguments)
+    assert result.returncode == 0, result.stderr
+    assert f"from iteration {len(done)}" in result.stdout
+    done = [row["iteration"] for row in metrics.read_jsonl(file) if row["kind"] == "train"]
+    assert done == list(range(1, 61))
+    summary = json.loads((tmp_path / "run" / "report" / "summary.json").read_text())
+    assert summary["num_updates"] == 60 * 4
