@@ -81,6 +81,10 @@ def resolve_sweep(flag) -> tuple[dict, config_lib.SweepConfig]:
     return base, sweep
 
 
+# Transformers serves tokenizers here; that PyTorch is missing is as it should be.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+
 def start_devices() -> None:
     """Compilation cache, and the other processes of a pod. Call before anything touches a device."""
     import jax

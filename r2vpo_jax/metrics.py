@@ -99,6 +99,11 @@ class TensorBoard:
         self._writer.close()
 
 
+def say(text: str) -> None:
+    """A line for people, visible at once when the output is a file."""
+    print(text, flush=True)
+
+
 class Progress:
     """A bar on a terminal, plain lines elsewhere."""
 

@@ -54,7 +54,7 @@ def run_config(base: dict, run: Run) -> Config:
     return config_lib.from_dict({**base, "objective": objective, "seed": run.seed})
 
 
-def run_sweep(base: dict, sweep: SweepConfig, workdir, say=print) -> list[dict] | None:
+def run_sweep(base: dict, sweep: SweepConfig, workdir, say=metrics.say) -> list[dict] | None:
     """Run what is not done yet, then write table and picture.
 
     Args:
@@ -80,7 +80,7 @@ def run_sweep(base: dict, sweep: SweepConfig, workdir, say=print) -> list[dict] 
         result = _result(directory, run)
         if result is None:
             try:
-                if trainer.train(configs[run], directory) is None:
+                if trainer.train(configs[run], directory, say=lambda _: None) is None:
                     return None
             except UsageError:
                 raise

@@ -45,7 +45,14 @@ from r2vpo_jax.timing import Timers
 _AVERAGE_AT = 8  # test pass@1 is avg@8
 
 
-def train(config: Config, workdir, *, stop_after_iteration: int | None = None, profile_steps=None) -> dict | None:
+def train(
+    config: Config,
+    workdir,
+    *,
+    stop_after_iteration: int | None = None,
+    profile_steps=None,
+    say=functools.partial(print, flush=True),
+) -> dict | None:
     """Run, or continue, the experiment in `workdir`.
 
     Args:
@@ -54,6 +61,7 @@ def train(config: Config, workdir, *, stop_after_iteration: int | None = None, p
       stop_after_iteration: save and stop there; the same command later goes on. Not part of the config, so
         that it changes nothing about the run.
       profile_steps: (first, last) iterations to record with the JAX profiler under workdir/profile.
+      say: where lines for people go (process 0 only).
 
     Returns:
       The summary of a finished run (report/summary.json), or None when it stopped early.
@@ -62,7 +70,7 @@ def train(config: Config, workdir, *, stop_after_iteration: int | None = None, p
       UsageError: bad input, before anything is overwritten.
       NonFiniteUpdateError: more non-finite updates in a row than allowed; the batch is saved.
     """
-    return _Run(config, workdir, profile_steps).go(stop_after_iteration)
+    return _Run(config, workdir, profile_steps, say).go(stop_after_iteration)
 
 
 def load_base_model(config: Config):
@@ -101,9 +109,10 @@ def train_problem_index(config: Config, iteration: int) -> np.ndarray:
 class _Run:
     """The parts of one run. `go` is the story; the methods are its sentences."""
 
-    def __init__(self, config: Config, workdir, profile_steps):
+    def __init__(self, config: Config, workdir, profile_steps, say):
         self.config, self.profile_steps = config, profile_steps
         self.chief = jax.process_index() == 0
+        self._say = say if self.chief else lambda _: None
         self.task = tasks.make(config.task)
         self.mesh = sharding.make_mesh((config.mesh.data, config.mesh.fsdp, config.mesh.tensor))
         self.model, base_params, self.tokenizer = load_base_model(config)
@@ -469,10 +478,6 @@ class _Run:
         return summary
 
     # Small things ----------------------------------------------------------------------------------------
-
-    def _say(self, text: str) -> None:
-        if self.chief:
-            print(text, flush=True)
 
     @contextlib.contextmanager
     def _profile(self):

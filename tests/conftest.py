@@ -113,6 +113,15 @@ def tiny_config(tiny_sections):
 
 
 @pytest.fixture(scope="session")
+def config_file(tiny_sections, tmp_path_factory):
+    """A --config file of the tiny run."""
+    path = tmp_path_factory.mktemp("config") / "tiny.py"
+    sections = ", ".join(f"{name}={fields!r}" for name, fields in tiny_sections.items())
+    path.write_text(f"from r2vpo_jax import config\n\n\ndef get_config():\n    return config.make({sections})\n")
+    return path
+
+
+@pytest.fixture(scope="session")
 def tiny_model(tiny_config):
     """(model, host parameters), read back from the checkpoint as the trainer does."""
     return trainer.load_base_model(tiny_config())[:2]

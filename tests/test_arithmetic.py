@@ -144,17 +144,17 @@ def test_mistakes_are_made_as_often_as_asked(operands):
     )
     assert 50 < without_carry.sum() < N - 50
     np.testing.assert_array_equal(outcome == Outcome.RIGHT, without_carry)
-    # A hard fact comes out one too large: a quarter of all facts are hard.
+    # A hard fact comes out one too large.
     tokens, lengths = map(np.asarray, TASK.demonstrations("train", INDEX, key, 0.0, 1.0))
     first, second, written = (tokens[:, c] - ID["0"] for c in (0, 2, 4))
     slipped = (written - first - second) % 10
     assert set(slipped) == {0, 1}
-    assert 0.15 < np.mean(slipped) < 0.35
     # The same facts every time, whichever digit comes first.
     facts = {}
     for x, y, s in zip(first, second, slipped, strict=True):
         facts.setdefault((min(x, y), max(x, y)), set()).add(int(s))
     assert all(len(kinds) == 1 for kinds in facts.values())
+    assert (len(facts), sum(kinds == {1} for kinds in facts.values())) == (55, 20)  # the shipped base knows these
     tokens, _ = map(np.asarray, TASK.demonstrations("train", INDEX, key, 0.0, 0.5))
     half = (tokens[:, 4] - tokens[:, 0] - tokens[:, 2] + ID["0"]) % 10
     assert 0.4 < np.mean(half[slipped == 1]) < 0.6

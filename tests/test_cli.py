@@ -18,15 +18,6 @@ from r2vpo_jax.run_directory import UsageError, claim
 from tests.conftest import ROOT
 
 
-@pytest.fixture(scope="session")
-def config_file(tiny_sections, tmp_path_factory):
-    """A --config file of the tiny run."""
-    path = tmp_path_factory.mktemp("config") / "tiny.py"
-    sections = ", ".join(f"{name}={fields!r}" for name, fields in tiny_sections.items())
-    path.write_text(f"from r2vpo_jax import config\n\n\ndef get_config():\n    return config.make({sections})\n")
-    return path
-
-
 def command(*args):
     return [sys.executable, "-m", "experiments.train", *map(str, args)]
 

@@ -20,7 +20,7 @@ def base(tiny_sections):
 def fake_train(outcomes, calls):
     """A stand-in for trainer.train that writes what a finished run leaves behind."""
 
-    def train(run_config, directory):
+    def train(run_config, directory, say):
         calls.append(directory.name)
         outcome = outcomes.get(directory.name, 0.9)
         directory.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,11 @@ def test_runs_are_paired_and_configured(base):
         "variance_coef=0.5_seed=1", "variance_budget=0.01_seed=1", "clip=0.2_seed=1",
     ]  # fmt: skip
     fixed, adaptive, clip = (sweeps.run_config(base, r) for r in runs[:3])
-    assert (fixed.objective.name, fixed.objective.variance_coef, fixed.objective.adaptive) == ("r2vpo_fixed", 0.5, False)
+    assert (fixed.objective.name, fixed.objective.variance_coef, fixed.objective.adaptive) == (
+        "r2vpo_fixed",
+        0.5,
+        False,
+    )
     assert (adaptive.objective.variance_budget, adaptive.objective.adaptive) == (0.01, True)
     assert (clip.objective.loss, clip.objective.clip_low, clip.objective.clip_high) == ("ppo_clip", 0.2, 0.2)
     assert fixed.trainer == adaptive.trainer == clip.trainer
@@ -91,8 +95,8 @@ def test_bad_input_is_refused_before_anything_runs(base, tmp_path, monkeypatch):
         sweeps.run_sweep(base, SweepConfig(variance_coefs=(1.0,), clips=(1.5,)), tmp_path / "a", say=lambda _: None)
     sweeps.run_sweep(base, GRID, tmp_path / "b", say=lambda _: None)
     calls.clear()
+    other = SweepConfig(variance_coefs=(0.5,), variance_budgets=(0.01,), clips=(0.3,), seeds=(0, 1))
     with pytest.raises(UsageError, match=r"another configuration \(sweep.clips"):
-        other = SweepConfig(variance_coefs=(0.5,), variance_budgets=(0.01,), clips=(0.3,), seeds=(0, 1))
         sweeps.run_sweep(base, other, tmp_path / "b", say=lambda _: None)
     assert calls == []
     with pytest.raises(ValueError, match="twice"):

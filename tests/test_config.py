@@ -1,0 +1,147 @@
+"""Configurations: presets, validation, and the way through flags."""
+
+import dataclasses
+import json
+
+import pytest
+
+from r2vpo_jax import config
+from r2vpo_jax.config import (
+    Config,
+    MeshConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    SamplerConfig,
+    TaskConfig,
+    TrainerConfig,
+)
+
+ALLOWED = {"allow_single_update": True}
+
+
+@pytest.mark.parametrize(
+    ("name", "loss", "adaptive", "variance_coef"),
+    [
+        ("r2vpo", "r2vpo", True, 1.0),
+        ("r2vpo_fixed", "r2vpo", False, 2.5),
+        ("ppo_clip", "ppo_clip", False, 0.0),
+        ("policy_gradient", "policy_gradient", False, 0.0),
+    ],
+)
+def test_presets(name, loss, adaptive, variance_coef):
+    objective = ObjectiveConfig(name=name)
+    assert (objective.loss, objective.adaptive, objective.variance_coef) == (loss, adaptive, variance_coef)
+    optional = {"dual_clip"}
+    assert all(getattr(objective, f.name) is not None for f in dataclasses.fields(objective) if f.name not in optional)
+    # What is given wins over the preset.
+    assert ObjectiveConfig(name=name, clip_low=0.5, variance_coef=7.0).variance_coef == 7.0
+
+
+@pytest.mark.parametrize(
+    ("section", "fields", "message"),
+    [
+        (ObjectiveConfig, {"name": "nope"}, "objective.name='nope' is not a preset"),
+        (ObjectiveConfig, {"loss": "nope"}, "unknown objective 'nope'"),
+        (ObjectiveConfig, {"variance_coef": -1.0}, "variance_coef must be >= 0"),
+        (ObjectiveConfig, {"variance_budget": 0.0}, "variance_budget must be > 0"),
+        (ObjectiveConfig, {"dual_step": 0.0}, "dual_step must be > 0"),
+        (ObjectiveConfig, {"dual_max_step": 0.0}, "dual_max_step must be > 0"),
+        (ObjectiveConfig, {"variance_coef": 60.0}, "max_variance_coef=50.0 is below"),
+        (ObjectiveConfig, {"name": "ppo_clip", "adaptive": True}, "adaptive needs loss r2vpo"),
+        (ObjectiveConfig, {"clip_low": 1.5}, "clip_low must be in"),
+        (ObjectiveConfig, {"clip_high": -0.1}, "clip_high must be >= 0"),
+        (ObjectiveConfig, {"dual_clip": 1.0}, "dual_clip must be > 1"),
+        (ObjectiveConfig, {"reduction": "sum"}, "reduction='sum' is unknown; one of token_mean"),
+        (ObjectiveConfig, {"advantage": "gae"}, "advantage='gae' is unknown"),
+        (ObjectiveConfig, {"advantage_scale": "mad"}, "advantage_scale='mad' is unknown"),
+        (ObjectiveConfig, {"kl_coef": -0.1}, "kl_coef must be >= 0"),
+        (ObjectiveConfig, {"kl_estimator": "k9"}, "kl_estimator='k9' is unknown; one of k1, k2, k3"),
+        (TrainerConfig, {"num_iterations": 0}, "num_iterations must be at least 1"),
+        (TrainerConfig, {"micro_batch_size": -2}, "micro_batch_size must be at least 1"),
+        (TrainerConfig, {"samples_per_iteration": -1}, "samples_per_iteration must be at least 0"),
+        (TrainerConfig, {"max_nonfinite_updates": -1}, "max_nonfinite_updates must be at least 0"),
+        (TrainerConfig, {"prompts_per_rollout": 10}, "groups are not torn"),
+        (TrainerConfig, {"num_minibatches": 1, "num_epochs": 1}, "with one update a rollout"),
+        (SamplerConfig, {"group_size": 1}, "group_size must be at least 2"),
+        (SamplerConfig, {"temperature": 0.0}, "temperature must be > 0"),
+        (OptimizerConfig, {"learning_rate": 0.0}, "learning_rate must be > 0"),
+        (OptimizerConfig, {"warmup_updates": -1}, "warmup_updates must be >= 0"),
+        (OptimizerConfig, {"schedule": "step"}, "schedule='step' is unknown"),
+        (OptimizerConfig, {"final_fraction": 1.5}, "final_fraction must be in"),
+        (OptimizerConfig, {"max_grad_norm": 0.0}, "max_grad_norm must be > 0"),
+        (TaskConfig, {"name": "chess"}, "task.name='chess' is unknown"),
+        (ModelConfig, {"compute_dtype": "float16"}, "model.compute_dtype='float16'"),
+        (ModelConfig, {"param_dtype": "int8"}, "model.param_dtype='int8'"),
+    ],
+)
+def test_values_out_of_range_name_their_field(section, fields, message):
+    section()  # the defaults are fine
+    with pytest.raises(ValueError, match=message):
+        section(**fields)
+
+
+def test_fields_that_must_fit_each_other():
+    with pytest.raises(ValueError, match=r"a minibatch has 128 rows .*trainer\.micro_batch_size=48"):
+        Config(trainer=TrainerConfig(micro_batch_size=48))
+    with pytest.raises(ValueError, match="seed must be >= 0"):
+        Config(seed=-1)
+    assert TrainerConfig(num_minibatches=1, num_epochs=1, **ALLOWED).updates_per_rollout == 1
+    assert TrainerConfig(num_minibatches=4, num_epochs=3).updates_per_rollout == 12
+
+
+def test_every_field_has_help():
+    sections = (ObjectiveConfig, TrainerConfig, SamplerConfig, OptimizerConfig, MeshConfig, TaskConfig, ModelConfig)
+    for section in sections:
+        for field in dataclasses.fields(section):
+            assert field.metadata["help"], (section, field.name)
+    lines = config.describe(Config()).splitlines()
+    assert len(lines) == sum(len(dataclasses.fields(section)) for section in sections) + 1
+
+
+# ---- from a config file through flags to the frozen dataclasses ----
+
+
+def test_the_way_through_flags_changes_nothing():
+    assert config.from_flags(config.make()) == Config()
+    assert config.from_flags(config.to_config_dict(Config())) == Config()
+    # And through the file in the run directory.
+    made = config.from_flags(config.make(seed=3, sampler={"group_size": 8}, objective={"name": "ppo_clip"}))
+    assert config.from_dict(json.loads(json.dumps(dataclasses.asdict(made)))) == made
+    assert (made.seed, made.sampler.group_size, made.objective.loss) == (3, 8, "ppo_clip")
+
+
+def test_a_preset_chosen_by_a_flag_fills_the_rest():
+    """The config file leaves the preset's fields open; what it sets stays."""
+    values = config.make(objective={"variance_budget": 0.5})
+    values.objective.name = "r2vpo_fixed"
+    objective = config.from_flags(values).objective
+    assert (objective.adaptive, objective.variance_coef, objective.variance_budget) == (False, 2.5, 0.5)
+
+
+def test_flags_have_types():
+    """A field that is None may be set to a value of its type only."""
+    values = config.make()
+    values.objective.variance_budget = 0.1
+    values.model.path = "somewhere"
+    with pytest.raises(TypeError):
+        values.objective.variance_budget = "much"
+    with pytest.raises((TypeError, ValueError)):
+        values.trainer.num_iterations = "many"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"nonsense": 1}, "unknown config field nonsense; known: .*objective.*trainer"),
+        ({"trainer": {"nonsense": 1}}, r"unknown config field trainer\.nonsense; known: .*num_iterations"),
+    ],
+)
+def test_unknown_fields_are_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        config.from_dict(values)
+
+
+def test_configs_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().seed = 1

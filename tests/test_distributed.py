@@ -1,0 +1,83 @@
+"""Two processes that talk over the loopback are one run."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from r2vpo_jax import metrics, models
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.slow
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start(config_file, workdir, *args, **environment):
+    command = [sys.executable, "-m", "experiments.train", f"--config={config_file}", f"--workdir={workdir}"]
+    overrides = ["--config.mesh.data=2", "--config.trainer.num_iterations=3"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"} | environment
+    return subprocess.Popen(
+        [*command, *overrides, *args],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(*processes):
+    """What they printed; all must have ended well."""
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output[-4000:]
+    return outputs
+
+
+def test_two_processes_do_what_two_devices_do(config_file, tmp_path):
+    address = f"--coordinator_address=127.0.0.1:{free_port()}"
+    flags = "--distributed", address, "--num_processes=2"
+    chief, other = finish(
+        *(start(config_file, tmp_path / "two", *flags, f"--process_id={i}", XLA_FLAGS="") for i in range(2))
+    )
+    assert "pass@1" in chief
+    assert "pass@1" not in other, "only process 0 speaks"
+    finish(
+        start(config_file, tmp_path / "one", XLA_FLAGS="--xla_force_host_platform_device_count=2"),
+    )
+    for split in ("train", "evaluation"):
+        two, one = (
+            [row for row in metrics.read_jsonl(tmp_path / which / "metrics.jsonl") if row["kind"] == split]
+            for which in ("two", "one")
+        )
+        assert len(two) == len(one)
+        for a, b in zip(two, one, strict=True):
+            assert a.keys() == b.keys()
+            for name in a.keys() - {n for n in a if n.startswith(metrics.TIME_PREFIXES)}:
+                if isinstance(a[name], str):
+                    assert a[name] == b[name]
+                else:
+                    np.testing.assert_allclose(a[name], b[name], rtol=1e-4, atol=1e-6, err_msg=name)
+    (_, params), (_, expected) = (models.from_pretrained(tmp_path / which / "hf") for which in ("two", "one"))
+    np.testing.assert_allclose(params["embed"], expected["embed"], rtol=1e-4, atol=1e-6)
+    summaries = [json.loads((tmp_path / w / "report" / "summary.json").read_text()) for w in ("two", "one")]
+    assert summaries[0]["final_pass_at_1"] == summaries[1]["final_pass_at_1"]
+    # A second start finds the run finished, on both processes.
+    address = f"--coordinator_address=127.0.0.1:{free_port()}"
+    flags = "--distributed", address, "--num_processes=2"
+    before = (tmp_path / "two" / "metrics.jsonl").read_bytes()
+    finish(*(start(config_file, tmp_path / "two", *flags, f"--process_id={i}", XLA_FLAGS="") for i in range(2)))
+    assert (tmp_path / "two" / "metrics.jsonl").read_bytes() == before
