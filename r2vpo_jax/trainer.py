@@ -51,7 +51,7 @@ def train(
     *,
     stop_after_iteration: int | None = None,
     profile_steps=None,
-    say=functools.partial(print, flush=True),
+    say=metrics.say,
 ) -> dict | None:
     """Run, or continue, the experiment in `workdir`.
 
