@@ -4,7 +4,6 @@ An unknown flag or field, a bad value or a missing file ends with one line on st
 any work is done; everything unexpected keeps its traceback and exit code 1.
 """
 
-import contextlib
 import os
 import pathlib
 import sys
@@ -17,7 +16,7 @@ from ml_collections import config_flags
 
 from r2vpo_jax import config as config_lib
 from r2vpo_jax.learner import NonFiniteUpdateError
-from r2vpo_jax.run_directory import UsageError
+from r2vpo_jax.run_directory import UsageError, usage_errors
 
 _PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print every config field with its value and help, and exit.")
 _DISTRIBUTED = flags.DEFINE_bool(
@@ -35,15 +34,6 @@ def define_config() -> flags.FlagHolder:
     )
 
 
-@contextlib.contextmanager
-def usage_errors():
-    """Inside, a bad value or a missing file is the user's to put right: one line, exit code 2."""
-    try:
-        yield
-    except (ValueError, TypeError, OSError) as error:
-        raise UsageError(str(error)) from error
-
-
 def require(flag, example: str) -> None:
     """Raises UsageError when a flag that has no default was not given."""
     if not flag.value:
@@ -57,7 +47,7 @@ def resolve(flag) -> config_lib.Config:
       UsageError: no --config, an unknown field or a value out of range.
     """
     require(flag, "experiments/configs/arithmetic.py")
-    with usage_errors():
+    with usage_errors(TypeError):
         config = config_lib.from_flags(flag.value)
     if _PRINT_CONFIG.value:
         print(config_lib.describe(config))
@@ -68,7 +58,7 @@ def resolve(flag) -> config_lib.Config:
 def resolve_sweep(flag) -> tuple[dict, config_lib.SweepConfig]:
     """The same for a sweep: (plain values shared by all runs, the grid)."""
     require(flag, "experiments/configs/sweep_variance.py:smoke")
-    with usage_errors():
+    with usage_errors(TypeError):
         if set(flag.value) != {"base", "sweep"}:
             raise UsageError(
                 "a sweep's config has the fields base and sweep, see experiments/configs/sweep_variance.py"
@@ -103,6 +93,17 @@ def _fail(message: str) -> None:
     sys.exit(2)
 
 
+def _reason(error: Exception, argv) -> str:
+    """What was wrong with the flags; an unknown config field by its full name."""
+    message = (str(error) or repr(error)).splitlines()[0]
+    if isinstance(error, (KeyError, AttributeError)):
+        for argument in argv[1:]:
+            path = argument.lstrip("-").partition("=")[0]
+            if path.startswith("config.") and any(f"'{name}'" in str(error) for name in path.split(".")[1:]):
+                return f"unknown config field {path.removeprefix('config.')}"
+    return message
+
+
 def run(main) -> None:
     """Run `main()` as a program. Replaces absl.app.run."""
 
@@ -110,7 +111,7 @@ def run(main) -> None:
         try:
             rest = app.parse_flags_with_usage(argv) if "--help" in " ".join(argv) else flags.FLAGS(argv)
         except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
-            _fail(f"{str(error).splitlines()[0]} (--help lists the flags, --print_config the config fields)")
+            _fail(f"{_reason(error, argv)} (--help lists the flags, --print_config the config fields)")
         if len(rest) > 1:
             _fail(f"unexpected argument {rest[1]!r}; flags start with --")
         return rest

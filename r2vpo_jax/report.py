@@ -29,6 +29,10 @@ def summarize(config: Config, rows, *, base, final, progress, train_seconds, pha
     second_half = train[len(train) // 2 :]
     seconds = {name: sum(r[f"time/{name}"] for r in train) for name in ("rollout", "verify", "update")}
     k = final["k"]
+
+    def mean(name, rows):
+        return float(np.mean([float(r[name]) for r in rows]))  # a row may hold "nan", see metrics.JsonlWriter
+
     return {
         "objective": config.objective.name,
         "seed": config.seed,
@@ -56,16 +60,16 @@ def summarize(config: Config, rows, *, base, final, progress, train_seconds, pha
         "peak_memory_bytes": peak_memory_bytes,
         "adaptive": config.objective.adaptive,
         "variance_budget": config.objective.variance_budget,
-        "final_variance_coef": train[-1]["dual/variance_coef"],
+        "final_variance_coef": float(train[-1]["dual/variance_coef"]),
         "max_variance_coef": config.objective.max_variance_coef,
-        "final_ratio_second_moment": train[-1]["ratio/second_moment"],
-        "second_half_ratio_second_moment": float(np.mean([r["ratio/second_moment"] for r in second_half])),
-        "second_half_variance_coef": float(np.mean([r["dual/variance_coef"] for r in second_half])),
+        "final_ratio_second_moment": float(train[-1]["ratio/second_moment"]),
+        "second_half_ratio_second_moment": mean("ratio/second_moment", second_half),
+        "second_half_variance_coef": mean("dual/variance_coef", second_half),
         "noise_floor_ratio_second_moment": progress["noise_floor"],
-        "final_entropy": train[-1]["policy/entropy"],
-        "max_ratio": max(r["ratio/max"] for r in train),
-        "clip_fraction": float(np.mean([r["clip/fraction"] for r in train])),
-        "clip_gradient_share": float(np.mean([r["clip/gradient_share"] for r in train])),
+        "final_entropy": float(train[-1]["policy/entropy"]),
+        "max_ratio": max(float(r["ratio/max"]) for r in train),
+        "clip_fraction": mean("clip/fraction", train),
+        "clip_gradient_share": mean("clip/gradient_share", train),
         "samples_before": base["samples"],
         "samples_after": final["samples"],
     }

@@ -1,5 +1,6 @@
 """The directory of one run: whose it is, and what is in it."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -10,6 +11,15 @@ from r2vpo_jax.config import Config
 
 class UsageError(ValueError):
     """Something the user can put right. Shown as one line; exit code 2."""
+
+
+@contextlib.contextmanager
+def usage_errors(*more: type[Exception]):
+    """Inside, a bad value or a missing file (or one of `more`) is the user's to put right: a UsageError."""
+    try:
+        yield
+    except (ValueError, OSError, *more) as error:
+        raise UsageError(str(error)) from error
 
 
 def _flat(tree: dict, prefix="") -> dict:

@@ -164,6 +164,6 @@ def placement_table(logical_axes, tree, mesh: Mesh) -> str:
         ]
         note = f"  (replicated, does not divide: {', '.join(undivided)})" if undivided else ""
         name = "/".join(str(getattr(k, "key", k)) for k in path)
-        where = ", ".join("-" if s is None else "+".join(s) for s in spec)
+        where = ", ".join("-" if s is None else s if isinstance(s, str) else "+".join(s) for s in spec)
         rows.append(f"  {name:42s} {tuple(leaf.shape)!s:24s} [{where}]{note}")
     return "\n".join(rows)

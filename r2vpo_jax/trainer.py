@@ -37,7 +37,7 @@ from r2vpo_jax.evaluation import Evaluation, evaluate
 from r2vpo_jax.interrupts import any_process, graceful_stop
 from r2vpo_jax.learner import Learner, NonFiniteUpdateError
 from r2vpo_jax.rollout import Rollout
-from r2vpo_jax.run_directory import UsageError, claim
+from r2vpo_jax.run_directory import UsageError, claim, usage_errors
 from r2vpo_jax.sampler import Sampling
 from r2vpo_jax.tasks.base import Outcome
 from r2vpo_jax.timing import Timers
@@ -110,14 +110,15 @@ class _Run:
     """The parts of one run. `go` is the story; the methods are its sentences."""
 
     def __init__(self, config: Config, workdir, profile_steps, say):
-        self.config, self.profile_steps = config, profile_steps
+        self.config, self.profile_steps, self.profiling = config, profile_steps, False
         self.chief = jax.process_index() == 0
         self._say = say if self.chief else lambda _: None
-        self.task = tasks.make(config.task)
-        self.mesh = sharding.make_mesh((config.mesh.data, config.mesh.fsdp, config.mesh.tensor))
-        self.model, base_params, self.tokenizer = load_base_model(config)
-        self.task.check_tokenizer(self.tokenizer)
-        self.learner = Learner(self.model, config, self.mesh)
+        with usage_errors():
+            self.task = tasks.make(config.task)
+            self.mesh = sharding.make_mesh((config.mesh.data, config.mesh.fsdp, config.mesh.tensor))
+            self.model, base_params, self.tokenizer = load_base_model(config)
+            self.task.check_tokenizer(self.tokenizer)
+            self.learner = Learner(self.model, config, self.mesh)
         self.workdir = claim(workdir, config, write=self.chief)
         self.checkpointer = Checkpointer(self.workdir / "checkpoints", max_to_keep=config.trainer.max_checkpoints)
         self.timers = Timers()
@@ -240,6 +241,7 @@ class _Run:
         try:
             yield
         finally:
+            self._stop_profile()
             for writer in (*self.writers.values(), self.events, self.tensorboard, self.checkpointer):
                 if writer is not None:
                     writer.close()
@@ -484,10 +486,16 @@ class _Run:
         """Record this iteration if it is among `profile_steps` (counted from 1)."""
         first, last = self.profile_steps or (0, -1)
         number = self.iteration + 1
-        if number == first:
+        if first <= number <= last and not self.profiling:
             jax.profiler.start_trace(str(self.workdir / "profile"))
+            self.profiling = True
         with jax.profiler.StepTraceAnnotation("iteration", step_num=number):
             yield
         if number == last:
+            self._stop_profile()
+
+    def _stop_profile(self) -> None:
+        if self.profiling:
             jax.block_until_ready(self.state)
             jax.profiler.stop_trace()
+            self.profiling = False

@@ -111,6 +111,17 @@ def test_the_way_through_flags_changes_nothing():
     assert (made.seed, made.sampler.group_size, made.objective.loss) == (3, 8, "ppo_clip")
 
 
+def test_overrides_leave_the_other_fields_open_to_flags():
+    values = config.make(sampler={"group_size": 8}, objective={"clip_low": 0.1})
+    values.sampler.temperature = 0.5
+    values.objective.clip_high = 0.3
+    made = config.from_flags(values)
+    assert (made.sampler.group_size, made.sampler.temperature) == (8, 0.5)
+    assert (made.objective.clip_low, made.objective.clip_high) == (0.1, 0.3)
+    for section, kind in (("sampler", SamplerConfig), ("objective", ObjectiveConfig)):
+        assert set(values[section]) == {field.name for field in dataclasses.fields(kind)}
+
+
 def test_a_preset_chosen_by_a_flag_fills_the_rest():
     """The config file leaves the preset's fields open; what it sets stays."""
     values = config.make(objective={"variance_budget": 0.5})
