@@ -65,7 +65,7 @@ def make_rollout():
         temperature=np.ones(ROWS, np.float32),
         reward=np.zeros(ROWS, np.float32),
         outcome=np.zeros(ROWS, np.int32),
-        advantage=(20 + 10 * generator.standard_normal(ROWS)).astype(np.float32),
+        advantage=(100 * generator.standard_normal(ROWS)).astype(np.float32),
         group_id=integers,
         rollout_id=integers,
         version=np.zeros(ROWS, np.int32),

@@ -39,21 +39,3 @@ def test_config_flags_exist(page):
         for name in flag.split("."):
             assert name in section, f"{page.name} names --config.{flag}"
             section = section[name]
-
-
-def test_every_metric_is_documented(finished_run):
-    """Names like `a/b`, and `_suffix` after a comma for several at once."""
-    text = (ROOT / "docs" / "metrics.md").read_text()
-    words = set(re.findall(r"`([^`]+)`", text))
-    prefixes = {w.split("/")[0] + "/" for w in words if "/" in w}
-    rows = finished_run
-    undocumented = [
-        name
-        for row in rows
-        for name in row
-        if name not in words
-        and not any(name.endswith(w) for w in words if w.startswith("_"))
-        and not any(name == p + w for p in prefixes for w in words)
-        and name != "kind"
-    ]
-    assert not undocumented

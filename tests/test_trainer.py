@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import signal
 
 import jax
@@ -15,6 +16,7 @@ from r2vpo_jax.learner import Learner, NonFiniteUpdateError
 from r2vpo_jax.run_directory import UsageError
 from r2vpo_jax.tasks.arithmetic import SYMBOLS
 from r2vpo_jax.trainer import train, train_problem_index
+from tests.conftest import ROOT
 
 NUM_ITERATIONS, ROWS, UPDATES = 4, 16, 4  # of the tiny run
 
@@ -381,3 +383,17 @@ def test_problems_are_a_function_of_seed_and_iteration(tiny_config):
     others = [train_problem_index(tiny_config(seed=seed), i) for seed in (1, 2, 1023) for i in (0, 1, 10**6)]
     assert len(np.unique(np.concatenate([seen, *others]))) == 20 + 9 * 4
     assert max(o.max() for o in others) < 2**30, "indices fit into int32"
+
+
+def test_every_metric_is_documented(finished):
+    """docs/metrics.md abbreviates: `ratio/x_positive`, `_negative` and `time/rollout`, `verify`."""
+    words = set(re.findall(r"`([^`]+)`", (ROOT / "docs" / "metrics.md").read_text()))
+    suffixes = tuple(w for w in words if w.startswith("_"))
+    prefixes = {w.partition("/")[0] for w in words if "/" in w}
+    names = {name for row in metrics.read_jsonl(finished[0] / "metrics.jsonl") for name in row} - {"kind"}
+    undocumented = [
+        name
+        for name in sorted(names - words)
+        if not name.endswith(suffixes) and not (name.partition("/")[0] in prefixes and name.partition("/")[2] in words)
+    ]
+    assert not undocumented
