@@ -36,7 +36,7 @@ setup(
         "cuda": ["jax[cuda12]>=0.10,<0.13"],
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "reasoning": ["math-verify>=0.9,<0.10", "reasoning-gym>=0.1.25,<0.2"],
-        "tpu_compile": ["libtpu>=0.0.42,<0.0.43"],
+        "libtpu": ["libtpu>=0.0.42,<0.0.43"],
         "dev": ["hypothesis>=6.100,<7", "pytest>=8,<10", "ruff==0.17.6", "scipy>=1.13,<2"],
     },
     classifiers=[

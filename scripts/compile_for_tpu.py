@@ -68,7 +68,7 @@ class BadFlagError(ValueError):
 def make_learner() -> learner.Learner:
     """The learner that the flags describe, on the devices of the described pod."""
     if importlib.util.find_spec("libtpu") is None:
-        raise BadFlagError("the TPU compiler (libtpu) is not installed: pip install -e '.[tpu_compile]'")
+        raise BadFlagError("the TPU compiler (libtpu) is not installed: pip install -e '.[libtpu]'")
     if FLAGS.model not in MODELS:
         raise BadFlagError(f"--model={FLAGS.model} is unknown; one of {', '.join(MODELS)}")
     if FLAGS.topology.partition(":")[0] not in HBM:

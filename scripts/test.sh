@@ -7,7 +7,7 @@ extras="[dev]"
 if [ "${1:-}" = --all ]; then
   shift
   marker=(-m "slow or not slow")
-  extras="[dev,tpu_compile]"
+  extras="[dev,libtpu]"
 fi
 install "$extras"
 echo "ruff"

@@ -15,7 +15,7 @@ SCRIPT = ROOT / "scripts" / "compile_for_tpu.py"
 pytestmark = pytest.mark.slow
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
-    reason="needs the TPU compiler: pip install -e '.[tpu_compile]' (scripts/test.sh --all does)",
+    reason="needs the TPU compiler: pip install -e '.[libtpu]' (scripts/test.sh --all does)",
 )
 
 
@@ -89,7 +89,7 @@ def test_without_the_compiler_it_says_how_to_get_it():
     result = _python("-c", hidden)
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
-    assert "pip install -e '.[tpu_compile]'" in line
+    assert "pip install -e '.[libtpu]'" in line
 
 
 def test_collectives_are_counted_by_kind():
