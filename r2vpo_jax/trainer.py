@@ -221,8 +221,9 @@ class _Run:
         resumed = bool(positions)
         names = ("metrics", "samples")
         if self.chief:
-            self.writers = {n: metrics.JsonlWriter(self.workdir / f"{n}.jsonl", positions.get(n, 0)) for n in names}
-            self.events = metrics.JsonlWriter(self.workdir / "events.jsonl")
+            with usage_errors():  # a file may be gone, or shorter than the checkpoint says
+                self.writers = {n: metrics.JsonlWriter(self.workdir / f"{n}.jsonl", positions.get(n, 0)) for n in names}
+                self.events = metrics.JsonlWriter(self.workdir / "events.jsonl")
         else:
             self.writers = {n: metrics.NullWriter() for n in names}
             self.events = metrics.NullWriter()

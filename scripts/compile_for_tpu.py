@@ -22,6 +22,7 @@ import time
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # the pod is described, not attached
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no chip is taken, so several may compile at a time
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # else libtpu warns that it finds no pod
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
 

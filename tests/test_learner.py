@@ -171,7 +171,12 @@ def test_the_order_of_the_rows_changes_nothing(reduction, learners, params, batc
 
 
 @pytest.mark.parametrize(
-    "reduction", [pytest.param("token_mean", marks=pytest.mark.slow), "sequence_mean", "constant_length"]
+    "reduction",
+    [
+        pytest.param("token_mean", marks=pytest.mark.slow),
+        pytest.param("sequence_mean", marks=pytest.mark.slow),
+        "constant_length",
+    ],
 )
 def test_padding_changes_nothing(reduction, learners, params, batch):
     """Two more columns in the prompts and three more in the responses, with junk in them.

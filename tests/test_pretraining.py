@@ -36,14 +36,11 @@ def test_the_model_is_the_one_asked_for(pretrained):
 
 
 def test_a_seed_decides_the_weights(pretrained, task):
-    """Twenty steps from the same and from another seed. The programs are those of the long run."""
-    few = dataclasses.replace(PRETRAIN, num_steps=20)
-    (_, one), (_, same), (_, other) = (
-        pretraining.pretrain(dataclasses.replace(few, seed=seed), task, len(SYMBOLS)) for seed in (0, 0, 1)
+    (_, same), (_, other) = (
+        pretraining.pretrain(dataclasses.replace(PRETRAIN, seed=seed), task, len(SYMBOLS)) for seed in (0, 1)
     )
-    jax.tree.map(np.testing.assert_array_equal, one, same)
-    assert np.any(np.asarray(one["embed"]) != other["embed"])
-    assert np.any(np.asarray(one["embed"]) != pretrained[1]["embed"])
+    jax.tree.map(np.testing.assert_array_equal, same, pretrained[1])
+    assert np.any(np.asarray(same["embed"]) != other["embed"])
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import signal
 
 import jax
@@ -293,6 +294,14 @@ def test_a_directory_of_another_run_is_refused(finished, tiny_config):
     with pytest.raises(UsageError, match=r"optimizer\.learning_rate: 0\.001 there, 0\.5 here; seed: 0 there, 1 here"):
         train(other, finished[0])
     assert snapshot(finished[0]) == before
+
+
+def test_rows_that_a_checkpoint_counts_on_must_be_there(finished, tiny_config, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run", ignore=shutil.ignore_patterns("report"))
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(UsageError, match=r"metrics\.jsonl has 3 bytes, but the checkpoint was written at"):
+        train(tiny_config(), tmp_path / "run")
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == "{}\n"
 
 
 # ---- refusals and alarms ----
