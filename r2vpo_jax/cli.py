@@ -129,6 +129,8 @@ def run(main) -> None:
             print("interrupted; the last checkpoint is intact", file=sys.stderr)
             return 130
 
+    for flag in (_PRINT_CONFIG, _DISTRIBUTED, _COORDINATOR, _NUM_PROCESSES, _PROCESS_ID):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])  # so that --help shows it
     app.run(guarded, flags_parser=parse)
 
 

@@ -203,7 +203,8 @@ def generate(
       A Rollout of NumPy arrays in the order of the prompts, with prompt size P.
 
     Raises:
-      ValueError: a prompt is empty or longer than P, or an EOS id is outside of the vocabulary.
+      ValueError: a prompt is empty or longer than P, an EOS id is outside of the vocabulary, or temperature,
+        top_k or top_p is out of range.
     """
     tokens, lengths = np.asarray(tokens, np.int32), np.asarray(lengths, np.int32)
     problem_ids = np.asarray(problem_ids, np.int32)
@@ -211,6 +212,11 @@ def generate(
     if num_prompts == 0 or lengths.min() < 1 or lengths.max() > prompt_size:
         raise ValueError(
             f"prompt lengths must be between 1 and {prompt_size}, got {lengths.min(initial=0)} to {lengths.max(initial=0)}"
+        )
+    if not (sampling.temperature >= 0 and sampling.top_k >= 0 and 0 < sampling.top_p <= 1):
+        raise ValueError(
+            f"sampling needs temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got {sampling.temperature}, "
+            f"{sampling.top_k} and {sampling.top_p}"
         )
     if not all(0 <= i < model.config.vocab_size for i in sampling.eos_ids):
         raise ValueError(

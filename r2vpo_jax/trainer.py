@@ -264,7 +264,7 @@ class _Run:
             raise UsageError(
                 f"with unchanged weights the ratio's second moment is {floor:.2e}, above {limit:.0e}: the constraint "
                 "would act on numerical noise. Use model.compute_dtype=float32, or a larger "
-                "objective.variance_budget, or raise trainer.max_noise_floor knowingly"
+                "objective.variance_budget, or raise trainer.max_noise_floor knowingly, in a new --workdir"
             )
         return floor
 

@@ -369,3 +369,21 @@ def test_temperature_and_truncation_do_not_recompile(draw):
     before = sampler._sample._cache_size()
     draw(settings=sampling(temperature=0.3, top_k=2, top_p=0.9), key=jax.random.key(5))
     assert sampler._sample._cache_size() == before
+
+
+def test_sampling_out_of_range_is_refused(tiny_model, task, mesh):
+    model, params = tiny_model
+    problems = task.problems("train", np.arange(1))
+    for bad in ({"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}):
+        settings = sampler.Sampling(max_response_length=task.max_response_length, eos_ids=task.eos_ids, **bad)
+        with pytest.raises(ValueError, match="sampling needs"):
+            sampler.generate(
+                model,
+                params,
+                problems.tokens,
+                problems.length,
+                jax.random.key(0),
+                settings,
+                mesh=mesh,
+                problem_ids=problems.index,
+            )

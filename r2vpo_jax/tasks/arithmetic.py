@@ -9,8 +9,8 @@
 Either order of the two digits of a column (7+5 or 5+7) is fine: like real text, the working has free choices.
 
 The base model learns from an *imperfect* demonstrator whose mistakes are systematic. On most occasions it
-forgets to write the carry, and goes on with the wrong total; and on a fixed quarter of all column sums (the
-hard facts, chosen by a hash) it usually is off by one. So the right behavior is in the base model's
+forgets to write the carry, and goes on with the wrong total; and on a fixed third of all column sums (34 of
+110, the hard facts, chosen by a hash) it usually is off by one. So the right behavior is in the base model's
 distribution, but wherever a carry or a hard fact occurs it is not the mode, and rare where several do; and
 there are many separate things to discover, not one.
 
@@ -176,7 +176,7 @@ def _prompts(task, operands, count):
 
 
 def _is_hard_fact(x, y, carry):
-    """A fixed quarter of all column sums, the same in either order of the digits."""
+    """34 of the 110 column sums, the same in either order of the digits."""
     code = (jnp.minimum(x, y) * 10 + jnp.maximum(x, y)) * 2 + carry
     return _mix(code.astype(jnp.uint32) + jnp.uint32(0x51ED)) % 4 == 0
 
