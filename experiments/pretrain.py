@@ -2,7 +2,7 @@
 
     python -m experiments.pretrain --output=runs/base
 
-The shipped checkpoint was made by this command with its defaults.
+The shipped checkpoint was made by the code behind this command, with its defaults.
 """
 
 from r2vpo_jax import cli
