@@ -1,19 +1,47 @@
-"""Advantages from rewards. Groups (the G samples of one prompt) are contiguous rows."""
+"""Advantages from rewards. Groups (the G samples of one prompt) are contiguous rows.
+
+A reward of NaN is an abstention: there is no verdict on that response. It counts in no baseline and no deviation,
+and its own advantage is 0.
+"""
 
 import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-SCALES = ("std", "none")
+SCALES = ("std", "std_biased", "none")
 
 
 def _grouped(rewards, group_size):
+    """(rewards [groups, G] with 0 for abstentions, their mask, number of votes [groups, 1])."""
     rewards = jnp.asarray(rewards, jnp.float32)
     chex.assert_rank(rewards, 1)
     if group_size < 1 or rewards.shape[0] % group_size:
         raise ValueError(f"{rewards.shape[0]} rewards are not a whole number of groups of {group_size}")
-    return rewards.reshape(-1, group_size)
+    grouped = rewards.reshape(-1, group_size)
+    voted = ~jnp.isnan(grouped)
+    return jnp.where(voted, grouped, 0.0), voted, jnp.sum(voted, axis=1, keepdims=True, dtype=jnp.float32)
+
+
+def _all_equal(grouped, voted):
+    """bool [groups, 1]: the rewards of the group do not differ (or there are fewer than two)."""
+    lowest = jnp.min(jnp.where(voted, grouped, jnp.inf), axis=1, keepdims=True)
+    highest = jnp.max(jnp.where(voted, grouped, -jnp.inf), axis=1, keepdims=True)
+    return lowest >= highest
+
+
+def zero_variance(rewards: Float[Array, " batch"], group_size: int) -> Bool[Array, " batch"]:
+    """Rows of groups whose rewards do not differ: they give no gradient.
+
+    Args:
+      rewards: f32[B], groups contiguous; NaN for an abstention.
+      group_size: G.
+
+    Raises:
+      ValueError: B is not a multiple of G.
+    """
+    grouped, voted, _ = _grouped(rewards, group_size)
+    return jnp.broadcast_to(_all_equal(grouped, voted), grouped.shape).reshape(-1)
 
 
 def group_relative(
@@ -23,14 +51,14 @@ def group_relative(
 
         A_i = (R_i - mean(R)) / (std(R) + epsilon)
 
-    `scale="std"` with the unbiased deviation (G - 1) is GRPO (arXiv 2402.03300; the choice of the unbiased
-    estimator follows its public implementations); `scale="none"` is Dr. GRPO (arXiv 2503.20783). A group of
-    equal rewards, or of one, gives zeros.
+    `scale="std"` is the unbiased deviation (over G - 1), GRPO (arXiv 2402.03300) as TRL and verl implement it;
+    the paper does not say which, and "std_biased" is the one over G. `scale="none"` is Dr. GRPO (arXiv
+    2503.20783). A group of equal rewards, or of one, gives zeros.
 
     Args:
-      rewards: f32[B], groups contiguous.
+      rewards: f32[B], groups contiguous; NaN for an abstention.
       group_size: G.
-      scale: "std" or "none".
+      scale: "std", "std_biased" or "none".
       epsilon: keeps the quotient finite.
 
     Raises:
@@ -38,13 +66,14 @@ def group_relative(
     """
     if scale not in SCALES:
         raise ValueError(f"unknown scale {scale!r}; one of {SCALES}")
-    grouped = _grouped(rewards, group_size)
-    centered = grouped - jnp.mean(grouped, axis=1, keepdims=True)
+    grouped, voted, votes = _grouped(rewards, group_size)
+    centered = grouped - jnp.sum(grouped, axis=1, keepdims=True) / jnp.maximum(votes, 1.0)
     # Exactly equal rewards: no rounding residue may be blown up by 1 / epsilon.
-    centered = jnp.where(jnp.all(grouped == grouped[:, :1], axis=1, keepdims=True), 0.0, centered)
+    centered = jnp.where(voted & ~_all_equal(grouped, voted), centered, 0.0)
     if scale == "none":
         return centered.reshape(-1)
-    variance = jnp.sum(centered**2, axis=1, keepdims=True) / max(group_size - 1, 1)
+    freedom = votes - 1.0 if scale == "std" else votes
+    variance = jnp.sum(centered**2, axis=1, keepdims=True) / jnp.maximum(freedom, 1.0)
     return (centered / (jnp.sqrt(variance) + epsilon)).reshape(-1)
 
 
@@ -54,13 +83,87 @@ def leave_one_out(rewards: Float[Array, " batch"], group_size: int) -> Float[Arr
         A_i = R_i - mean_{j != i} R_j = G / (G - 1) (R_i - mean(R))
 
     Args:
-      rewards: f32[B], groups contiguous.
+      rewards: f32[B], groups contiguous; NaN for an abstention (G is then the number of the others).
       group_size: G; a group of one gives zeros.
 
     Raises:
       ValueError: B is not a multiple of G.
     """
-    return group_relative(rewards, group_size, scale="none") * (group_size / max(group_size - 1, 1))
+    _, _, votes = _grouped(rewards, group_size)
+    centered = group_relative(rewards, group_size, scale="none").reshape(-1, group_size)
+    return (centered * (votes / jnp.maximum(votes - 1.0, 1.0))).reshape(-1)
+
+
+def whiten(
+    advantages: Float[Array, "batch time"], mask: Bool[Array, "batch time"], *, epsilon: float = 1e-8
+) -> Float[Array, "batch time"]:
+    """Zero mean and unit (unbiased) deviation over the unmasked tokens of the whole batch.
+
+        A <- (A - mean(A)) / sqrt(var(A) + epsilon)
+
+    The last step of REINFORCE++ (arXiv 2501.03262) and, in its implementations for language models, of PPO. A
+    statistic of the batch: take it over the global one, before it is split.
+
+    Args:
+      advantages: f32[B, T]; masked positions may hold NaN and come out as 0.
+      mask: [B, T].
+      epsilon: keeps the quotient finite. Equal advantages give zeros.
+
+    Raises:
+      AssertionError: shapes or ranks do not fit (chex).
+    """
+    chex.assert_rank([advantages, mask], 2)
+    chex.assert_equal_shape([advantages, mask])
+    mask = jnp.asarray(mask).astype(bool)
+    advantages = jnp.where(mask, jnp.asarray(advantages, jnp.float32), 0.0)
+    number = jnp.sum(mask, dtype=jnp.float32)
+    lowest = jnp.min(jnp.where(mask, advantages, jnp.inf))
+    differ = lowest < jnp.max(jnp.where(mask, advantages, -jnp.inf))
+    mean = jnp.sum(advantages) / jnp.maximum(number, 1.0)
+    centered = jnp.where(mask & differ, advantages - mean, 0.0)
+    variance = jnp.sum(centered**2) / jnp.maximum(number - 1.0, 1.0)
+    return centered * jax.lax.rsqrt(variance + epsilon)
+
+
+def reinforce_pp(
+    token_rewards: Float[Array, "batch time"],
+    mask: Bool[Array, "batch time"],
+    *,
+    group_size: int | None = None,
+    discount: float = 1.0,
+) -> Float[Array, "batch time"]:
+    """REINFORCE++ (arXiv 2501.03262): returns to go, whitened over all tokens of the batch.
+
+    With `group_size` it is the paper's variant with a baseline: the mean return of the group is taken off first,
+    so the advantage is the same for all tokens of a response.
+
+    Args:
+      token_rewards: f32[B, T]; an outcome reward stands at the last token, a KL penalty at every token. A row
+        with a NaN among its unmasked tokens abstains.
+      mask: [B, T].
+      group_size: G for the baseline, or None.
+      discount: gamma of the returns (without a baseline).
+
+    Returns:
+      f32[B, T]; 0 where masked and for abstentions.
+
+    Raises:
+      AssertionError: shapes or ranks do not fit (chex).
+      ValueError: B is not a multiple of G.
+    """
+    chex.assert_rank([token_rewards, mask], 2)
+    chex.assert_equal_shape([token_rewards, mask])
+    mask = jnp.asarray(mask).astype(bool)
+    token_rewards = jnp.where(mask, jnp.asarray(token_rewards, jnp.float32), 0.0)
+    voted = ~jnp.any(jnp.isnan(token_rewards), axis=1, keepdims=True)
+    counted = mask & voted
+    if group_size is None:
+        rewards = jnp.where(counted, token_rewards, 0.0)
+        returns = gae(rewards, jnp.zeros_like(rewards), mask, discount=discount, trace_decay=1.0)
+    else:
+        centered = group_relative(jnp.sum(token_rewards, axis=1), group_size, scale="none")
+        returns = jnp.broadcast_to(centered[:, None], mask.shape)
+    return whiten(returns, counted)
 
 
 def gae(
@@ -76,7 +179,7 @@ def gae(
         delta_t = R_t + discount V_{t+1} - V_t,    A_t = delta_t + discount trace_decay A_{t+1}
 
     `t + 1` is the next unmasked token; after the last one V and A are 0, for the response has ended. The
-    targets of a value function are `gae(...) + values`.
+    targets of a value function are `gae(...) + values`. With values 0 and trace_decay 1 it is the return to go.
 
     Args:
       rewards: of each token; an outcome reward stands at the last token.

@@ -1,16 +1,22 @@
 """The multiplier of the ratio-variance constraint, and its ascent.
 
 The Lagrangian of  max E[r A]  subject to  V = E[(r - 1)^2] <= budget  is  -E[r A] + lambda (V - budget).
-The policy descends it (`losses.r2vpo_loss`); lambda ascends it, once per rollout batch. In the tabular
-bandit with an active constraint lambda* = std(A) / (2 sqrt(budget)) (our derivation): lambda's natural scale
-follows the scale of the advantages.
+The policy descends it (`losses.r2vpo_loss`); lambda ascends it, once per rollout batch.
+
+lambda's natural scale follows that of the advantages: in the tabular bandit with an active constraint
+lambda* = std(A) / (2 sqrt(budget)) (our derivation, checked in tests/test_theory.py). Advantages of unit deviation
+(GRPO) and plain differences of rewards (Dr. GRPO) therefore need different multipliers; `advantage_scale` makes
+one default serve both: give `advantage_scale(A, mask) * lambda` to the loss.
 """
 
 import chex
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
+
+RULES = ("projected", "multiplicative")
+_SMALLEST = 1e-6  # the multiplicative rule cannot leave 0
 
 
 @struct.dataclass
@@ -21,7 +27,7 @@ class DualState:
 
 
 def init(coef: float) -> DualState:
-    """The multiplier at the start of a run.
+    """The multiplier at the start of a run; near where it settles is a warm start.
 
     Raises:
       ValueError: a negative or non-finite coefficient.
@@ -39,8 +45,15 @@ def update(
     step_size: float,
     max_coef: float,
     max_step: float | None = None,
+    rule: str = "projected",
 ) -> DualState:
-    """One projected ascent step:  lambda <- clip(lambda + clip(step_size (V - budget), +-max_step), 0, max_coef).
+    """One ascent step.
+
+        projected        lambda <- clip(lambda + clip(step_size (V - budget), +-max_step), 0, max_coef)
+        multiplicative   lambda <- clip(lambda exp(clip(step_size (V - budget), +-max_step)), 1e-6, max_coef)
+
+    The projected rule is gradient ascent of the Lagrangian. The multiplicative one is the same in log lambda: it
+    moves by a share of lambda, so it needs no guess of lambda's scale, and never reaches 0.
 
     Args:
       state: the multiplier.
@@ -49,17 +62,54 @@ def update(
       budget: delta, the bound on V.
       step_size: eta; it scales as c / budget for a step of c at twice the budget.
       max_coef: cap of lambda.
-      max_step: bound on one move. Without it a single outlier token (r = 100 in ten thousand tokens makes
-        V = 1) throws lambda to its cap, and it takes hundreds of rollouts to come back.
+      max_step: bound on one move, of lambda or of log lambda. Without it a single outlier token (r = 100 in ten
+        thousand tokens makes V = 1) throws lambda to its cap, and it takes hundreds of rollouts to come back.
+      rule: "projected" or "multiplicative".
 
     Returns:
       The new state. No gradient flows through it.
 
     Raises:
       AssertionError: ratio_variance is not a scalar (chex).
+      ValueError: unknown rule.
     """
+    if rule not in RULES:
+        raise ValueError(f"unknown dual rule {rule!r}; one of {RULES}")
     chex.assert_rank(ratio_variance, 0)
     step = step_size * (jnp.asarray(ratio_variance, jnp.float32) - budget)
     if max_step is not None:
         step = jnp.clip(step, -max_step, max_step)
-    return DualState(variance_coef=jax.lax.stop_gradient(jnp.clip(state.variance_coef + step, 0.0, max_coef)))
+    if rule == "projected":
+        coef = jnp.clip(state.variance_coef + step, 0.0, max_coef)
+    else:
+        coef = jnp.clip(state.variance_coef * jnp.exp(step), _SMALLEST, max_coef)
+    return DualState(variance_coef=jax.lax.stop_gradient(coef))
+
+
+def advantage_scale(
+    advantages: Float[Array, "batch"] | Float[Array, "batch time"], mask: Bool[Array, "batch time"]
+) -> Float[Array, ""]:
+    """sigma_A: the root mean square of the advantages over the unmasked tokens; 0 for an empty mask.
+
+    Advantages are centered by construction, so this is their deviation. With sigma_A lambda as the multiplier
+    r2vpo's loss is proportional to the advantages, and turns back at r* = 1 + (A / sigma_A) / (2 lambda): the
+    lambda of the bandit becomes 1 / (2 sqrt(budget)), whatever the scale of rewards (ours).
+
+    Args:
+      advantages: f32[B] or f32[B, T].
+      mask: [B, T]. Masked positions may hold NaN.
+
+    Returns:
+      f32[], without a gradient.
+
+    Raises:
+      AssertionError: shapes or ranks do not fit (chex).
+    """
+    chex.assert_rank(mask, 2)
+    chex.assert_rank(advantages, {1, 2})
+    chex.assert_equal_shape_prefix([advantages, mask], jnp.ndim(advantages))
+    mask = jnp.asarray(mask).astype(bool)
+    advantages = jnp.asarray(advantages, jnp.float32)
+    advantages = jnp.where(mask, advantages[:, None] if advantages.ndim == 1 else advantages, 0.0)
+    number = jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1.0)
+    return jax.lax.stop_gradient(jnp.sqrt(jnp.sum(advantages**2) / number))

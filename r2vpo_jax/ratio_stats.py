@@ -1,17 +1,41 @@
-"""What the policy ratios looked like: moments, effective sample size, histogram, what a clip would have cut."""
+"""What the policy ratios looked like, and what an objective does with the tokens that a clip would cut.
+
+Z is the set of tokens where PPO's clip at 0.2 has gradient 0: A > 0 and r > 1.2, or A < 0 and r < 0.8. With g the
+gradient coefficient of the objective at hand,
+
+    retained   sum_Z max(g sign A, 0) / sum_Z r |A|     it still follows the advantage (the clip: 0)
+    restoring  sum_Z max(-g sign A, 0) / sum_Z r |A|    it pulls the ratio back towards 1 (the clip: 0)
+
+in units of the unclipped policy gradient, whose own values are 1 and 0.
+"""
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 _CLAMP = 20.0  # numerical guard, as in losses.LOG_RATIO_CLAMP
 
 # Fixed edges of the histogram of |log r|, fine near zero, mirrored for negative values.
 _MAGNITUDES = np.logspace(-6, np.log10(_CLAMP), 60)
 EDGES = np.concatenate([-_MAGNITUDES[::-1], _MAGNITUDES]).astype(np.float32)
+
+# Fixed edges, a quarter of a decade apart, of the histograms that say how concentrated a sum is.
+CONCENTRATION_EDGES = np.logspace(-12, 18, 121).astype(np.float32)
+
+# How Z is split: by the sign of A, the token's probability under the behavior policy, the third of the response it
+# stands in, and its age in optimizer updates.
+SPLITS = (
+    "all",
+    *("positive", "negative"),
+    *("rare", "uncertain", "likely"),
+    *("start", "middle", "end"),
+    *("age_0", "age_1_to_7", "age_8_to_63", "age_64_up"),
+)
+_PROBABILITY_BOUNDS = (0.05, 0.5)
+_AGE_BOUNDS = (1, 8, 64)
 
 
 @struct.dataclass
@@ -21,6 +45,7 @@ class Stats:
     sums: dict[str, tuple[Array, Array]]  # name -> (sum, count)
     maxima: dict[str, Array]
     histogram: Array  # f32 [len(EDGES) + 1] counts of log r
+    concentration: dict[str, Array]  # name -> f32 [2, len(CONCENTRATION_EDGES) + 1]: tokens, and their sum
 
     def reduce(self) -> "Stats":
         """Merge statistics that are stacked along axis 0."""
@@ -28,6 +53,7 @@ class Stats:
             sums=jax.tree.map(lambda x: jnp.sum(x, axis=0), self.sums),
             maxima=jax.tree.map(lambda x: jnp.max(x, axis=0), self.maxima),
             histogram=jnp.sum(self.histogram, axis=0),
+            concentration=jax.tree.map(lambda x: jnp.sum(x, axis=0), self.concentration),
         )
 
     def mean(self, name: str) -> Array:
@@ -43,6 +69,8 @@ def compute(
     mask: Bool[Array, "batch time"],
     *,
     coefficient: Float[Array, "batch time"] | None = None,
+    weights: Float[Array, "batch time"] | None = None,
+    age: Int[Array, " batch"] | None = None,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
 ) -> Stats:
@@ -51,8 +79,10 @@ def compute(
     Args:
       logp, behavior_logp, mask: [B, T].
       advantages: f32[B] or f32[B, T].
-      coefficient: the objective's gradient coefficient of each token, d(objective)/d(logp), at any common
-        scale. Default r A, the unclipped one.
+      coefficient: the objective's gradient coefficient g of each token, weights included: the derivative of its
+        loss by -logp over `losses.token_weights`. Default weights r A, the unclipped one.
+      weights: importance weights that the objective was given (default 1).
+      age: int32 [B], optimizer updates since each response was sampled (default 0).
       clip_low, clip_high: the clip whose victims are counted: tokens where its gradient is 0.
 
     Returns:
@@ -71,15 +101,25 @@ def compute(
         return jnp.where(mask, jnp.asarray(x, jnp.float32), 0.0)
 
     advantages = unmasked(advantages[:, None] if jnp.ndim(advantages) == 1 else advantages)
+    weights = unmasked(jnp.ones(mask.shape) if weights is None else weights)
     log_ratio = unmasked(logp) - unmasked(behavior_logp)
     bounded = jnp.clip(log_ratio, -_CLAMP, _CLAMP)
     ratio, excess = jnp.exp(bounded), jnp.expm1(bounded)
     positive, negative = mask & (advantages > 0), mask & (advantages < 0)
     clipped = (positive & (ratio > 1 + clip_high)) | (negative & (ratio < 1 - clip_low))
-    magnitude = jnp.abs(ratio * advantages if coefficient is None else unmasked(coefficient))
+    unclipped_coefficient = weights * ratio * advantages
+    coefficient = unclipped_coefficient if coefficient is None else unmasked(coefficient)
+    magnitude = jnp.abs(coefficient)
 
     def mean_over(x, where):
         return jnp.sum(jnp.where(where, x, 0.0)), jnp.sum(where, dtype=jnp.float32)
+
+    splits = _splits(mask, positive, negative, unmasked(behavior_logp), age)
+    at_stake = jnp.where(clipped, jnp.abs(unclipped_coefficient), 0.0)
+    along = jnp.where(clipped, coefficient * jnp.sign(advantages), 0.0)
+
+    def by_split(x):
+        return jnp.sum(jnp.where(splits, x[None], 0.0), axis=(1, 2))
 
     sums = {
         "ratio": mean_over(ratio, mask),
@@ -93,16 +133,44 @@ def compute(
         "clipped_positive": mean_over(clipped.astype(jnp.float32), positive),
         "clipped_negative": mean_over(clipped.astype(jnp.float32), negative),
         "clipped_gradient": (jnp.sum(jnp.where(clipped, magnitude, 0.0)), jnp.sum(magnitude)),
+        "at_stake": (jnp.sum(at_stake), jnp.sum(jnp.abs(unclipped_coefficient))),
+        "retained": (by_split(jnp.maximum(along, 0.0)), by_split(at_stake)),
+        "restoring": (by_split(jnp.maximum(-along, 0.0)), by_split(at_stake)),
     }
     maxima = {
         "ratio": jnp.max(jnp.where(mask, ratio, 0.0)),
         "abs_log": jnp.max(jnp.abs(log_ratio)),
         "excess_squared": jnp.max(jnp.where(mask, excess**2, 0.0)),
     }
-    # Counts above each edge, and their differences: no scatter, which is slow on every backend.
-    above = jnp.sum(mask[..., None] & (log_ratio[..., None] > EDGES[None, None]), axis=(0, 1), dtype=jnp.float32)
-    histogram = -jnp.diff(above, prepend=jnp.sum(mask, dtype=jnp.float32), append=0.0)
-    return jax.lax.stop_gradient(Stats(sums=sums, maxima=maxima, histogram=histogram))
+    histogram = _binned(log_ratio, mask, EDGES, jnp.ones_like(log_ratio))
+    concentration = {
+        name: jnp.stack([_binned(x, mask, CONCENTRATION_EDGES, y) for y in (jnp.ones_like(x), x)])
+        for name, x in (("excess_squared", weights * excess**2), ("gradient", magnitude))
+    }
+    return jax.lax.stop_gradient(Stats(sums, maxima, histogram, concentration))
+
+
+def _splits(mask, positive, negative, behavior_logp, age):
+    """bool [len(SPLITS), B, T]."""
+    probability = jnp.exp(behavior_logp)
+    low, high = _PROBABILITY_BOUNDS
+    order = jnp.cumsum(mask, axis=1) - 1
+    third = 3 * order // jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1)
+    age = jnp.zeros(mask.shape[0], jnp.int32) if age is None else age
+    age_bin = jnp.sum(age[:, None] >= jnp.asarray(_AGE_BOUNDS)[None], axis=1)[:, None]
+    parts = [mask, positive, negative]
+    parts += [probability < low, (probability >= low) & (probability < high), probability >= high]
+    parts += [third == i for i in range(3)]
+    parts += [jnp.broadcast_to(age_bin == i, mask.shape) for i in range(len(_AGE_BOUNDS) + 1)]
+    return jnp.stack(parts)
+
+
+def _binned(x, mask, edges, y):
+    """Sum of y over the unmasked tokens whose x falls between each two edges, f32 [len(edges) + 1]."""
+    # Sums above each edge, and their differences: no scatter, which is slow on every backend.
+    y = jnp.where(mask, y, 0.0)
+    above = jnp.sum(jnp.where(x[..., None] > edges[None, None], y[..., None], 0.0), axis=(0, 1))
+    return -jnp.diff(above, prepend=jnp.sum(y), append=0.0)
 
 
 def quantile(histogram, q: float) -> float:
@@ -116,6 +184,21 @@ def quantile(histogram, q: float) -> float:
     low = EDGES[max(bin_index - 1, 0)]
     high = EDGES[min(bin_index, len(EDGES) - 1)]
     return float(0.0 if low < 0 < high else min(low, high, key=abs))
+
+
+def top_share(concentration, fraction: float) -> float:
+    """The share of a sum that its largest terms hold: the top `fraction` of the tokens, at least one.
+
+    From the histogram: the terms of the bin at the border count with the mean of that bin.
+    """
+    tokens, total = np.asarray(concentration, np.float64)
+    if total.sum() <= 0:
+        return 0.0
+    wanted = max(fraction * tokens.sum(), 1.0)
+    tokens, total = tokens[::-1], total[::-1]
+    before = np.cumsum(tokens) - tokens
+    taken = np.clip((wanted - before) / np.maximum(tokens, 1e-12), 0.0, 1.0)
+    return float(np.clip((taken * total).sum() / total.sum(), 0.0, 1.0))
 
 
 def summarize(stats: Stats) -> dict[str, float]:
@@ -147,4 +230,17 @@ def summarize(stats: Stats) -> dict[str, float]:
         "clip/fraction_positive": mean("clipped_positive"),
         "clip/fraction_negative": mean("clipped_negative"),
         "clip/gradient_share": mean("clipped_gradient"),
+        "ratio/top_permille_share": top_share(stats.concentration["excess_squared"], 1e-3),
+        "keeps/top_permille_gradient": top_share(stats.concentration["gradient"], 1e-3),
+        "keeps/at_stake": mean("at_stake"),
+        **{
+            f"keeps/{name}" + ("" if split == "all" else f"_{split}"): value
+            for name in ("retained", "restoring")
+            for split, value in zip(SPLITS, _quotients(*stats.sums[name]), strict=True)
+        },
     }
+
+
+def _quotients(numerators, denominators):
+    """Elementwise; NaN where there was nothing."""
+    return [float(n / d) if d > 0 else float("nan") for n, d in zip(numerators, denominators, strict=True)]

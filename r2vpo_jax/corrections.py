@@ -1,0 +1,77 @@
+"""Importance weights for data that another policy generated, to be given to any objective as `weights`.
+
+Two uses, one formula w = proximal / behavior, taken once before the first update on a batch:
+
+  sampler mismatch   the sampler's log-probabilities differ from the learner's for the same weights (another
+                     precision, another engine, quantized rollouts)
+  decoupled form     the data is stale: w corrects for its age, and the objective constrains only what this
+                     batch's updates change (arXiv 2110.00641; AReaL, arXiv 2505.24298)
+
+    weights = corrections.importance_weights(proximal_logp, behavior_logp, mask, mode="truncate", max_weight=2.0)
+    loss, stats = losses.r2vpo_loss(logp, proximal_logp, advantages, mask, weights=weights, variance_coef=2.5)
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+MODES = ("truncate", "mask")
+SCOPES = ("token", "sequence")
+_CLAMP = 20.0  # numerical guard, as in losses.LOG_RATIO_CLAMP
+
+
+def importance_weights(
+    proximal_logp: Float[Array, "batch time"],
+    behavior_logp: Float[Array, "batch time"],
+    mask: Bool[Array, "batch time"],
+    *,
+    mode: str = "truncate",
+    scope: str = "token",
+    max_weight: float = 2.0,
+    min_weight: float = 0.0,
+) -> Float[Array, "batch time"]:
+    """w = clip(proximal / behavior) of each token, or of its whole response.
+
+    "truncate" is min(w, max_weight), truncated importance sampling (arXiv 1802.01561, equation 1; for language
+    models "TIS", cap 2 in verl and 3 in TRL). "mask" is w where min_weight <= w <= max_weight and 0 elsewhere
+    (MIS, IcePop: 0.5 to 5 in NeMo-RL). The scope "sequence" takes w = exp(sum_t log w_t), the same for all
+    tokens of a response.
+
+    Args:
+      proximal_logp: log-probabilities under the learner's policy before its first update on these tokens.
+      behavior_logp: log-probabilities under the policy that generated them.
+      mask: tokens that count; the others get weight 0, even if they hold NaN.
+      mode: "truncate" or "mask".
+      scope: "token" or "sequence".
+      max_weight: upper bound, >= 1.
+      min_weight: lower bound for "mask", in [0, 1].
+
+    Returns:
+      f32[B, T], without a gradient. A NaN that counts stays a NaN.
+
+    Raises:
+      AssertionError: shapes or ranks do not fit (chex).
+      ValueError: unknown mode or scope, or bounds out of range.
+    """
+    if mode not in MODES:
+        raise ValueError(f"unknown correction mode {mode!r}; one of {MODES}")
+    if scope not in SCOPES:
+        raise ValueError(f"unknown correction scope {scope!r}; one of {SCOPES}")
+    if not 0 <= min_weight <= 1 <= max_weight:
+        raise ValueError(f"0 <= min_weight <= 1 <= max_weight is needed, got {min_weight} and {max_weight}")
+    chex.assert_rank([proximal_logp, behavior_logp, mask], 2)
+    chex.assert_equal_shape([proximal_logp, behavior_logp, mask])
+    mask = jnp.asarray(mask).astype(bool)
+    proximal_logp, behavior_logp = (
+        jnp.where(mask, jnp.asarray(x, jnp.float32), 0.0) for x in (proximal_logp, behavior_logp)
+    )
+    log_weight = proximal_logp - behavior_logp
+    if scope == "sequence":
+        log_weight = jnp.broadcast_to(jnp.sum(log_weight, axis=-1, keepdims=True), mask.shape)
+    weight = jnp.exp(jnp.clip(log_weight, -_CLAMP, _CLAMP))
+    if mode == "truncate":
+        weight = jnp.minimum(weight, max_weight)
+    else:
+        weight = jnp.where((weight < min_weight) | (weight > max_weight), 0.0, weight)
+    return jax.lax.stop_gradient(jnp.where(mask, weight, 0.0))

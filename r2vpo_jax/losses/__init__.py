@@ -1,0 +1,133 @@
+"""Policy objectives on plain arrays.
+
+Every objective is one pure function of arrays, safe under jit, vmap and grad:
+
+    loss, stats = r2vpo_loss(logp, behavior_logp, advantages, mask, variance_coef=2.5)
+
+Shapes: `logp`, `behavior_logp` f32[B, T]; `advantages` f32[B] (one a sequence) or f32[B, T]; `mask` bool or
+0/1 [B, T]. Masked positions contribute exactly nothing, to value and gradient, even if they hold NaN or inf.
+`r = exp(logp - behavior_logp)` is the policy ratio against the policy that *generated* the token, and g the
+coefficient of each token in the gradient of what is maximized, E[ g grad log pi ].
+
+Reductions (the count in parentheses is the default `normalizer`):
+  token_mean       mean over unmasked tokens (number of unmasked tokens)
+  sequence_mean    mean over sequences of per-sequence token means (sequences with an unmasked token)
+  constant_length  sum divided by `normalizer`, then required: B * L_max (Dr. GRPO, arXiv 2503.20783)
+Give the *global* count as `normalizer` when the batch is one micro-batch of many: the losses, and their
+gradients, then add up to those of the whole batch. An empty mask gives 0.
+
+`stats` maps names to (sum, count), additive over micro-batches. All objectives report
+  surrogate       the objective's own policy term, to be maximized
+  ratio_variance  (r - 1)^2 under the same weights, mask and count as the loss; the dual's constraint
+  clamped         tokens whose |log-ratio| exceeds LOG_RATIO_CLAMP: their gradient is zero
+and `penalty`, if they have one. For constant_length the count of a statistic is the number of unmasked tokens.
+
+To add an objective: one function in one of the modules here, one row in `_LOSSES`, its oracle in
+tests/test_losses.py, its paragraph in docs/algorithms/objectives.md. A hyper-parameter with a new name is also
+a field of config.ObjectiveConfig.
+"""
+
+import inspect
+from collections.abc import Callable
+
+from r2vpo_jax.losses.clipped import (
+    aspo_loss,
+    cispo_loss,
+    dppo_kl_loss,
+    dppo_tv_loss,
+    gppo_loss,
+    m2po_loss,
+    m2po_threshold,
+    ppo_clip_loss,
+)
+from r2vpo_jax.losses.core import LOG_RATIO_CLAMP, REDUCTIONS, Loss, Stats, count, reduce, token_weights
+from r2vpo_jax.losses.penalized import (
+    PENALTY_SCOPES,
+    dro_loss,
+    drpo_loss,
+    policy_gradient_loss,
+    r2vpo_loss,
+    spo_loss,
+)
+from r2vpo_jax.losses.sequence import gmpo_loss, gspo_loss, luspo_loss
+from r2vpo_jax.losses.soft import sapo_loss, topr_loss, vespo_loss
+
+__all__ = [
+    "LOG_RATIO_CLAMP",
+    "PENALTY_SCOPES",
+    "REDUCTIONS",
+    "Loss",
+    "Stats",
+    "aspo_loss",
+    "cispo_loss",
+    "count",
+    "dppo_kl_loss",
+    "dppo_tv_loss",
+    "dro_loss",
+    "drpo_loss",
+    "get",
+    "gmpo_loss",
+    "gppo_loss",
+    "gspo_loss",
+    "hyperparameters",
+    "luspo_loss",
+    "m2po_loss",
+    "m2po_threshold",
+    "names",
+    "policy_gradient_loss",
+    "ppo_clip_loss",
+    "r2vpo_loss",
+    "reduce",
+    "sapo_loss",
+    "spo_loss",
+    "token_weights",
+    "topr_loss",
+    "vespo_loss",
+]
+
+_LOSSES: dict[str, Callable[..., Loss]] = {
+    "r2vpo": r2vpo_loss,
+    "policy_gradient": policy_gradient_loss,
+    "ppo_clip": ppo_clip_loss,
+    "cispo": cispo_loss,
+    "gspo": gspo_loss,
+    "spo": spo_loss,
+    "m2po": m2po_loss,
+    "gmpo": gmpo_loss,
+    "sapo": sapo_loss,
+    "vespo": vespo_loss,
+    "topr": topr_loss,
+    "drpo": drpo_loss,
+    "dro": dro_loss,
+    "dppo_tv": dppo_tv_loss,
+    "dppo_kl": dppo_kl_loss,
+    "gppo": gppo_loss,
+    "aspo": aspo_loss,
+    "luspo": luspo_loss,
+}
+_COMMON = {"logp", "behavior_logp", "advantages", "mask", "weights", "reduction", "normalizer"}
+
+
+def names() -> tuple[str, ...]:
+    """The names that `get` knows."""
+    return tuple(_LOSSES)
+
+
+def get(name: str) -> Callable[..., Loss]:
+    """The objective of that name.
+
+    Raises:
+      ValueError: no such objective; the message lists those there are.
+    """
+    if name not in _LOSSES:
+        raise ValueError(f"unknown objective {name!r}; one of {', '.join(_LOSSES)}")
+    return _LOSSES[name]
+
+
+def hyperparameters(name: str) -> tuple[str, ...]:
+    """The keyword arguments of an objective that are its own; those without a default must be given.
+
+    Raises:
+      ValueError: no such objective.
+    """
+    return tuple(p for p in inspect.signature(get(name)).parameters if p not in _COMMON)

@@ -1,0 +1,210 @@
+"""What every objective shares: checks, masking, the ratio, and the reduction of tokens to a loss and statistics."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+# A numerical guard, not a trust region: exp(20)^2 is still finite in float32.
+LOG_RATIO_CLAMP = 20.0
+
+REDUCTIONS = ("token_mean", "sequence_mean", "constant_length")
+
+Logp = Float[Array, "batch time"]
+Advantages = Float[Array, "batch"] | Float[Array, "batch time"]
+Mask = Bool[Array, "batch time"]
+Weights = Float[Array, "batch time"] | None
+Normalizer = float | Float[Array, ""] | None
+Stats = dict[str, tuple[Array, Array]]
+Loss = tuple[Float[Array, ""], Stats]
+
+
+def count(mask: Mask, reduction: str) -> Float[Array, ""]:
+    """The default normalizer of a reduction, for a whole batch or one micro-batch (they add up).
+
+    Raises:
+      ValueError: for `constant_length`, whose normalizer is B * L_max and not in the mask; or an unknown name.
+    """
+    mask = jnp.asarray(mask).astype(bool)
+    if reduction == "token_mean":
+        return jnp.sum(mask, dtype=jnp.float32)
+    if reduction == "sequence_mean":
+        return jnp.sum(jnp.any(mask, axis=-1), dtype=jnp.float32)
+    if reduction == "constant_length":
+        raise ValueError("reduction 'constant_length' needs normalizer=B * L_max")
+    raise ValueError(f"unknown reduction {reduction!r}; one of {REDUCTIONS}")
+
+
+def token_weights(mask: Mask, reduction: str, normalizer: Normalizer = None) -> Float[Array, "batch time"]:
+    """What one unit at each token adds to a loss: the derivative of `reduce` by its values.
+
+    Raises:
+      ValueError: as `count`.
+    """
+    mask = jnp.asarray(mask).astype(bool)
+    if normalizer is None:
+        normalizer = count(mask, reduction)
+    normalizer = jnp.asarray(normalizer, jnp.float32)
+    chex.assert_rank(normalizer, 0)
+    return _sum_weights(mask, reduction) / jnp.where(normalizer == 0, 1.0, normalizer)
+
+
+def reduce(
+    values: Float[Array, "batch time"], mask: Mask, reduction: str, normalizer: Normalizer = None
+) -> Float[Array, ""]:
+    """Reduce a term of one's own (a KL penalty, an entropy bonus) exactly as the objectives reduce theirs.
+
+    Args:
+      values: f32[B, T]. Masked positions contribute exactly nothing.
+      mask, reduction, normalizer: see the package.
+
+    Raises:
+      AssertionError: shapes differ (chex).
+      ValueError: as `count`.
+    """
+    chex.assert_equal_shape([values, mask])
+    mask = jnp.asarray(mask).astype(bool)
+    return jnp.sum(jnp.where(mask, values, 0.0) * token_weights(mask, reduction, normalizer))
+
+
+def _sum_weights(mask, reduction):
+    """The weight of each token in the numerator of a reduction."""
+    if reduction == "sequence_mean":
+        return mask / jnp.maximum(jnp.sum(mask, axis=-1, keepdims=True, dtype=jnp.float32), 1.0)
+    if reduction in REDUCTIONS:
+        return mask.astype(jnp.float32)
+    raise ValueError(f"unknown reduction {reduction!r}; one of {REDUCTIONS}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """What every objective computes first; masked positions hold harmless numbers (ratio 1, advantage 0)."""
+
+    logp: Array  # no gradient where clamped
+    behavior_logp: Array
+    log_ratio: Array  # clamped, and without a gradient there
+    advantages: Array
+    mask: Array
+    weights: Array
+    clamped: Array
+
+    @property
+    def ratio(self) -> Array:
+        """r."""
+        return jnp.exp(self.log_ratio)
+
+    @property
+    def excess(self) -> Array:
+        """r - 1, accurate near 0."""
+        return jnp.expm1(self.log_ratio)
+
+    @property
+    def length(self) -> Array:
+        """f32[B, 1]: unmasked tokens of each row."""
+        return jnp.sum(self.mask, axis=-1, keepdims=True, dtype=jnp.float32)
+
+    def sequence_log_ratio(self) -> Array:
+        """f32[B, T]: each token holds the sum of its row's log-ratios, without a gradient."""
+        total = jnp.sum(jax.lax.stop_gradient(self.log_ratio), axis=-1, keepdims=True)
+        return jnp.broadcast_to(total, self.mask.shape)
+
+    def mean_log_ratio(self) -> Array:
+        """f32[B, T]: each token holds the mean of its row's log-ratios, without a gradient."""
+        return self.sequence_log_ratio() / jnp.maximum(self.length, 1.0)
+
+    def with_coefficient(self, value) -> Array:
+        """`value` [B, T], with `value` as the gradient coefficient of each token too.
+
+        The token form of a sequence-level term: for s = exp(mean_t log r_t), common to the T tokens of a row,
+        the sum over the row of s A has derivative s A by each log r_t, and so has this.
+        """
+        return jax.lax.stop_gradient(value) * (1.0 + self.log_ratio - jax.lax.stop_gradient(self.log_ratio))
+
+    def score_function(self, coefficient) -> Array:
+        """sg(coefficient) log pi: a REINFORCE term with that gradient coefficient."""
+        return jax.lax.stop_gradient(coefficient) * self.logp
+
+    def finish(self, surrogate, reduction, normalizer, *, penalty=None, excess=None, **extra) -> Loss:
+        """Reduce -surrogate + penalty to the loss, and the per-token statistics to (sum, count).
+
+        Args:
+          surrogate: [B, T], to be maximized.
+          reduction, normalizer: see the package.
+          penalty: [B, T], subtracted from the surrogate.
+          excess: what `ratio_variance` is the square of, if not r - 1.
+          **extra: further statistics [B, T].
+        """
+        weighted = {"surrogate": self.weights * surrogate}
+        objective = weighted["surrogate"]
+        if penalty is not None:
+            weighted["penalty"] = self.weights * penalty
+            objective = objective - weighted["penalty"]
+        loss = -reduce(objective, self.mask, reduction, normalizer)
+
+        stat_reduction = "token_mean" if reduction == "constant_length" else reduction
+        stat_count = count(self.mask, stat_reduction)
+        per_token = {
+            **weighted,
+            "ratio_variance": self.weights * (self.excess if excess is None else excess) ** 2,
+            "clamped": self.clamped,
+            **extra,
+        }
+        stats = {
+            k: (jax.lax.stop_gradient(reduce(jnp.asarray(v, jnp.float32), self.mask, stat_reduction, 1.0)), stat_count)
+            for k, v in per_token.items()
+        }
+        return loss, stats
+
+
+def prepare(logp, behavior_logp, advantages, mask, weights) -> Tokens:
+    """Check shapes, drop what is masked, and take the log-ratio in float32.
+
+    Raises:
+      AssertionError: shapes or ranks do not fit (chex).
+    """
+    mask = jnp.asarray(mask)
+    chex.assert_rank([logp, behavior_logp, mask], 2)
+    chex.assert_equal_shape([logp, behavior_logp, mask])
+    chex.assert_rank(advantages, {1, 2})
+    chex.assert_equal_shape_prefix([advantages, mask], jnp.ndim(advantages))
+    mask = mask.astype(bool)
+    advantages = jnp.asarray(advantages, jnp.float32)
+    if advantages.ndim == 1:
+        advantages = jnp.broadcast_to(advantages[:, None], mask.shape)
+    if weights is None:
+        weights = jnp.ones(mask.shape, jnp.float32)
+    chex.assert_equal_shape([weights, mask])
+
+    def unmasked(x):
+        # Chosen before any arithmetic, so that a NaN under the mask reaches neither value nor gradient.
+        return jnp.where(mask, jnp.asarray(x, jnp.float32), 0.0)
+
+    logp, behavior_logp = unmasked(logp), jax.lax.stop_gradient(unmasked(behavior_logp))
+    log_ratio = logp - behavior_logp
+    clamped = jnp.abs(log_ratio) > LOG_RATIO_CLAMP
+    return Tokens(
+        logp=jnp.where(clamped, jax.lax.stop_gradient(logp), logp),
+        behavior_logp=behavior_logp,
+        log_ratio=jnp.clip(log_ratio, -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP),
+        advantages=jax.lax.stop_gradient(unmasked(advantages)),
+        mask=mask,
+        weights=jax.lax.stop_gradient(unmasked(weights)),
+        clamped=clamped,
+    )
+
+
+def require(condition, message) -> None:
+    """Raise ValueError for a hyper-parameter out of range."""
+    if not condition:
+        raise ValueError(message)
+
+
+def check_clip(clip_low, clip_high, dual_clip=None) -> None:
+    """Bounds 1 - clip_low and 1 + clip_high of a ratio, and dual_clip beyond 1."""
+    require(
+        0 <= clip_low <= 1 and clip_high >= 0,
+        f"clip_low must be in [0, 1] and clip_high >= 0, got {clip_low} and {clip_high}",
+    )
+    require(dual_clip is None or dual_clip > 1, f"dual_clip must be above 1, got {dual_clip}")

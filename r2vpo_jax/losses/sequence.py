@@ -1,0 +1,115 @@
+"""Objectives of one ratio for a whole response, the geometric mean of its tokens' ratios.
+
+In token form (`core.Tokens.with_coefficient`), so that weights and per-token advantages mean the same as
+everywhere else; with one advantage a response the gradient is exactly that of the sequence-level objective.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from r2vpo_jax.losses.core import Advantages, Logp, Loss, Mask, Normalizer, Weights, check_clip, prepare, require
+
+
+def gspo_loss(
+    logp: Logp,
+    behavior_logp: Logp,
+    advantages: Advantages,
+    mask: Mask,
+    *,
+    clip_low: float = 3e-4,
+    clip_high: float = 4e-4,
+    weights: Weights = None,
+    reduction: str = "sequence_mean",
+    normalizer: Normalizer = None,
+) -> Loss:
+    """Group sequence policy optimization: PPO's clip on the length-normalized ratio of the response.
+
+        L = -E[ min(s A, clip(s, 1 - clip_low, 1 + clip_high) A) ],   s = exp(mean_t log r_t)
+
+    g = s A for each token, and 0 for all tokens of a response where the clip binds.
+
+    Source: arXiv 2507.18071, equations 5 to 7 (and 13 to 14: the token form); bounds of its section 5.1.
+
+    Args: as `ppo_clip_loss`, without dual_clip; the bounds are those of s, hence small.
+
+    Returns, Raises: as `ppo_clip_loss`, without `dual_clip_fraction`.
+    """
+    check_clip(clip_low, clip_high)
+    surrogate, extra, x = _clipped(logp, behavior_logp, advantages, mask, weights, clip_low, clip_high)
+    return x.finish(surrogate, reduction, normalizer, **extra)
+
+
+def luspo_loss(
+    logp: Logp,
+    behavior_logp: Logp,
+    advantages: Advantages,
+    mask: Mask,
+    *,
+    clip_low: float = 2e-3,
+    clip_high: float = 2.5e-3,
+    weights: Weights = None,
+    reduction: str = "sequence_mean",
+    normalizer: Normalizer = None,
+) -> Loss:
+    """Length-unbiased sequence policy optimization: GSPO times the length of the response.
+
+        L = -E[ T min(s A, clip(s, 1 - clip_low, 1 + clip_high) A) ]
+
+    Under `sequence_mean`, its reduction, every token of every response then weighs the same, as in Dr. GRPO.
+
+    Source: arXiv 2602.05261 (`luspo` of TRL).
+
+    Args, Returns, Raises: as `gspo_loss`.
+    """
+    check_clip(clip_low, clip_high)
+    surrogate, extra, x = _clipped(logp, behavior_logp, advantages, mask, weights, clip_low, clip_high)
+    return x.finish(x.length * surrogate, reduction, normalizer, **extra)
+
+
+def gmpo_loss(
+    logp: Logp,
+    behavior_logp: Logp,
+    advantages: Advantages,
+    mask: Mask,
+    *,
+    log_clip: float = 0.4,
+    weights: Weights = None,
+    reduction: str = "sequence_mean",
+    normalizer: Normalizer = None,
+) -> Loss:
+    """Geometric-mean policy optimization: each token's log-ratio is clipped, then they are averaged.
+
+        L = -E[ A exp(mean_t c_t) ],   c_t = min(log r_t, log_clip) for A > 0, max(log r_t, -log_clip) for A < 0
+
+    g = A rho with rho = exp(mean_t c_t), and 0 for the tokens where the clip binds.
+
+    Source: arXiv 2507.20673, equation 4 and algorithm 1 (`geo_mean` of verl); bounds exp(-0.4), exp(0.4).
+
+    Args: as `r2vpo_loss`, and
+      log_clip: >= 0, bound of |log r|.
+
+    Returns:
+      (loss, stats); stats also has `clip_fraction_low` and `clip_fraction_high`.
+
+    Raises:
+      AssertionError, ValueError: as `r2vpo_loss`; ValueError for log_clip out of range.
+    """
+    require(log_clip >= 0, f"log_clip must be >= 0, got {log_clip}")
+    x = prepare(logp, behavior_logp, advantages, mask, weights)
+    low = (x.advantages < 0) & (x.log_ratio < -log_clip)
+    high = (x.advantages > 0) & (x.log_ratio > log_clip)
+    clipped = jnp.where(low | high, jnp.clip(x.log_ratio, -log_clip, log_clip), x.log_ratio)
+    mean = jnp.sum(clipped, axis=-1, keepdims=True) / jnp.maximum(x.length, 1.0)
+    value = jnp.exp(mean) * x.advantages
+    surrogate = jnp.where(low | high, jax.lax.stop_gradient(value), x.with_coefficient(value))
+    return x.finish(surrogate, reduction, normalizer, clip_fraction_low=low, clip_fraction_high=high)
+
+
+def _clipped(logp, behavior_logp, advantages, mask, weights, clip_low, clip_high):
+    x = prepare(logp, behavior_logp, advantages, mask, weights)
+    s = jnp.exp(x.mean_log_ratio())
+    low = (x.advantages < 0) & (s < 1 - clip_low)
+    high = (x.advantages > 0) & (s > 1 + clip_high)
+    bound = jnp.where(high, 1 + clip_high, 1 - clip_low) * x.advantages
+    surrogate = jnp.where(low | high, bound, x.with_coefficient(s * x.advantages))
+    return surrogate, {"clip_fraction_low": low, "clip_fraction_high": high}, x
