@@ -7,136 +7,48 @@ import dataclasses
 import typing
 from typing import Any
 
-from r2vpo_jax import advantages, kl, losses
-
-
-def _field(default, help):
-    return dataclasses.field(default=default, metadata={"help": help})
-
-
-def _require(condition, message):
-    if not condition:
-        raise ValueError(message)
-
-
-@dataclasses.dataclass(frozen=True)
-class ObjectiveConfig:
-    """What is optimized. `name` picks a preset."""
-
-    name: str = _field("r2vpo", "preset: r2vpo, r2vpo_fixed, ppo_clip, policy_gradient")
-    loss: str | None = _field(None, "objective of losses.get")
-    adaptive: bool | None = _field(None, "adapt the variance coefficient by dual ascent")
-    variance_coef: float | None = _field(None, "lambda: initial value if adaptive, else the fixed value")
-    variance_budget: float | None = _field(None, "delta: bound on E[(r-1)^2]")
-    dual_step: float | None = _field(None, "c: lambda moves by c * (V / delta - 1) a rollout")
-    dual_max_step: float | None = _field(None, "bound on one move of lambda")
-    max_variance_coef: float | None = _field(None, "cap of lambda")
-    clip_low: float | None = _field(None, "PPO clip below 1")
-    clip_high: float | None = _field(None, "PPO clip above 1")
-    dual_clip: float | None = _field(None, "bound c > 1 on the loss of negative advantages (ppo_clip)")
-    reduction: str | None = _field(None, "token_mean, sequence_mean or constant_length")
-    advantage: str | None = _field(None, "group_relative or leave_one_out")
-    advantage_scale: str | None = _field(None, "std or none (group_relative)")
-    kl_coef: float | None = _field(None, "weight of the KL to the frozen base model; 0 is off")
-    kl_estimator: str | None = _field(None, "k1, k2 or k3")
-
-    def __post_init__(self):
-        if self.name not in PRESETS:
-            raise ValueError(f"objective.name={self.name!r} is not a preset; one of {', '.join(PRESETS)}")
-        for field in dataclasses.fields(self):
-            if getattr(self, field.name) is None:
-                object.__setattr__(self, field.name, {**_DEFAULTS, **PRESETS[self.name]}.get(field.name))
-        losses.get(self.loss)
-        _require(self.variance_coef >= 0, f"objective.variance_coef must be >= 0, got {self.variance_coef}")
-        _require(self.variance_budget > 0, f"objective.variance_budget must be > 0, got {self.variance_budget}")
-        _require(self.dual_step > 0, f"objective.dual_step must be > 0, got {self.dual_step}")
-        _require(self.dual_max_step > 0, f"objective.dual_max_step must be > 0, got {self.dual_max_step}")
-        _require(
-            self.max_variance_coef >= self.variance_coef,
-            f"objective.max_variance_coef={self.max_variance_coef} is below variance_coef={self.variance_coef}",
-        )
-        _require(
-            not self.adaptive or self.loss == "r2vpo",
-            f"objective.adaptive needs loss r2vpo, which has a variance coefficient; the loss is {self.loss}",
-        )
-        _require(0 <= self.clip_low <= 1, f"objective.clip_low must be in [0, 1], got {self.clip_low}")
-        _require(self.clip_high >= 0, f"objective.clip_high must be >= 0, got {self.clip_high}")
-        _require(
-            self.dual_clip is None or self.dual_clip > 1,
-            f"objective.dual_clip must be > 1, got {self.dual_clip}",
-        )
-        for name, value, known in (
-            ("reduction", self.reduction, losses.REDUCTIONS),
-            ("advantage", self.advantage, ("group_relative", "leave_one_out")),
-            ("advantage_scale", self.advantage_scale, advantages.SCALES),
-            ("kl_estimator", self.kl_estimator, kl.ESTIMATORS),
-        ):
-            _require(value in known, f"objective.{name}={value!r} is unknown; one of {', '.join(known)}")
-        _require(self.kl_coef >= 0, f"objective.kl_coef must be >= 0, got {self.kl_coef}")
-
-
-_DEFAULTS = {
-    "adaptive": False,
-    "variance_coef": 0.0,
-    "variance_budget": 0.04,
-    "dual_step": 0.5,
-    "dual_max_step": 1.0,
-    "max_variance_coef": 50.0,
-    "clip_low": 0.2,
-    "clip_high": 0.2,
-    "reduction": "token_mean",
-    "advantage": "group_relative",
-    "advantage_scale": "std",
-    "kl_coef": 0.0,
-    "kl_estimator": "k3",
-}
-PRESETS: dict[str, dict[str, Any]] = {
-    "r2vpo": {"loss": "r2vpo", "adaptive": True, "variance_coef": 1.0},
-    "r2vpo_fixed": {"loss": "r2vpo", "variance_coef": 2.5},
-    "ppo_clip": {"loss": "ppo_clip"},
-    "policy_gradient": {"loss": "policy_gradient"},
-}
+from r2vpo_jax.objective import ObjectiveConfig, option, require
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainerConfig:
     """The loop."""
 
-    num_iterations: int = _field(100, "rollout batches")
-    prompts_per_rollout: int = _field(64, "problems a rollout batch")
-    num_minibatches: int = _field(8, "optimizer updates an epoch over a rollout batch")
-    num_epochs: int = _field(1, "epochs over a rollout batch")
-    micro_batch_size: int = _field(32, "rows whose activations exist at one time, all devices together")
-    scoring_chunk_size: int = _field(128, "response columns whose logits exist at one time")
-    eval_every: int = _field(10, "iterations between validations")
-    eval_problems: int = _field(256, "validation problems")
-    eval_samples: int = _field(4, "samples a validation problem")
-    test_problems: int = _field(512, "test problems, base and final")
-    test_samples: int = _field(16, "samples a test problem: pass@1 from the first 8, pass@k from all")
-    eval_batch_size: int = _field(64, "problems sampled at one time in evaluations")
-    checkpoint_every: int = _field(20, "iterations between checkpoints")
-    max_checkpoints: int = _field(2, "checkpoints kept")
-    samples_per_iteration: int = _field(2, "responses written to samples.jsonl an iteration")
-    max_nonfinite_updates: int = _field(0, "updates with NaN or inf that are skipped before the run stops")
-    max_noise_floor: float | None = _field(
+    num_iterations: int = option(100, "rollout batches")
+    prompts_per_rollout: int = option(64, "problems a rollout batch")
+    num_minibatches: int = option(8, "optimizer updates an epoch over a rollout batch")
+    num_epochs: int = option(1, "epochs over a rollout batch")
+    micro_batch_size: int = option(32, "rows whose activations exist at one time, all devices together")
+    scoring_chunk_size: int = option(128, "response columns whose logits exist at one time")
+    eval_every: int = option(10, "iterations between validations")
+    eval_problems: int = option(256, "validation problems")
+    eval_samples: int = option(4, "samples a validation problem")
+    test_problems: int = option(512, "test problems, base and final")
+    test_samples: int = option(16, "samples a test problem: pass@1 from the first 8, pass@k from all")
+    eval_batch_size: int = option(64, "problems sampled at one time in evaluations")
+    checkpoint_every: int = option(20, "iterations between checkpoints")
+    max_checkpoints: int = option(2, "checkpoints kept")
+    samples_per_iteration: int = option(2, "responses written to samples.jsonl an iteration")
+    max_nonfinite_updates: int = option(0, "updates with NaN or inf that are skipped before the run stops")
+    max_noise_floor: float | None = option(
         None, "start-up limit on E[(r-1)^2] with unchanged weights (default: 1e-6, bfloat16 delta/4)"
     )
-    allow_single_update: bool = _field(False, "allow one update a rollout, where r = 1 and all objectives agree")
-    tensorboard: bool = _field(False, "also write TensorBoard events")
+    allow_single_update: bool = option(False, "allow one update a rollout, where r = 1 and all objectives agree")
+    tensorboard: bool = option(False, "also write TensorBoard events")
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and field.name != "max_nonfinite_updates":
-                low = 0 if field.name == "samples_per_iteration" else 1
-                _require(value >= low, f"trainer.{field.name} must be at least {low}, got {value}")
-        _require(self.max_nonfinite_updates >= 0, "trainer.max_nonfinite_updates must be at least 0")
-        _require(
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if item.type is int and item.name != "max_nonfinite_updates":
+                low = 0 if item.name == "samples_per_iteration" else 1
+                require(value >= low, f"trainer.{item.name} must be at least {low}, got {value}")
+        require(self.max_nonfinite_updates >= 0, "trainer.max_nonfinite_updates must be at least 0")
+        require(
             self.prompts_per_rollout % self.num_minibatches == 0,
             f"trainer.prompts_per_rollout={self.prompts_per_rollout} is not a multiple of "
             f"trainer.num_minibatches={self.num_minibatches} (groups are not torn)",
         )
-        _require(
+        require(
             self.num_minibatches * self.num_epochs > 1 or self.allow_single_update,
             "with one update a rollout the ratio is 1 throughout and every objective is the same; raise "
             "trainer.num_minibatches or trainer.num_epochs, or say --config.trainer.allow_single_update=True",
@@ -151,78 +63,82 @@ class TrainerConfig:
 class SamplerConfig:
     """Rollouts. top_k and top_p serve evaluation only: training with them is refused."""
 
-    group_size: int = _field(16, "samples a prompt (G)")
-    temperature: float = _field(1.0, "softmax temperature; scoring applies the same")
+    group_size: int = option(16, "samples a prompt (G)")
+    temperature: float = option(1.0, "softmax temperature; scoring applies the same")
 
     def __post_init__(self):
-        _require(self.group_size >= 2, f"sampler.group_size must be at least 2 (a baseline), got {self.group_size}")
-        _require(self.temperature > 0, f"sampler.temperature must be > 0 for training, got {self.temperature}")
+        require(self.group_size >= 2, f"sampler.group_size must be at least 2 (a baseline), got {self.group_size}")
+        require(self.temperature > 0, f"sampler.temperature must be > 0 for training, got {self.temperature}")
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW with warm-up and decay."""
 
-    learning_rate: float = _field(1e-4, "peak")
-    warmup_updates: int = _field(10, "updates of linear warm-up")
-    schedule: str = _field("constant", "after the warm-up: constant, linear or cosine")
-    final_fraction: float = _field(0.1, "last learning rate / peak, for linear and cosine")
-    b1: float = _field(0.9, "Adam")
-    b2: float = _field(0.99, "Adam")
-    epsilon: float = _field(1e-8, "Adam")
-    weight_decay: float = _field(0.0, "decoupled, on matrices only")
-    max_grad_norm: float = _field(1.0, "global-norm clip")
+    learning_rate: float = option(1e-4, "peak")
+    warmup_updates: int = option(10, "updates of linear warm-up")
+    schedule: str = option("constant", "after the warm-up: constant, linear or cosine")
+    final_fraction: float = option(0.1, "last learning rate / peak, for linear and cosine")
+    b1: float = option(0.9, "Adam")
+    b2: float = option(0.99, "Adam")
+    epsilon: float = option(1e-8, "Adam")
+    weight_decay: float = option(0.0, "decoupled, on matrices only")
+    max_grad_norm: float = option(1.0, "global-norm clip")
+    value_learning_rate: float = option(1e-3, "of the value head, constant; it starts at zero")
 
     def __post_init__(self):
-        _require(self.learning_rate > 0, f"optimizer.learning_rate must be > 0, got {self.learning_rate}")
-        _require(self.warmup_updates >= 0, f"optimizer.warmup_updates must be >= 0, got {self.warmup_updates}")
-        _require(
+        require(self.learning_rate > 0, f"optimizer.learning_rate must be > 0, got {self.learning_rate}")
+        require(self.warmup_updates >= 0, f"optimizer.warmup_updates must be >= 0, got {self.warmup_updates}")
+        require(
             self.schedule in ("constant", "linear", "cosine"),
             f"optimizer.schedule={self.schedule!r} is unknown; one of constant, linear, cosine",
         )
-        _require(
+        require(
             0 <= self.final_fraction <= 1,
             f"optimizer.final_fraction must be in [0, 1], got {self.final_fraction}",
         )
-        _require(self.max_grad_norm > 0, f"optimizer.max_grad_norm must be > 0, got {self.max_grad_norm}")
+        require(
+            self.value_learning_rate > 0, f"optimizer.value_learning_rate must be > 0, got {self.value_learning_rate}"
+        )
+        require(self.max_grad_norm > 0, f"optimizer.max_grad_norm must be > 0, got {self.max_grad_norm}")
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Devices along each axis; one may be -1: all that is left."""
 
-    data: int = _field(-1, "data parallel")
-    fsdp: int = _field(1, "parameters sharded, batch too")
-    tensor: int = _field(1, "heads, MLP and vocabulary sharded")
+    data: int = option(-1, "data parallel")
+    fsdp: int = option(1, "parameters sharded, batch too")
+    tensor: int = option(1, "heads, MLP and vocabulary sharded")
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskConfig:
     """Problems and verifier."""
 
-    name: str = _field("arithmetic", "arithmetic")
-    min_operands: int = _field(2, "arithmetic: fewest operands")
-    max_operands: int = _field(4, "arithmetic: most operands")
-    num_digits: int = _field(2, "arithmetic: digits an operand")
+    name: str = option("arithmetic", "arithmetic")
+    min_operands: int = option(2, "arithmetic: fewest operands")
+    max_operands: int = option(4, "arithmetic: most operands")
+    num_digits: int = option(2, "arithmetic: digits an operand")
 
     def __post_init__(self):
-        _require(self.name == "arithmetic", f"task.name={self.name!r} is unknown; one of arithmetic")
+        require(self.name == "arithmetic", f"task.name={self.name!r} is unknown; one of arithmetic")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The base model and how to compute it."""
 
-    path: str | None = _field(None, "Hugging Face directory; default the shipped arithmetic base model")
-    param_dtype: str = _field("float32", "master weights")
-    compute_dtype: str = _field("float32", "activations and matrix products: float32 or bfloat16")
-    scan_layers: bool = _field(False, "compile one layer and loop (large models); False is faster on CPU")
-    remat: bool = _field(False, "recompute activations in the backward pass")
+    path: str | None = option(None, "Hugging Face directory; default the shipped arithmetic base model")
+    param_dtype: str = option("float32", "master weights")
+    compute_dtype: str = option("float32", "activations and matrix products: float32 or bfloat16")
+    scan_layers: bool = option(False, "compile one layer and loop (large models); False is faster on CPU")
+    remat: bool = option(False, "recompute activations in the backward pass")
 
     def __post_init__(self):
         for name in ("param_dtype", "compute_dtype"):
             value = getattr(self, name)
-            _require(value in ("float32", "bfloat16"), f"model.{name}={value!r}; one of float32, bfloat16")
+            require(value in ("float32", "bfloat16"), f"model.{name}={value!r}; one of float32, bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,33 +152,33 @@ class Config:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
-    seed: int = _field(0, "weights are given: the seed decides problems' order, samples and minibatches")
+    seed: int = option(0, "weights are given: the seed decides problems' order, samples and minibatches")
 
     def __post_init__(self):
         rows = self.trainer.prompts_per_rollout * self.sampler.group_size // self.trainer.num_minibatches
-        _require(
+        require(
             rows % self.trainer.micro_batch_size == 0,
             f"a minibatch has {rows} rows (prompts_per_rollout * group_size / num_minibatches), which is not a "
             f"multiple of trainer.micro_batch_size={self.trainer.micro_batch_size}",
         )
-        _require(self.seed >= 0, f"seed must be >= 0, got {self.seed}")
+        require(self.seed >= 0, f"seed must be >= 0, got {self.seed}")
 
 
 @dataclasses.dataclass(frozen=True)
 class SweepConfig:
     """A grid of coefficients per method; every seed runs the whole grid."""
 
-    variance_coefs: tuple[float, ...] = _field((0.1, 0.5, 2.5, 12.5), "fixed lambda of r2vpo_fixed")
-    variance_budgets: tuple[float, ...] = _field((0.001, 0.003, 0.01, 0.04), "delta of r2vpo")
-    clips: tuple[float, ...] = _field((0.05, 0.1, 0.2, 0.4), "epsilon of ppo_clip, both sides")
-    seeds: tuple[int, ...] = _field((0, 1, 2), "paired over all cells")
+    variance_coefs: tuple[float, ...] = option((0.1, 0.5, 2.5, 12.5), "fixed lambda of r2vpo_fixed")
+    variance_budgets: tuple[float, ...] = option((0.001, 0.003, 0.01, 0.04), "delta of r2vpo")
+    clips: tuple[float, ...] = option((0.05, 0.1, 0.2, 0.4), "epsilon of ppo_clip, both sides")
+    seeds: tuple[int, ...] = option((0, 1, 2), "paired over all cells")
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             values = tuple(getattr(self, field.name))
             object.__setattr__(self, field.name, values)
-            _require(len(set(values)) == len(values), f"sweep.{field.name} has a value twice: {values}")
-        _require(self.seeds, "sweep.seeds must name at least one seed")
+            require(len(set(values)) == len(values), f"sweep.{field.name} has a value twice: {values}")
+        require(self.seeds, "sweep.seeds must name at least one seed")
 
 
 def to_config_dict(config: Config):

@@ -1,8 +1,9 @@
 """The learner: one jitted, sharded optimizer update, and one dual step a rollout batch.
 
 `update` is the optimizer step only. `train_on_rollout` runs the N minibatch updates of a rollout batch and
-then steps the multiplier once, on the ratio variance of the *last* minibatch before its own update: the
-first minibatch has r = 1 by construction, and stepping on it would bias the multiplier low.
+then steps the multipliers (lambda of the ratio variance, beta of an adaptive KL) once, on what the *last*
+minibatch measured before its own update: the first minibatch has r = 1 by construction, and stepping on it
+would bias them low.
 """
 
 import functools
@@ -14,8 +15,10 @@ import optax
 from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
-from r2vpo_jax import accumulation, dual, kl, losses, models, ratio_stats, scoring, sharding
-from r2vpo_jax.config import Config, ObjectiveConfig, OptimizerConfig
+from r2vpo_jax import accumulation, corrections, critic, dual, kl, losses, models, ratio_stats, scoring, sharding
+from r2vpo_jax.config import Config, OptimizerConfig
+from r2vpo_jax.critic import CriticState
+from r2vpo_jax.objective import ObjectiveConfig
 from r2vpo_jax.ratio_stats import Stats
 from r2vpo_jax.rollout import Rollout
 
@@ -27,6 +30,8 @@ class LearnerState:
     params: dict
     opt_state: optax.OptState
     dual: dual.DualState
+    kl_coef: jax.Array  # f32 [] beta, the weight of the KL divergence
+    critic: CriticState | None  # the value head, if there is one
     version: jax.Array  # int32 [] optimizer updates done
 
 
@@ -70,17 +75,8 @@ def make_optimizer(config: OptimizerConfig, num_updates: int) -> optax.GradientT
 
 
 def policy_loss(config: ObjectiveConfig):
-    """The configured objective as (logp, behavior_logp, advantages, mask, dual, normalizer) -> (loss, stats)."""
-    objective = losses.get(config.loss)
-    hyper = {"reduction": config.reduction}
-    if config.loss == "ppo_clip":
-        hyper |= {"clip_low": config.clip_low, "clip_high": config.clip_high, "dual_clip": config.dual_clip}
-
-    def loss(logp, behavior_logp, advantages, mask, dual_state, normalizer):
-        extra = {"variance_coef": dual_state.variance_coef} if config.loss == "r2vpo" else {}
-        return objective(logp, behavior_logp, advantages, mask, normalizer=normalizer, **hyper, **extra)
-
-    return loss
+    """The configured objective: `losses.get` with every hyper-parameter bound that the learner does not compute."""
+    return functools.partial(losses.get(config.loss), reduction=config.reduction, **config.hyperparameters())
 
 
 class Learner:
@@ -115,6 +111,9 @@ class Learner:
         self.optimizer = optimizer or make_optimizer(config.optimizer, trainer.num_iterations * self.num_updates)
         self.schedule = learning_rate_schedule(config.optimizer, trainer.num_iterations * self.num_updates)
         self._loss = policy_loss(config.objective)
+        self._value_optimizer = critic.make_optimizer(
+            config.optimizer.value_learning_rate, config.optimizer.max_grad_norm
+        )
 
         self.logical_axes = models.logical_axes(model)
         self.abstract_params = models.abstract_params(model)
@@ -131,6 +130,8 @@ class Learner:
                 transform_non_params=lambda _: replicated,
             ),
             dual=jax.tree.map(lambda _: replicated, self.abstract_state.dual),
+            kl_coef=replicated,
+            critic=jax.tree.map(lambda _: replicated, self.abstract_state.critic),
             version=replicated,
         )
         rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
@@ -141,8 +142,10 @@ class Learner:
             donate_argnums=0,
         )
         self._minibatch = jax.jit(self._take_minibatch, out_shardings=rows)
-        self._dual_step = jax.jit(self._step_dual, donate_argnums=0)
+        self._step_multipliers = jax.jit(self._next_multipliers)
         self._score = jax.jit(self._score_rollout, out_shardings=rows)
+        self._values = jax.jit(self._value_rollout, out_shardings=rows)
+        self._correct = jax.jit(self._with_correction, out_shardings=rows)
         self._sampler_params = jax.jit(self._cast_params, out_shardings=self.param_shardings)
 
     # State ----------------------------------------------------------------------------------------------
@@ -154,6 +157,8 @@ class Learner:
             opt_state=self.optimizer.init(params),
             # Objectives without a penalty have no multiplier: it is reported as 0.
             dual=dual.init(objective.variance_coef if objective.loss == "r2vpo" else 0.0),
+            kl_coef=jnp.float32(objective.kl_coef),
+            critic=critic.init(self.model.config.hidden_size, self._value_optimizer) if objective.critic else None,
             version=jnp.zeros((), jnp.int32),
         )
 
@@ -177,43 +182,24 @@ class Learner:
     # One optimizer update -------------------------------------------------------------------------------
 
     def _update(self, state: LearnerState, batch: Rollout) -> tuple[LearnerState, Stats]:
-        objective, trainer = self.config.objective, self.config.trainer
-        num_micro = batch.tokens.shape[0] // trainer.micro_batch_size
-        if objective.reduction == "constant_length":
-            normalizer = jnp.float32(batch.behavior_logp.size)
-        else:
-            normalizer = losses.count(batch.response_mask, objective.reduction)
-
-        def loss_fn(params, batch: Rollout):
-            mask = batch.response_mask
-            logp, entropy = self._score_rows(params, batch)
-            with_multiplier = functools.partial(self._loss, dual_state=state.dual, normalizer=normalizer)
-            loss, stats = with_multiplier(logp, batch.behavior_logp, batch.advantage, mask)
-            # The gradient coefficient of each token, whatever the objective: elementwise, so cheap.
-            coefficient = -jax.grad(lambda x: with_multiplier(x, batch.behavior_logp, batch.advantage, mask)[0])(
-                jax.lax.stop_gradient(logp)
-            )
-            merged = ratio_stats.compute(logp, batch.behavior_logp, batch.advantage, mask, coefficient=coefficient)
-            tokens = jnp.sum(mask, dtype=jnp.float32)
-            stats["entropy"] = (jnp.sum(jnp.where(mask, entropy, 0.0)), tokens)
-            if objective.kl_coef:
-                values = jnp.where(mask, kl.estimate(logp, batch.reference_logp, objective.kl_estimator), 0.0)
-                loss = loss + objective.kl_coef * jnp.sum(values) / losses.count(full_mask, "token_mean")
-                stats["reference_kl"] = (jnp.sum(values), tokens)
-            return loss, merged.replace(sums=merged.sums | jax.lax.stop_gradient(stats))
-
-        full_mask = batch.response_mask
+        normalizer = self._normalizer(batch)
         with sharding.activate(self.mesh):
-            loss, stats, grads = accumulation.value_and_grad(loss_fn, state.params, batch, num_micro)
-        stats = stats.reduce()
-        grad_norm = optax.tree.norm(grads)
+            traced = self._traced_hyperparameters(state, batch)
+            loss_fn = functools.partial(self._micro_batch_loss, state=state, normalizer=normalizer, traced=traced)
+            head = None if state.critic is None else (state.critic.kernel, state.critic.bias)
+            num_micro = batch.tokens.shape[0] // self.config.trainer.micro_batch_size
+            loss, stats, grads = accumulation.value_and_grad(loss_fn, (state.params, head), batch, num_micro)
+        stats, (grads, head_grads) = stats.reduce(), grads
+        grad_norm = optax.tree.norm((grads, head_grads))
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        new = {"params": optax.apply_updates(state.params, updates), "opt_state": opt_state, "critic": None}
+        if head is not None:
+            head_updates, head_opt_state = self._value_optimizer.update(head_grads, state.critic.opt_state, head)
+            new["critic"] = CriticState(*optax.apply_updates(head, head_updates), head_opt_state)
         # A non-finite update is skipped inside the program; the caller counts and decides.
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
-        )
+        old = {name: getattr(state, name) for name in new}
+        new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
         one = jnp.float32(1)
         stats = stats.replace(
             sums=stats.sums
@@ -224,9 +210,86 @@ class Learner:
                 "nonfinite": ((~finite).astype(jnp.float32), one),
             }
         )
-        return state.replace(params=params, opt_state=opt_state, version=state.version + 1), stats
+        return state.replace(**new, version=state.version + 1), stats
 
-    def _score_rows(self, params, batch: Rollout):
+    def _normalizer(self, batch: Rollout):
+        """The count of the reduction, over the whole minibatch."""
+        if self.config.objective.reduction == "constant_length":
+            return jnp.sum(batch.keep, dtype=jnp.float32) * batch.response_size
+        return losses.count(batch.learning_mask, self.config.objective.reduction)
+
+    def _traced_hyperparameters(self, state: LearnerState, batch: Rollout) -> dict:
+        """Those of the loss that depend on the state or on the whole minibatch."""
+        objective = self.config.objective
+        if objective.loss == "r2vpo":
+            coef = state.dual.variance_coef
+            if objective.normalize_variance_coef:
+                coef = coef * dual.advantage_scale(batch.advantage, batch.learning_mask)
+            return {"variance_coef": coef}
+        if objective.loss == "m2po":
+            logp = self._score_rollout(state.params, batch)
+            arrays = logp, _anchor(batch), batch.advantage, batch.learning_mask
+            return {"threshold": losses.m2po_threshold(*arrays, budget=objective.m2_budget)}
+        return {}
+
+    def _micro_batch_loss(self, trained, batch: Rollout, *, state: LearnerState, normalizer, traced):
+        """(loss, Stats) of one micro-batch; losses add up over those of a minibatch."""
+        objective, mask = self.config.objective, batch.learning_mask
+        scores = self._score_rows(*trained, batch)
+        logp, anchor = scores.logp, _anchor(batch)
+        reduction = {"reduction": objective.reduction, "normalizer": normalizer}
+
+        def mean_over_tokens(x):
+            return jnp.sum(jnp.where(mask, x, 0.0)), jnp.sum(mask, dtype=jnp.float32)
+
+        def objective_of(logp):
+            loss, stats = self._loss(
+                logp, anchor, batch.advantage, mask, weights=batch.weights, normalizer=normalizer, **traced
+            )
+            if objective.kl_coef:
+                divergence = self._divergence(batch, logp)
+                stats["kl"] = mean_over_tokens(divergence)
+                if objective.kl_in == "loss":
+                    loss = loss + state.kl_coef * losses.reduce(divergence, mask, **reduction)
+            return loss, stats
+
+        loss, stats = objective_of(logp)
+        # g of each token, whatever the objective: elementwise, so cheap.
+        slope = jax.grad(lambda x: objective_of(x)[0])(jax.lax.stop_gradient(logp))
+        weight = losses.token_weights(mask, **reduction)
+        merged = ratio_stats.compute(
+            logp,
+            anchor,
+            batch.advantage,
+            mask,
+            coefficient=-slope / jnp.where(weight == 0, 1.0, weight),
+            weights=batch.weights,
+            age=state.version - batch.version,
+        )
+
+        stats["entropy"] = mean_over_tokens(scores.entropy)
+        if objective.entropy_coef:
+            loss = loss - objective.entropy_coef * losses.reduce(scores.entropy, mask, **reduction)
+        if batch.weights is not None:
+            stats["weight"] = mean_over_tokens(batch.weights)
+            stats["weight_squared"] = mean_over_tokens(batch.weights**2)
+        if scores.value is not None:
+            value_loss, value_stats = critic.value_loss(
+                scores.value, batch.value, batch.value_target, mask, clip=objective.value_clip, **reduction
+            )
+            loss = loss + objective.value_coef * value_loss
+            stats |= value_stats
+        return loss, merged.replace(sums=merged.sums | jax.lax.stop_gradient(stats))
+
+    def _divergence(self, batch: Rollout, logp):
+        """The configured estimate of a KL divergence at each token, f32 [B, T]."""
+        objective = self.config.objective
+        if objective.kl_to == "behavior":
+            return kl.estimate(_anchor(batch), logp, objective.kl_estimator)
+        behavior = batch.behavior_logp if objective.kl_corrected else None
+        return kl.estimate(logp, batch.reference_logp, objective.kl_estimator, behavior_logp=behavior)
+
+    def _score_rows(self, params, head, batch: Rollout) -> scoring.Scores:
         return scoring.score(
             self.model,
             params,
@@ -236,19 +299,29 @@ class Learner:
             batch.temperature,
             prompt_size=batch.prompt_size,
             chunk_size=self.config.trainer.scoring_chunk_size,
+            value_head=head,
         )
 
-    def _score_rollout(self, params, batch: Rollout):
-        """Log-probabilities f32 [B, T], one micro-batch at a time."""
+    def _map_rows(self, function, batch: Rollout):
+        """`function` of the rows, f32 [B, T], one micro-batch at a time."""
         num_micro = batch.tokens.shape[0] // self.config.trainer.micro_batch_size
         with sharding.activate(self.mesh):
-            micro_batches = accumulation.split_rows(batch, num_micro)
-            logps = jax.lax.map(lambda b: self._score_rows(params, b)[0], micro_batches)
-        return logps.swapaxes(0, 1).reshape(batch.behavior_logp.shape)
+            outputs = jax.lax.map(function, accumulation.split_rows(batch, num_micro))
+        return outputs.swapaxes(0, 1).reshape(batch.behavior_logp.shape)
+
+    def _score_rollout(self, params, batch: Rollout):
+        return self._map_rows(lambda rows: self._score_rows(params, None, rows).logp, batch)
+
+    def _value_rollout(self, params, state: CriticState, batch: Rollout):
+        return self._map_rows(lambda rows: self._score_rows(params, (state.kernel, state.bias), rows).value, batch)
 
     def score(self, params, rollout: Rollout) -> jax.Array:
         """Log-probabilities f32 [B, T] of a rollout's responses, by the same code as the update."""
         return self._score(params, rollout)
+
+    def values(self, state: LearnerState, rollout: Rollout) -> jax.Array:
+        """The critic's values f32 [B, T] before each response token."""
+        return self._values(state.params, state.critic, rollout)
 
     # One rollout batch ----------------------------------------------------------------------------------
 
@@ -262,9 +335,26 @@ class Learner:
         rows = (chosen[:, None] * group + jnp.arange(group)).reshape(-1)
         return jax.tree.map(lambda x: x[rows], rollout)
 
-    def _step_dual(self, dual_state, all_stats):
+    def _with_correction(self, params, rollout: Rollout) -> Rollout:
+        """The rollout with proximal log-probabilities, taken once before the first update, and their weights."""
+        objective = self.config.objective
+        proximal = self._score_rollout(params, rollout)
+        weights = corrections.importance_weights(
+            proximal,
+            rollout.behavior_logp,
+            rollout.response_mask,
+            mode=objective.correction,
+            scope=objective.correction_scope,
+            max_weight=objective.max_weight,
+            min_weight=objective.min_weight,
+        )
+        return rollout.replace(proximal_logp=proximal, weights=weights)
+
+    def _next_multipliers(self, dual_state, kl_coef, all_stats):
         objective = self.config.objective
         first, last = (s.mean("ratio_variance") for s in (all_stats[0], all_stats[-1]))
+        # A minibatch that was skipped as non-finite (and counted), or in which nothing counts, measures nothing.
+        measured = jnp.isfinite(last) & (all_stats[-1].sums["ratio_variance"][1] > 0)
         if objective.adaptive:
             stepped = dual.update(
                 dual_state,
@@ -273,38 +363,50 @@ class Learner:
                 step_size=objective.dual_step / objective.variance_budget,
                 max_coef=objective.max_variance_coef,
                 max_step=objective.dual_max_step,
+                rule=objective.dual_rule,
             )
-            # A minibatch that was skipped as non-finite (and counted) must not poison the multiplier.
-            dual_state = jax.tree.map(lambda new, old: jnp.where(jnp.isfinite(last), new, old), stepped, dual_state)
+            dual_state = jax.tree.map(lambda new, old: jnp.where(measured, new, old), stepped, dual_state)
+        if objective.kl_target is not None:
+            stepped = kl.adapt_coef(kl_coef, all_stats[-1].mean("kl"), target=objective.kl_target)
+            kl_coef = jnp.where(measured, stepped, kl_coef)
         merged = jax.tree.map(lambda *x: jnp.stack(x), *all_stats)
         return (
             dual_state,
+            kl_coef,
             merged.reduce(),
             {"first": first, "last": last, "nonfinite": merged.sums["nonfinite"][0]},
         )
 
     def train_on_rollout(self, state: LearnerState, rollout: Rollout, key):
-        """N minibatch updates, then one step of the multiplier.
+        """N minibatch updates, then one step of the multipliers.
 
         Args:
           state: donated; use the returned one.
-          rollout: device arrays (`sharding.put_batch`) with advantages; reference_logp when KL is on.
+          rollout: device arrays (`sharding.put_batch`) with advantages; reference_logp with a KL to the
+            reference; value and value_target with a critic.
           key: decides the shuffle.
 
         Returns:
           (state, merged Stats, {"first", "last": ratio variance of the first and last minibatch before their
           updates, "nonfinite": f32 [N], 1 where an update was skipped}).
         """
+        if self.config.objective.correction != "none":
+            rollout = self._correct(state.params, rollout)
         all_stats = []
         for number in range(self.num_updates):
             epoch, index = divmod(number, self.config.trainer.num_minibatches)
             minibatch = self._minibatch(rollout, jax.random.fold_in(key, epoch), index)
             state, stats = self.update(state, minibatch)
             all_stats.append(stats)
-        dual_state, merged, variance = self._dual_step(state.dual, all_stats)
-        return state.replace(dual=dual_state), merged, variance
+        dual_state, kl_coef, merged, variance = self._step_multipliers(state.dual, state.kl_coef, all_stats)
+        return state.replace(dual=dual_state, kl_coef=kl_coef), merged, variance
 
     def minibatch(self, rollout: Rollout, key, number: int) -> Rollout:
         """The minibatch that `train_on_rollout` used for update `number`, to save an offending one."""
         epoch, index = divmod(number, self.config.trainer.num_minibatches)
         return self._minibatch(rollout, jax.random.fold_in(key, epoch), index)
+
+
+def _anchor(batch: Rollout):
+    """The log-probabilities that the ratio is against: proximal ones if the data is corrected, else behavior."""
+    return batch.behavior_logp if batch.proximal_logp is None else batch.proximal_logp

@@ -84,7 +84,7 @@ def pretrain(config: PretrainConfig, task, num_tokens: int, report=lambda step, 
         num_tokens = jnp.sum(batch["response_length"])
 
         def loss_fn(params, batch):
-            logps, _ = scoring.score(
+            logps = scoring.score(
                 model,
                 params,
                 jnp.concatenate([batch["prompt"], batch["response"]], axis=1),
@@ -92,7 +92,7 @@ def pretrain(config: PretrainConfig, task, num_tokens: int, report=lambda step, 
                 batch["response_length"],
                 jnp.ones(batch["prompt"].shape[0]),
                 prompt_size=batch["prompt"].shape[1],
-            )
+            ).logp
             mask = jnp.arange(logps.shape[1]) < batch["response_length"][:, None]
             return -jnp.sum(jnp.where(mask, logps, 0.0)) / num_tokens, None
 

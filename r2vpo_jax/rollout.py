@@ -22,11 +22,16 @@ class Rollout:
     temperature: jax.Array  # f32 [B]
     reward: jax.Array  # f32 [B] NaN until verified
     outcome: jax.Array  # int32 [B] tasks.base.Outcome, -1 until verified
-    advantage: jax.Array  # f32 [B] NaN until filled
+    advantage: jax.Array  # f32 [B], or f32 [B, T] from a critic; NaN until filled
+    keep: jax.Array  # bool [B] whether the row takes part in learning
     group_id: jax.Array  # int32 [B] index of the problem in its split
     rollout_id: jax.Array  # int32 [B] unique within a run
     version: jax.Array  # int32 [B] optimizer updates done when it was sampled
     reference_logp: jax.Array | None = None  # f32 [B, T] under the frozen reference, when a KL term needs it
+    value: jax.Array | None = None  # f32 [B, T] before each token, when there is a critic
+    value_target: jax.Array | None = None  # f32 [B, T]
+    proximal_logp: jax.Array | None = None  # f32 [B, T] under the learner before its first update on this batch
+    weights: jax.Array | None = None  # f32 [B, T] importance weights of proximal against behavior
 
     @property
     def response_size(self) -> int:
@@ -47,3 +52,8 @@ class Rollout:
     def response_mask(self) -> jax.Array:
         """bool [B, T]: the tokens of the response, end of text included."""
         return jnp.arange(self.response_size) < self.response_length[:, None]
+
+    @property
+    def learning_mask(self) -> jax.Array:
+        """bool [B, T]: the tokens that learning counts."""
+        return self.response_mask & self.keep[:, None]

@@ -162,6 +162,7 @@ def sample(
         reward=nan,
         outcome=jnp.full((batch,), -1, jnp.int32),
         advantage=nan,
+        keep=jnp.ones((batch,), bool),
         group_id=per_group(problem_ids).astype(jnp.int32),
         rollout_id=jnp.arange(batch, dtype=jnp.int32),
         version=jnp.full((batch,), version, jnp.int32),

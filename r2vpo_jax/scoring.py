@@ -1,14 +1,25 @@
-"""Tokens -> log-probabilities of the responses, and entropies, in one pass.
+"""Tokens -> log-probabilities of the responses, entropies, and values if there is a critic, in one pass.
 
 The learner and every check use this function, at the temperature of the rollout. The logits of a whole
 batch, float32 [B, T, V], never exist: they are made chunk by chunk and recomputed in the backward pass.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from r2vpo_jax import critic
 from r2vpo_jax.sharding import constrain
+
+
+class Scores(NamedTuple):
+    """Of each response token given all before it. Columns past the response's length have no meaning: mask them."""
+
+    logp: Float[Array, "batch time"]
+    entropy: Float[Array, "batch time"]  # nats
+    value: Float[Array, "batch time"] | None  # before the token, if there is a value head
 
 
 def prompt_and_response_mask(prompt_length, response_length, prompt_size: int, size: int):
@@ -29,8 +40,9 @@ def score(
     *,
     prompt_size: int,
     chunk_size: int = 128,
-) -> tuple[Float[Array, "batch time"], Float[Array, "batch time"]]:
-    """Log-probability and entropy of each response token under the model at `temperature`.
+    value_head: tuple[Array, Array] | None = None,
+) -> Scores:
+    """Log-probability, entropy and value of each response token under the model at `temperature`.
 
     Args:
       model: a `models.Decoder`.
@@ -40,15 +52,13 @@ def score(
       temperature: float32 [B]; logits are divided by it, as in the sampler.
       prompt_size: P.
       chunk_size: response columns whose logits exist at one time.
-
-    Returns:
-      (log-probabilities, entropies in nats), both float32 [B, T]. Column t belongs to response token t given
-      all before it. Columns past the response's length hold numbers without meaning: mask them.
+      value_head: (kernel, bias) of `critic`, if there is one.
     """
     mask = prompt_and_response_mask(prompt_length, response_length, prompt_size, tokens.shape[1])
     positions = jnp.maximum(jnp.arange(tokens.shape[1]) - (prompt_size - prompt_length)[:, None], 0)
     hidden = model.apply({"params": params}, tokens, positions, mask, method="hidden_states")
     hidden, targets = hidden[:, prompt_size - 1 : -1], tokens[:, prompt_size:]
+    value = None if value_head is None else critic.values(value_head, hidden)
     kernel = model.apply({"params": params}, method="unembedding")  # laid out once, not once a chunk
 
     @jax.checkpoint
@@ -62,7 +72,7 @@ def score(
 
     size = targets.shape[1]
     if size <= chunk_size:
-        return chunk_scores(hidden, targets)
+        return Scores(*chunk_scores(hidden, targets), value)
     padding = -size % chunk_size
 
     def chunked(x):
@@ -72,4 +82,4 @@ def score(
 
     _, scores = jax.lax.scan(lambda _, xs: (None, chunk_scores(*xs)), None, (chunked(hidden), chunked(targets)))
     logps, entropy = (x.swapaxes(0, 1).reshape(x.shape[1], -1)[:, :size] for x in scores)
-    return logps, entropy
+    return Scores(logps, entropy, value)

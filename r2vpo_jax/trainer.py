@@ -7,11 +7,12 @@ Before the loop:
      Score the base model on the test split.
 
 One iteration:
-  1. Take the next problems: a function of (seed, iteration).
+  1. Take the next problems: a function of (seed, data position).
   2. Sample G responses to each, with the current parameters.
-  3. Verify them: right, wrong, or a verifier error (counted apart).
-  4. Turn rewards into advantages within each group.
-  5. Learn: N minibatch updates, then one step of the multiplier.
+  3. Verify them: right, wrong, or a verifier error (counted apart). With dynamic sampling, go back to
+     1 until enough groups have rewards that differ.
+  4. Turn rewards into advantages.
+  5. Learn: N minibatch updates, then one step of the multipliers.
   6. Write metrics and samples.
   7. Every `eval_every` iterations, score the validation split.
   8. Every `checkpoint_every` iterations, save everything the run needs to continue.
@@ -22,7 +23,6 @@ A run is a function of (config, seed, code, devices): no hidden random state, no
 """
 
 import contextlib
-import importlib.resources
 import resource
 import time
 
@@ -30,7 +30,8 @@ import jax
 import numpy as np
 
 import r2vpo_jax
-from r2vpo_jax import advantages, metrics, models, ratio_stats, report, sampler, sharding, tasks
+from r2vpo_jax import credit, metrics, models, report, sampler, sharding, tasks, training_metrics
+from r2vpo_jax.base_model import load_base_model
 from r2vpo_jax.checkpoints import Checkpointer
 from r2vpo_jax.config import Config
 from r2vpo_jax.evaluation import Evaluation, evaluate
@@ -73,37 +74,15 @@ def train(
     return _Run(config, workdir, profile_steps, say).go(stop_after_iteration)
 
 
-def load_base_model(config: Config):
-    """(model, host parameters, tokenizer) of `config.model`, checked against the task's needs.
+def train_problem_index(config: Config, position: int) -> np.ndarray:
+    """Positions in the train split of the next problems, int64 [prompts_per_rollout].
 
-    Raises:
-      UsageError: the directory, a tensor or the tokenizer is missing or does not fit.
+    Args:
+      config: the run's.
+      position: problems that the run has taken so far.
     """
-    # Not AutoTokenizer: for Qwen2 it may add a token that tokenizer.json does not have, and num_tokens would be off.
-    from transformers import PreTrainedTokenizerFast
-
-    path = config.model.path or importlib.resources.files("r2vpo_jax") / "checkpoints" / "arithmetic_base"
-    try:
-        models.read_config(path)
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
-        model, params = models.from_pretrained(
-            path,
-            param_dtype=config.model.param_dtype,
-            compute_dtype=config.model.compute_dtype,
-            scan_layers=config.model.scan_layers,
-            remat=config.model.remat,
-            num_tokens=len(tokenizer),
-        )
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot load the base model: {error}") from error
-    return model, params, tokenizer
-
-
-def train_problem_index(config: Config, iteration: int) -> np.ndarray:
-    """Positions in the train split of an iteration's problems, int64 [prompts_per_rollout]."""
-    size = config.trainer.prompts_per_rollout
     start = (config.seed % 1024) << 20  # seeds walk disjoint stretches of the split
-    return start + (iteration * size + np.arange(size)) % (1 << 20)
+    return start + (position + np.arange(config.trainer.prompts_per_rollout)) % (1 << 20)
 
 
 class _Run:
@@ -130,11 +109,11 @@ class _Run:
         )
         self.key = jax.random.key(config.seed)
         self.state = self.learner.init_state(base_params)
-        self.reference = self.learner.sampler_params(self.state) if config.objective.kl_coef else None
+        self.reference = self.learner.sampler_params(self.state) if config.objective.needs_reference else None
         self.iteration = 0
         # What has happened so far, as plain numbers: goes into every checkpoint.
         self.progress = {
-            "rollouts": 0, "rollout_tokens": 0, "trained_tokens": 0, "nonfinite_in_a_row": 0, "seconds": 0.0,
+            "problems": 0, "rollouts": 0, "rollout_tokens": 0, "trained_tokens": 0, "nonfinite_in_a_row": 0, "seconds": 0.0,
             "best_validation": 0.0, "last_validation": 0.0, "noise_floor": None, "base": None, "positions": {},
         }  # fmt: skip
 
@@ -175,25 +154,44 @@ class _Run:
     def _iterate(self) -> dict:
         config, timers = self.config, self.timers
         before = dict(timers.seconds)
-        index = train_problem_index(config, self.iteration)  # 1
-        with timers("rollout"):  # 2
-            rollout = self._sample(index, self.learner.sampler_params(self.state))
-        with timers("verify"):  # 3
-            rollout = self._verify(index, rollout)
-        rollout = self._fill_advantages(rollout)  # 4
-        with timers("update"):  # 5
-            stats, variance = self._learn(rollout)
+        sampled = self._collect()  # 1, 2, 3
+        batch = sampled
+        if config.objective.zero_variance == "resample":
+            wanted = config.trainer.prompts_per_rollout
+            batch = credit.select_groups(sampled, config.objective, self.sampling.group_size, wanted)
+        with timers("update"):  # 4, 5
+            batch = self._fill_advantages(batch)
+            stats, variance = self._learn(batch)
         self.iteration += 1
-        self.progress["rollouts"] += len(rollout.reward)
-        self.progress["rollout_tokens"] += int(rollout.response_length.sum())
-        self.progress["trained_tokens"] += int(rollout.response_length.sum()) * config.trainer.num_epochs
+        self.progress["trained_tokens"] += int(batch.learning_mask.sum()) * config.trainer.num_epochs
         spent = {k: v - before.get(k, 0.0) for k, v in timers.seconds.items()}
-        row = self._metrics_row(rollout, stats, variance, spent)  # 6
+        row = self._metrics_row(sampled, batch, stats, variance, spent)  # 6
         self.writers["metrics"].write(row)
         if self.tensorboard:
             self.tensorboard.write(self.iteration, row)
-        self._write_samples(rollout)
+        self._write_samples(batch)
         return row
+
+    def _collect(self) -> Rollout:
+        """Verified responses to the next problems; with dynamic sampling to as many as it takes."""
+        objective, wanted = self.config.objective, self.config.trainer.prompts_per_rollout
+        rounds = 1 + (objective.max_resamples if objective.zero_variance == "resample" else 0)
+        params = self.learner.sampler_params(self.state)
+        parts, differing = [], 0
+        while len(parts) < rounds and differing < wanted:
+            index = train_problem_index(self.config, self.progress["problems"])
+            with self.timers("rollout"):
+                rollout = self._sample(index, params)
+            with self.timers("verify"):
+                rollout = self._verify(index, rollout)
+            parts.append(rollout)
+            differing += credit.groups_differ(rollout, objective, self.sampling.group_size).sum()
+            self.progress["problems"] += len(index)
+            self.progress["rollouts"] += len(rollout.reward)
+            self.progress["rollout_tokens"] += int(rollout.response_length.sum())
+            if objective.zero_variance != "resample":
+                break
+        return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
     # 0. Before the loop ----------------------------------------------------------------------------------
 
@@ -283,7 +281,7 @@ class _Run:
             problem_ids=problems.index,
             version=np.int32(sharding.to_host(self.state.version)),
         )
-        return rollout.replace(rollout_id=rollout.rollout_id + np.int32(self.iteration * len(rollout.rollout_id)))
+        return rollout.replace(rollout_id=rollout.rollout_id + np.int32(self.progress["rollouts"]))
 
     def _verify(self, index, rollout: Rollout) -> Rollout:
         index = np.repeat(index, self.sampling.group_size)
@@ -291,17 +289,16 @@ class _Run:
         return rollout.replace(reward=reward, outcome=outcome)
 
     def _fill_advantages(self, rollout: Rollout) -> Rollout:
-        objective, group = self.config.objective, self.sampling.group_size
-        if objective.advantage == "leave_one_out":
-            advantage = advantages.leave_one_out(rollout.reward, group)
-        else:
-            advantage = advantages.group_relative(rollout.reward, group, scale=objective.advantage_scale)
-        return rollout.replace(advantage=np.asarray(advantage))
+        batch = sharding.put_batch(rollout, self.mesh)
+        if self.reference is not None:
+            rollout = rollout.replace(reference_logp=sharding.to_host(self.learner.score(self.reference, batch)))
+        if self.config.objective.critic:
+            rollout = rollout.replace(value=sharding.to_host(self.learner.values(self.state, batch)))
+        kl_coef = float(sharding.to_host(self.state.kl_coef))
+        return credit.fill_advantages(rollout, self.config.objective, self.sampling.group_size, kl_coef)
 
     def _learn(self, rollout: Rollout):
         batch = sharding.put_batch(rollout, self.mesh)
-        if self.reference is not None:
-            batch = batch.replace(reference_logp=self.learner.score(self.reference, batch))
         key = jax.random.fold_in(jax.random.fold_in(self.key, self.iteration), 1)
         self.state, stats, variance = self.learner.train_on_rollout(self.state, batch, key)
         stats, variance = sharding.to_host((stats, variance))
@@ -328,45 +325,27 @@ class _Run:
 
     # 6. Metrics ------------------------------------------------------------------------------------------
 
-    def _metrics_row(self, rollout: Rollout, stats, variance, spent) -> dict:
-        grouped = rollout.reward.reshape(-1, self.sampling.group_size)
-        length = rollout.response_length
-        tokens = float(length.sum())
+    def _metrics_row(self, sampled: Rollout, batch: Rollout, stats, variance, spent) -> dict:
         version = int(sharding.to_host(self.state.version))
-        last = float(variance["last"])
-        row = {
-            "kind": "train",
-            "iteration": self.iteration,
-            "version": version,
-            "rollouts": self.progress["rollouts"],
-            "rollout_tokens": self.progress["rollout_tokens"],
-            "reward/mean": rollout.reward.mean(),
-            "reward/zero_variance_groups": (grouped == grouped[:, :1]).all(axis=1).mean(),
-            "reward/all_right_groups": (grouped == 1).all(axis=1).mean(),
-            "outcome/errors": int((rollout.outcome == Outcome.ERROR).sum()),
-            "response/length": length.mean(),
-            "response/length_max": int(length.max()),
-            "response/truncated": rollout.truncated.mean(),
-            "policy/entropy": stats.mean("entropy"),
-            "ratio/second_moment": last,
-            "ratio/second_moment_first": float(variance["first"]),
-            **ratio_stats.summarize(stats),
-            "ratio/clamped": stats.mean("clamped"),
-            "dual/variance_coef": float(sharding.to_host(self.state.dual.variance_coef)),
-            "dual/constraint_violation": last - self.config.objective.variance_budget,
-            "loss/total": stats.mean("loss"),
-            "loss/surrogate": stats.mean("surrogate"),
-            "loss/penalty": stats.mean("penalty") if "penalty" in stats.sums else 0.0,
-            "loss/reference_kl": stats.mean("reference_kl") if "reference_kl" in stats.sums else 0.0,
-            "optimizer/grad_norm": stats.mean("grad_norm"),
-            "optimizer/update_norm": stats.mean("update_norm"),
-            "optimizer/learning_rate": float(self.learner.schedule(max(version - 1, 0))),
-            "optimizer/nonfinite_updates": int(np.sum(variance["nonfinite"])),
-            "throughput/rollout_tokens_per_second": tokens / max(spent["rollout"], 1e-9),
-            "throughput/update_tokens_per_second": tokens * self.config.trainer.num_epochs / max(spent["update"], 1e-9),
-            **{f"time/{phase}": spent.get(phase, 0.0) for phase in ("rollout", "verify", "update", "compile")},
-        }
-        return {k: v.item() if hasattr(v, "item") else v for k, v in row.items()}
+        return training_metrics.row(
+            self.config.objective,
+            sampled,
+            batch,
+            stats,
+            variance,
+            spent,
+            group_size=self.sampling.group_size,
+            num_epochs=self.config.trainer.num_epochs,
+            counters={
+                "iteration": self.iteration,
+                "version": version,
+                "rollouts": self.progress["rollouts"],
+                "rollout_tokens": self.progress["rollout_tokens"],
+            },
+            variance_coef=float(sharding.to_host(self.state.dual.variance_coef)),
+            kl_coef=float(sharding.to_host(self.state.kl_coef)),
+            learning_rate=float(self.learner.schedule(max(version - 1, 0))),
+        )
 
     def _write_samples(self, rollout: Rollout) -> None:
         for i in range(min(self.config.trainer.samples_per_iteration, len(rollout.reward))):
@@ -380,7 +359,9 @@ class _Run:
                     "response": self.task.decode(rollout.response_tokens[i, : rollout.response_length[i]]),
                     "reward": float(rollout.reward[i]),
                     "outcome": Outcome(int(rollout.outcome[i])).name.lower(),
-                    "advantage": float(rollout.advantage[i]),
+                    "advantage": float(np.mean(rollout.advantage[i], where=rollout.learning_mask[i]))
+                    if rollout.advantage.ndim == 2
+                    else float(rollout.advantage[i]),
                 }
             )
 

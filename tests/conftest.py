@@ -14,7 +14,7 @@ import jax.extend
 import numpy as np
 import pytest
 
-from r2vpo_jax import advantages, config, models, pretraining, sampler, sharding, tasks, trainer
+from r2vpo_jax import advantages, base_model, config, models, pretraining, sampler, sharding, tasks
 from r2vpo_jax.tasks.arithmetic import SYMBOLS, make_tokenizer
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -124,7 +124,7 @@ def config_file(tiny_sections, tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_model(tiny_config):
     """(model, host parameters), read back from the checkpoint as the trainer does."""
-    return trainer.load_base_model(tiny_config())[:2]
+    return base_model.load_base_model(tiny_config())[:2]
 
 
 @pytest.fixture(scope="session")

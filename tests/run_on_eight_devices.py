@@ -66,6 +66,7 @@ def make_rollout():
         reward=np.zeros(ROWS, np.float32),
         outcome=np.zeros(ROWS, np.int32),
         advantage=(100 * generator.standard_normal(ROWS)).astype(np.float32),
+        keep=np.ones(ROWS, bool),
         group_id=integers,
         rollout_id=integers,
         version=np.zeros(ROWS, np.int32),

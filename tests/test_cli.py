@@ -51,7 +51,7 @@ BAD_VALUES = {
     "--config.trainer.nonsense=1": ["trainer.nonsense"],
     "--config.nonsense.field=1": ["nonsense.field"],
     "--config.trainer.num_iterations=many": ["trainer.num_iterations", "many"],
-    "--config.objective.name=nope": ["objective.name='nope'", "r2vpo, r2vpo_fixed, ppo_clip"],
+    "--config.objective.name=nope": ["objective.name='nope'", "policy_gradient, ppo, ppo_clip"],
     "--config.trainer.prompts_per_rollout=5": ["prompts_per_rollout=5", "num_minibatches=2"],
     "--config.trainer.micro_batch_size=3": ["8 rows", "micro_batch_size=3"],
     "--config.task.num_digits=9": ["num_digits must be 1 to 6, got 9"],

@@ -1,27 +1,28 @@
-"""Objectives against numbers worked out by hand.
+"""Objectives against numbers worked out by hand, one token each; responses are in test_losses_sequences.py.
 
 The oracles give r = exp(logp - behavior_logp), and check the loss and the gradient coefficient
-g = d(-loss)/d(logp) * count.
+g = d(-loss)/d(logp) * count. The other tests of the objectives take their helpers from here.
 """
 
 import functools
+import inspect
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
 from r2vpo_jax import losses
 
 # What each objective needs beyond its defaults; the tests over `losses.names()` take it from here.
-REQUIRED = {"r2vpo": {"variance_coef": 2.5}}
+REQUIRED = {"r2vpo": {"variance_coef": 2.5}, "m2po": {"threshold": 0.3}}
 NAMES = losses.names()
 REDUCTIONS = losses.REDUCTIONS
-TRACED = ("variance_coef", "weights", "normalizer")
+TRACED = ("variance_coef", "threshold")
+
+# The arrays of most tests have one shape, so that they share compiled functions.
+ROWS, COLUMNS = 4, 5
 
 
 @functools.cache
@@ -33,35 +34,41 @@ def _evaluator(name, jit, static):
     return jax.jit(function) if jit else function
 
 
-def evaluate(name, logp, behavior_logp, advantages, mask, *, jit=True, **hyper):
-    """(loss, stats, gradient in logp). Compiled once for each objective, shape and set of static arguments."""
+def evaluate(name, arrays, reduction="token_mean", normalizer=None, *, jit=True, **hyper):
+    """(loss, stats, gradient in logp), on NumPy arrays. The normalizer is the usual one, if it is not given.
+
+    Compiled once for each objective, shape and set of static arguments; what costs a compilation of its own
+    runs without one.
+    """
+    if normalizer is None:
+        normalizer = usual_normalizer(reduction, arrays["mask"])
     hyper = REQUIRED.get(name, {}) | hyper
     traced = {k: np.asarray(v, np.float32) for k, v in hyper.items() if k in TRACED}
-    static = tuple(sorted((k, v) for k, v in hyper.items() if k not in TRACED))
-    (loss, stats), grad = _evaluator(name, jit, static)(logp, behavior_logp, advantages, mask, traced)
+    traced |= {"normalizer": np.asarray(normalizer, np.float32)}
+    traced |= {"weights": arrays.get("weights", np.ones(np.shape(arrays["mask"]), np.float32))}
+    static = {k: v for k, v in hyper.items() if k not in TRACED} | {"reduction": reduction}
+    function = _evaluator(name, jit, tuple(sorted(static.items())))
+    inputs = [jnp.asarray(arrays[k]) for k in ("logp", "behavior_logp", "advantages", "mask")]
+    (loss, stats), grad = jax.tree.map(np.asarray, function(*inputs, traced))
     return loss, stats, grad
 
 
-def one_token(name, advantage, ratio, jit, **hyper):
-    """(loss, gradient coefficient) of a single token."""
-    arrays = [[[math.log(ratio) - 1.5]], [[-1.5]], [advantage]]
-    loss, _, grad = evaluate(
-        name, *(np.asarray(x, np.float32) for x in arrays), np.ones((1, 1), bool), jit=jit, **hyper
-    )
-    return float(loss), -float(grad[0, 0])
-
-
-# The arrays of most tests have one shape, so that they share compiled functions.
-ROWS, COLUMNS = 4, 5
+def usual_normalizer(reduction, mask):
+    mask = np.asarray(mask, bool)
+    return {
+        "token_mean": np.sum(mask),
+        "sequence_mean": np.sum(np.any(mask, axis=1)),
+        "constant_length": np.size(mask),
+    }[reduction]
 
 
 def batch(seed=0, rows=ROWS, columns=COLUMNS):
     """Random arrays as keyword arguments; ratios within a factor of about 2, some rows short, none empty."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, columns + 1, rows)
-    behavior_logp = -rng.exponential(1.0, (rows, columns))
+    behavior_logp = -0.1 - rng.exponential(1.0, (rows, columns))
     arrays = {
-        "logp": behavior_logp + rng.normal(0, 0.3, (rows, columns)),
+        "logp": np.minimum(behavior_logp + rng.normal(0, 0.3, (rows, columns)), -0.05),
         "behavior_logp": behavior_logp,
         "advantages": rng.normal(0, 1, (rows, columns)),
         "weights": rng.uniform(0.5, 2.0, (rows, columns)),
@@ -69,32 +76,27 @@ def batch(seed=0, rows=ROWS, columns=COLUMNS):
     return {k: v.astype(np.float32) for k, v in arrays.items()} | {"mask": np.arange(columns) < lengths[:, None]}
 
 
-def by_hand(ratio, advantages, weights=1.0):
-    """Ragged rows of ratios and advantages (one number a row, or one a token) as arrays of the usual shape."""
-    arrays = {k: np.zeros((ROWS, COLUMNS), np.float32) for k in ("logp", "behavior_logp", "advantages", "weights")}
+def by_hand(ratio, advantages):
+    """Ragged rows of ratios and advantages (one number a row, or one a token) as arrays of the usual shape.
+
+    logp is log r, and the behavior policy's is 0.
+    """
+    arrays = {k: np.zeros((ROWS, COLUMNS), np.float32) for k in ("logp", "behavior_logp", "advantages")}
+    arrays["weights"] = np.ones((ROWS, COLUMNS), np.float32)
     arrays["mask"] = np.zeros((ROWS, COLUMNS), bool)
     for i, row in enumerate(ratio):
         arrays["logp"][i, : len(row)] = np.log(row)
         arrays["advantages"][i, : len(row)] = advantages[i]
         arrays["mask"][i, : len(row)] = True
-    arrays["weights"][:] = weights
     return arrays
 
 
-def reduce_with(reduction, mask):
-    """The arguments for a reduction by its usual normalizer."""
-    normalizer = {
-        "token_mean": np.sum(mask),
-        "sequence_mean": np.sum(np.any(mask, axis=1)),
-        "constant_length": np.size(mask),
-    }[reduction]
-    return {"reduction": reduction, "normalizer": normalizer}
-
-
-def trace(name, arrays, **hyper):
-    """Go through an objective without compiling anything."""
-    hyper = REQUIRED.get(name, {}) | hyper
-    return jax.eval_shape(lambda arrays: losses.get(name)(**arrays, **hyper), arrays)
+def one_token(name, advantage, logp, log_ratio, **hyper):
+    """(loss, gradient coefficient) of a single token."""
+    values = {"logp": logp, "behavior_logp": logp - log_ratio, "advantages": advantage}
+    arrays = {k: np.full((1, 1), v, np.float32) for k, v in values.items()} | {"mask": np.ones((1, 1), bool)}
+    loss, _, grad = evaluate(name, arrays, jit=False, **hyper)
+    return float(loss), -float(grad[0, 0])
 
 
 def same_up_to_rounding(actual, expected):
@@ -104,37 +106,33 @@ def same_up_to_rounding(actual, expected):
 
 # One token, by hand ---------------------------------------------------------------------------------
 
-
-@pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])
-@pytest.mark.parametrize(
-    ("advantage", "coef", "ratio", "loss", "coefficient"),
-    [
+# log pi is -2 everywhere: an objective of the form sg(g) log pi has the loss 2 g.
+ORACLES = {
+    # Hyper-parameters, A, r, loss, g.
+    "r2vpo": [
         # loss = -rA + coef (r-1)^2             g = r (A - 2 coef (r-1))
-        (1.0, 2.5, 1.0, -1.0, 1.0),  # at r = 1 the penalty and its gradient vanish
-        (1.0, 2.5, 1.3, -1.075, -0.65),  # -1.3 + 2.5 * .09          1.3 (1 - 5 * .3)
-        (1.0, 0.5, 2.0, -1.5, 0.0),  # -2 + .5 * 1                   r* = 1 + 1 / (2 * .5) = 2
-        (1.0, 2.5, 1.2, -1.1, 0.0),  # the objective's maximum, A + A^2 / (4 coef), at r* = 1.2
-        (-1.0, 2.5, 0.8, 0.9, 0.0),  # .8 + 2.5 * .04                r* = 1 - 1 / 5
-        (-1.0, 2.5, 0.1, 2.125, 0.35),  # .1 + 2.5 * .81             .1 (-1 + 5 * .9)
-        (-1.0, 2.5, 2.0, 4.5, -12.0),  # 2 + 2.5 * 1                 2 (-1 - 5)
-        (0.0, 2.5, 1.5, 0.625, -3.75),  # 2.5 * .25                  -5 * 1.5 * .5: back to r = 1
-        (0.0, 2.5, 0.5, 0.625, 1.25),  # 2.5 * .25                   5 * .5 * .5
-        (1.0, 0.0, 1.3, -1.3, 1.3),  # no penalty: r A
+        ({"variance_coef": 2.5}, 1.0, 1.0, -1.0, 1.0),  # at r = 1 the penalty and its gradient vanish
+        ({"variance_coef": 2.5}, 1.0, 1.3, -1.075, -0.65),  # -1.3 + 2.5 * .09          1.3 (1 - 5 * .3)
+        ({"variance_coef": 0.5}, 1.0, 2.0, -1.5, 0.0),  # -2 + .5 * 1                   r* = 1 + 1 / (2 * .5) = 2
+        ({"variance_coef": 2.5}, 1.0, 1.2, -1.1, 0.0),  # the objective's maximum, A + A^2 / (4 coef), at r* = 1.2
+        ({"variance_coef": 2.5}, -1.0, 0.8, 0.9, 0.0),  # .8 + 2.5 * .04                r* = 1 - 1 / 5
+        ({"variance_coef": 2.5}, -1.0, 0.1, 2.125, 0.35),  # .1 + 2.5 * .81             .1 (-1 + 5 * .9)
+        ({"variance_coef": 2.5}, -1.0, 2.0, 4.5, -12.0),  # 2 + 2.5 * 1                 2 (-1 - 5)
+        ({"variance_coef": 2.5}, 0.0, 1.5, 0.625, -3.75),  # 2.5 * .25                  -5 * 1.5 * .5: back to r = 1
+        ({"variance_coef": 2.5}, 0.0, 0.5, 0.625, 1.25),  # 2.5 * .25                   5 * .5 * .5
+        ({"variance_coef": 0.0}, 1.0, 1.3, -1.3, 1.3),  # no penalty: r A
+        # A response of one token has s = r.
+        ({"variance_coef": 2.5, "penalty_scope": "sequence"}, 1.0, 1.3, -1.075, -0.65),
+        ({"variance_coef": 0.5, "penalty_scope": "sequence"}, 1.0, 2.0, -1.5, 0.0),
     ],
-)
-def test_r2vpo(advantage, coef, ratio, loss, coefficient, jit):
-    actual = one_token("r2vpo", advantage, ratio, jit, variance_coef=coef)
-    np.testing.assert_allclose(actual, (loss, coefficient), rtol=1e-5, atol=2e-6)
-
-
-DAPO = {"clip_low": 0.2, "clip_high": 0.28}
-DUAL = {"dual_clip": 3.0}
-
-
-@pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])
-@pytest.mark.parametrize(
-    ("hyper", "advantage", "ratio", "loss", "coefficient"),
-    [
+    "policy_gradient": [
+        # loss = -rA         g = rA
+        ({}, 1.0, 1.3, -1.3, 1.3),
+        ({}, 1.0, 0.5, -0.5, 0.5),
+        ({}, -2.0, 3.0, 6.0, -6.0),
+        ({}, 0.0, 2.0, 0.0, 0.0),
+    ],
+    "ppo_clip": [
         # loss = -min(rA, clip(r) A)         g = rA, or 0 where the clip binds
         ({}, 1.0, 1.0, -1.0, 1.0),
         ({}, 1.0, 1.1, -1.1, 1.1),  # inside the clip: r A
@@ -144,479 +142,351 @@ DUAL = {"dual_clip": 3.0}
         ({}, -1.0, 1.3, 1.3, -1.3),  # min(-1.3, -1.2)
         ({}, -1.0, 4.0, 4.0, -4.0),  # unbounded without the dual clip
         ({}, 0.0, 1.5, 0.0, 0.0),  # the clip does not pull a token with A = 0 back
-        (DAPO, 1.0, 1.25, -1.25, 1.25),  # clipped at .2, not at .28
-        (DAPO, 1.0, 1.29, -1.28, 0.0),
-        (DAPO, -1.0, 0.79, 0.8, 0.0),  # the lower bound stays at .2
-        (DAPO, -1.0, 0.81, 0.81, -0.81),
-        (DUAL, -1.0, 4.0, 3.0, 0.0),  # max(-4, -3)
-        (DUAL, -1.0, 2.0, 2.0, -2.0),
-        (DUAL, -1.0, 0.5, 0.8, 0.0),
-        (DUAL, 1.0, 4.0, -1.2, 0.0),  # for A > 0 only the usual clip
+        ({"clip_low": 0.2, "clip_high": 0.28}, 1.0, 1.25, -1.25, 1.25),  # clipped at .2, not at .28
+        ({"clip_low": 0.2, "clip_high": 0.28}, 1.0, 1.29, -1.28, 0.0),
+        ({"clip_low": 0.2, "clip_high": 0.28}, -1.0, 0.79, 0.8, 0.0),  # the lower bound stays at .2
+        ({"clip_low": 0.2, "clip_high": 0.28}, -1.0, 0.81, 0.81, -0.81),
+        ({"dual_clip": 3.0}, -1.0, 4.0, 3.0, 0.0),  # max(-4, -3)
+        ({"dual_clip": 3.0}, -1.0, 2.0, 2.0, -2.0),
+        ({"dual_clip": 3.0}, -1.0, 0.5, 0.8, 0.0),
+        ({"dual_clip": 3.0}, 1.0, 4.0, -1.2, 0.0),  # for A > 0 only the usual clip
+    ],
+    "cispo": [
+        # g = clip(r, min, max) A         loss = 2 g
+        ({}, 1.0, 6.0, 10.0, 5.0),  # bounded at 5, and not cut off
+        ({}, -1.0, 0.1, -0.2, -0.1),  # PPO drops it
+        ({}, -1.5, 2.0, -6.0, -3.0),
+        ({"min_ratio": 0.8, "max_ratio": 1.2}, 1.0, 0.5, 1.6, 0.8),
+        ({"min_ratio": 0.8, "max_ratio": 1.2}, -1.0, 1.3, -2.4, -1.2),
+    ],
+    "gspo": [
+        # A response of one token has s = r: PPO's clip with bounds .9997 and 1.0004.
+        ({}, 1.0, 1.0003, -1.0003, 1.0003),
+        ({}, 1.0, 1.0006, -1.0004, 0.0),
+        ({}, -1.0, 0.9998, 0.9998, -0.9998),
+        ({}, -1.0, 0.9995, 0.9997, 0.0),
+        ({}, 1.0, 0.5, -0.5, 0.5),  # the clip is one-sided
+        ({}, -1.0, 2.0, 2.0, -2.0),
+    ],
+    "spo": [
+        # loss = -rA + |A| (r-1)^2 / (2 epsilon)         g = r (A - |A| (r-1) / epsilon)
+        ({}, 1.0, 1.2, -1.1, 0.0),  # -1.2 + .04 / .4            turns back at 1 + epsilon
+        ({}, 1.0, 1.3, -1.075, -0.65),  # -1.3 + .09 / .4        1.3 (1 - .3 / .2)
+        ({}, -2.0, 0.5, 2.25, 1.5),  # 1 + 2 * .25 / .4          .5 (-2 + 2 * .5 / .2)
+        ({}, -2.0, 0.8, 1.8, 0.0),  # 1.6 + 2 * .04 / .4         1 - epsilon, whatever the size of A
+        ({"epsilon": 0.5}, -1.0, 2.0, 3.0, -6.0),  # 2 + 1       2 (-1 - 1 / .5)
+        ({}, 0.0, 2.0, 0.0, 0.0),  # unlike r2vpo, no pull on a token with A = 0
+    ],
+    "m2po": [
+        # PPO's clip at exp(-threshold) and exp(threshold); log 1.3 = .2624, log 1.5 = .4055, log .8 = -.2231.
+        ({"threshold": 0.3}, 1.0, 1.3, -1.3, 1.3),
+        ({"threshold": 0.3}, 1.0, 1.5, -1.3498588, 0.0),  # exp(.3)
+        ({"threshold": 0.3}, 1.0, 0.5, -0.5, 0.5),
+        ({"threshold": 0.3}, -1.0, 0.8, 0.8, -0.8),
+        ({"threshold": 0.3}, -1.0, 0.5, 0.7408182, 0.0),  # exp(-.3)
+        ({"threshold": 0.3}, -1.0, 3.0, 3.0, -3.0),
+        ({"threshold": math.inf}, 1.0, 100.0, -100.0, 100.0),
+        ({"threshold": math.inf}, -1.0, 0.01, 0.01, -0.01),
+    ],
+    "gmpo": [
+        # loss = -exp(c) A, c = log r clipped on one side at .4         log 1.4 = .3365, log .7 = -.3567
+        ({}, 1.0, 1.4, -1.4, 1.4),
+        ({}, 1.0, 2.0, -1.4918247, 0.0),  # exp(.4)
+        ({}, 1.0, 0.1, -0.1, 0.1),
+        ({}, -1.0, 0.7, 0.7, -0.7),
+        ({}, -1.0, 0.5, 0.6703200, 0.0),  # exp(-.4)
+        ({}, -1.0, 5.0, 5.0, -5.0),
+        ({"log_clip": 0.0}, 1.0, 1.1, -1.0, 0.0),
+    ],
+    "sapo": [
+        # loss = -(4 / tau) p A         g = 4 p (1-p) r A, p = sigmoid(tau (r-1))
+        ({}, 1.0, 1.0, -2.0, 1.0),  # p = .5
+        ({}, -1.0, 1.0, 1.9047619, -1.0),  # 2 / 1.05
+        ({}, 1.0, 2.0, -2.9242343, 1.5728955),  # p = .7310586: 4 p           8 p * .2689414
+        ({}, -1.0, 2.0, 2.8219996, -1.5362196),  # p = .7407749: 4 p / 1.05   8 p * .2592251
+        ({"tau_positive": 2.0}, 1.0, 1.5, -1.4621172, 1.1796716),  # p = .7310586: 2 p       6 p * .2689414
+        ({"tau_negative": 1.0}, -1.0, 0.5, 1.5101627, -0.4700074),  # p = .3775407: 4 p      2 p * .6224593
+    ],
+    "vespo": [
+        # g = w^k exp(lambda (1-w)) A, w = r; k, lambda = 2, 3 for A >= 0 and 3, 2 for A < 0         loss = 2 g
+        ({}, 1.0, 2.0, 0.3982965, 0.1991483),  # 4 exp(-3)
+        ({}, -1.0, 2.0, -2.1653645, -1.0826823),  # 8 exp(-2)
+        ({}, 1.0, 0.5, 2.2408445, 1.1204223),  # .25 exp(1.5)
+        ({}, 1.0, 2 / 3, 2.4162505, 1.2081253),  # largest, at k / lambda: 4/9 exp(1)
+        ({}, -2.0, 0.5, -1.3591409, -0.6795705),  # -2 * .125 exp(1)
+        ({"power_positive": 0, "decay_positive": 1}, 1.0, 2.0, 0.7357589, 0.3678794),  # exp(-1)
+        ({"power_negative": 1, "decay_negative": 1}, -1.0, 2.0, -1.4715178, -0.7357589),  # -2 exp(-1)
+    ],
+    "topr": [
+        # g = A for A >= 0, min(r, max_ratio) A for A < 0         loss = 2 g
+        ({}, 1.0, 5.0, 2.0, 1.0),
+        ({}, 1.0, 0.1, 2.0, 1.0),
+        ({}, -1.0, 3.0, -2.0, -1.0),
+        ({}, -1.0, 0.5, -1.0, -0.5),
+        ({"max_ratio": 2.0}, -1.0, 3.0, -4.0, -2.0),
+    ],
+    "dro": [
+        # loss = 2 A + beta (log r)^2 / 2         g = A - beta log r
+        ({"beta": 0.5}, 1.0, math.e, 2.25, 0.5),  # 2 + .25            1 - .5
+        ({"beta": 0.5}, -1.0, 1 / math.e, -1.75, -0.5),  # -2 + .25    -1 + .5
+        ({"beta": 0.5}, 0.0, math.e**2, 1.0, -1.0),  # .25 * 4         -.5 * 2
+        ({}, 1.0, math.e, 2.05, 0.9),  # beta = .1: 2 + .05             1 - .1
+        ({"beta": 0.0}, 1.0, 50.0, 2.0, 1.0),
+    ],
+    "gppo": [
+        # loss = -g, but for the dual clip
+        ({}, 1.0, 1.25, -1.25, 1.25),
+        ({}, 1.0, 2.0, -1.28, 1.28),  # PPO drops it
+        ({}, 1.0, 4.0, -1.28, 1.28),  # the dual clip is for A < 0
+        ({}, 1.0, 0.5, -0.5, 0.5),
+        ({}, -1.0, 0.5, 0.8, -0.8),
+        ({}, -1.0, 2.0, 2.0, -2.0),
+        ({}, -1.0, 4.0, 3.0, 0.0),  # max(-4, -3)
+        ({"dual_clip": None}, -1.0, 4.0, 4.0, -4.0),
+        ({"keep_high": 0.5}, 1.0, 2.0, -0.64, 0.64),  # .5 * 1.28
+        ({"keep_low": 0.5}, -1.0, 0.5, 0.4, -0.4),  # .5 * .8
+    ],
+    "aspo": [
+        # A > 0: g = min(1/r, 3) A; A < 0: g = min(r, 3) A; 0 where PPO cuts         loss = -g, or -g at the bound
+        ({}, 1.0, 0.5, -2.0, 2.0),
+        ({}, 1.0, 0.25, -3.0, 3.0),  # min(4, 3)
+        ({}, 1.0, 1.1, -0.9090909, 0.9090909),  # 1 / 1.1
+        ({}, 1.0, 1.3, -0.8333333, 0.0),  # 1 / 1.2
+        ({}, -1.0, 0.5, 0.8, 0.0),
+        ({}, -1.0, 0.9, 0.9, -0.9),
+        ({}, -1.0, 4.0, 3.0, -3.0),  # bounded, and not cut off
+        ({"dual_clip": 2.0}, 2.0, 0.25, -4.0, 4.0),
+    ],
+    "luspo": [
+        # A response of one token is GSPO's; bounds .998 and 1.0025.
+        ({}, 1.0, 1.002, -1.002, 1.002),
+        ({}, 1.0, 1.003, -1.0025, 0.0),
+        ({}, -1.0, 0.999, 0.999, -0.999),
+        ({}, -1.0, 0.997, 0.998, 0.0),
+    ],
+}
+CASES = [(name, *oracle) for name, oracles in ORACLES.items() for oracle in oracles]
+
+
+@pytest.mark.parametrize(("name", "hyper", "advantage", "ratio", "loss", "coefficient"), CASES)
+def test_one_token(name, hyper, advantage, ratio, loss, coefficient):
+    actual = one_token(name, advantage, -2.0, math.log(ratio), **hyper)
+    np.testing.assert_allclose(actual, (loss, coefficient), rtol=1e-5, atol=2e-6)
+
+
+# Of these the probabilities matter, pi of the policy and mu of the behavior policy, not only the ratio.
+PROBABILITY_ORACLES = {
+    # Hyper-parameters, A, mu, pi, loss, g.
+    "drpo": [
+        # loss = -rA + |A| mu (r-1)^2 / (2 epsilon)         g = r (A - |A| (pi - mu) / epsilon)
+        ({"epsilon": 0.1}, 1.0, 0.5, 0.7, -1.0, -1.4),  # r = 1.4: -1.4 + .5 * .16 / .2        1.4 (1 - .2 / .1)
+        ({}, 1.0, 0.5, 0.7, -1.3968, 1.3776),  # -1.4 + .5 * .16 / 25                          1.4 (1 - .2 / 12.5)
+        ({"epsilon": 0.1}, -2.0, 0.25, 0.05, 2.0, 0.4),  # r = .2: .4 + 2 * .25 * .64 / .2     .2 (-2 + 2 * .2 / .1)
+        # A rare token may move far: r = 100: -100 + 1e-4 * 99^2 / .2          100 (1 - .0099 / .1)
+        ({"epsilon": 0.1}, 1.0, 1e-4, 1e-2, -95.0995, 90.1),
+    ],
+    "dppo_tv": [
+        # g = min(r, 20) A, and 0 where pi moved by more than .15 along A         loss = -g log pi
+        ({}, 1.0, 0.5, 0.9, 0.0, 0.0),  # .9 - .5
+        ({}, 1.0, 0.5, 0.6, 0.6129907, 1.2),  # -1.2 log .6
+        ({}, 1.0, 1e-5, 1e-3, 138.15511, 20.0),  # r = 100, which PPO drops: 20 * 6.9077553
+        ({}, 1.0, 0.5, 0.3, 0.7223837, 0.6),  # it fell: a step along A = 1 brings it back         -.6 log .3
+        ({}, -1.0, 0.5, 0.3, 0.0, 0.0),
+        ({}, -1.0, 0.5, 0.4, -0.7330326, -0.8),  # .8 log .4
+        ({}, -1.0, 0.5, 0.9, -0.1896489, -1.8),  # it rose: 1.8 log .9
+        ({"divergence_low": 0.3}, -1.0, 0.5, 0.3, -0.7223837, -0.6),
+        ({"divergence_high": 0.5}, 1.0, 0.5, 0.9, 0.1896489, 1.8),
+        ({"max_ratio": 1.5}, 1.0, 0.05, 0.1, 3.4538776, 1.5),  # -1.5 log .1
+        # The penalty is not cut: log 1.8 = .5877867: .25 (log 1.8)^2          -.5 log 1.8
+        ({"beta": 0.5}, 1.0, 0.5, 0.9, 0.0863733, -0.2938933),
+        # -1.2 log .6 + .001 (log 1.2)^2: log 1.2 = .1823216                   1.2 - .002 log 1.2
+        ({"beta": 0.002}, 1.0, 0.5, 0.6, 0.6130240, 1.1996354),
+    ],
+    "dppo_kl": [
+        # As dppo_tv, by D = mu log(mu / pi) + (1 - mu) log((1 - mu) / (1 - pi)) > .05         loss = -g log pi
+        ({}, 1.0, 0.5, 0.6, 0.6129907, 1.2),  # D = .5 log(.25 / .24) = .0204
+        ({}, 1.0, 0.5, 0.7, 0.0, 0.0),  # D = .5 log(.25 / .21) = .0872
+        ({}, 1.0, 0.5, 0.3, 0.7223837, 0.6),  # D = .0872 too, but it fell
+        ({}, -1.0, 0.5, 0.3, 0.0, 0.0),
+        ({}, -1.0, 0.5, 0.4, -0.7330326, -0.8),  # D = .0204
+        ({}, -1.0, 0.5, 0.7, -0.4993449, -1.4),  # it rose: 1.4 log .7
+        ({}, 1.0, 1e-5, 1e-3, 138.15511, 20.0),  # D = -1e-5 * 4.605 + .00099 = .00094
+        # D is not symmetric: .2 log(.2 / .1) + .8 log(.8 / .9) = .1386 - .0942 = .0444, and the other way
+        # .1 log(.1 / .2) + .9 log(.9 / .8) = -.0693 + .1060 = .0367: only the first is above .04.
+        ({"divergence_low": 0.04}, -1.0, 0.2, 0.1, 0.0, 0.0),
+        ({"divergence_high": 0.04}, 1.0, 0.1, 0.2, 3.2188758, 2.0),  # -2 log .2
+        ({"divergence_high": 0.1}, 1.0, 0.5, 0.7, 0.4993449, 1.4),
+        ({"max_ratio": 1.1}, 1.0, 0.5, 0.6, 0.5619081, 1.1),  # -1.1 log .6
+    ],
+}
+PROBABILITY_CASES = [(name, *oracle) for name, oracles in PROBABILITY_ORACLES.items() for oracle in oracles]
+
+
+@pytest.mark.parametrize(("name", "hyper", "advantage", "mu", "pi", "loss", "coefficient"), PROBABILITY_CASES)
+def test_one_token_of_given_probabilities(name, hyper, advantage, mu, pi, loss, coefficient):
+    actual = one_token(name, advantage, math.log(pi), math.log(pi / mu), **hyper)
+    np.testing.assert_allclose(actual, (loss, coefficient), rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_objective_has_oracles(name):
+    assert len((ORACLES | PROBABILITY_ORACLES)[name]) >= 3
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+@pytest.mark.parametrize(
+    ("name", "hyper"),
+    [
+        ("ppo_clip", {"clip_high": 0.0}),
+        ("ppo_clip", {"clip_low": 0.0, "clip_high": 0.0}),
+        ("gspo", {"clip_low": 0.0, "clip_high": 0.0}),
+        ("gmpo", {"log_clip": 0.0}),
+        ("gppo", {"clip_low": 0.0, "clip_high": 0.0}),
     ],
 )
-def test_ppo_clip(hyper, advantage, ratio, loss, coefficient, jit):
-    actual = one_token("ppo_clip", advantage, ratio, jit, **hyper)
-    np.testing.assert_allclose(actual, (loss, coefficient), rtol=1e-5, atol=1e-6)
+def test_a_ratio_on_the_bound_of_the_clip_is_not_cut(name, hyper, advantage):
+    # The clip cuts beyond its bounds; the derivatives of min and max share out a tie instead.
+    assert one_token(name, advantage, -2.0, 0.0, **hyper) == (-advantage, advantage)
 
 
 @pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])
 @pytest.mark.parametrize(
-    ("advantage", "ratio"), [(1.0, 1.0), (1.0, 1.3), (1.0, 0.5), (-1.0, 0.5), (-2.0, 3.0), (0.0, 2.0)]
+    ("mu", "coefficient"),
+    [
+        (0.999, 1.001001),  # D = .999 log .999 + .001 log(.001 / 1e-8) = -.0010 + .0115 <= .05: kept, 1 / .999
+        (0.99, 0.0),  # D = .99 log .99 + .01 log(.01 / 1e-8) = -.0099 + .1382
+        (1.0, 1.0),  # D = 0
+    ],
 )
-def test_policy_gradient(advantage, ratio, jit):
-    actual = one_token("policy_gradient", advantage, ratio, jit)
-    np.testing.assert_allclose(actual, (-ratio * advantage, ratio * advantage), rtol=1e-5)
-
-
-@pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])
-@pytest.mark.parametrize("advantage", [1.0, -1.0, 0.75, -2.5, 0.0])
-@pytest.mark.parametrize("name", NAMES)
-def test_at_the_behavior_policy_every_coefficient_is_the_advantage(name, advantage, jit):
-    assert one_token(name, advantage, 1.0, jit) == (-advantage, advantage)
-
-
-@pytest.mark.parametrize("magnitude", [0.5, 1.0, 2.0])
-def test_r2vpo_is_spo_where_the_coefficient_is_the_scaled_advantage(magnitude):
-    # SPO (arXiv 2401.16025): r A - |A| (r - 1)^2 / (2 epsilon), coefficient r (A - |A| (r - 1) / epsilon).
-    epsilon = 0.2
-    ratio = np.asarray([[0.5, 0.8, 1.0, 1.2, 3.0]] * 2)
-    advantages = np.asarray([[magnitude], [-magnitude]])
-    arrays = by_hand(ratio, advantages)
-    hyper = reduce_with("token_mean", arrays["mask"])
-    loss, _, grad = evaluate("r2vpo", **arrays, variance_coef=magnitude / (2 * epsilon), **hyper)
-    spo = ratio * advantages - np.abs(advantages) * (ratio - 1) ** 2 / (2 * epsilon)
-    coefficient = ratio * (advantages - np.abs(advantages) * (ratio - 1) / epsilon)
-    np.testing.assert_allclose(loss, -np.mean(spo), rtol=1e-5)
-    np.testing.assert_allclose(-grad[:2] * ratio.size, coefficient, rtol=1e-5, atol=2e-5)
-    # It turns back at 1 + sign(A) epsilon.
-    np.testing.assert_allclose([grad[0, 3], grad[1, 1]], 0.0, atol=1e-6)
+def test_dppo_kl_of_a_token_that_became_certain(mu, coefficient, jit):
+    # pi = 1, as it is in float32 for many a token: 1 - pi is taken for 1e-8, in compiled code too.
+    arrays = by_hand([[1 / mu]], [1.0])
+    arrays["behavior_logp"] -= arrays["logp"]
+    arrays["logp"] *= 0
+    _, _, grad = evaluate("dppo_kl", arrays, jit=jit)
+    np.testing.assert_allclose(-grad[0, 0], coefficient, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("advantage", "coef"), [(1.0, 2.5), (-0.5, 1.0), (2.0, 5.0)])
 def test_r2vpo_objective_is_concave_in_the_ratio(advantage, coef):
     turning = 1 + advantage / (2 * coef)
-    ratios = [0.5 * turning, turning, 1.5 * turning]
-    points = [one_token("r2vpo", advantage, r, True, variance_coef=coef) for r in ratios]
+    log_ratios = [math.log(f * turning) for f in (0.5, 1.0, 1.5)]
+    points = [one_token("r2vpo", advantage, -2.0, x, variance_coef=coef) for x in log_ratios]
     np.testing.assert_allclose(-points[1][0], advantage + advantage**2 / (4 * coef), rtol=1e-5)
     assert points[0][0] > points[1][0] < points[2][0]
     assert points[0][1] > 0 > points[2][1]
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_r2vpo_without_penalty_is_the_policy_gradient(reduction):
-    arrays = batch()
-    hyper = reduce_with(reduction, arrays["mask"])
-    ours, _, our_grad = evaluate("r2vpo", **arrays, variance_coef=0.0, **hyper)
-    plain, _, plain_grad = evaluate("policy_gradient", **arrays, **hyper)
-    np.testing.assert_array_equal(ours, plain)
-    np.testing.assert_array_equal(our_grad, plain_grad)
-
-
-# Statistics -----------------------------------------------------------------------------------------
-
-
-def test_stats_of_r2vpo():
-    arrays = by_hand([[1.0, 1.2, 0.5], [2.0]], advantages=[1.0, -1.0])
-    arrays["weights"][0, 1] = 2.0
-    _, stats, _ = evaluate("r2vpo", **arrays, **reduce_with("token_mean", arrays["mask"]))
-    assert set(stats) == {"surrogate", "penalty", "ratio_variance", "clamped"}
-    np.testing.assert_allclose(stats["surrogate"], (1.9, 4), rtol=1e-5)  # 1 + 2.4 + .5 - 2
-    np.testing.assert_allclose(stats["ratio_variance"], (1.33, 4), rtol=1e-5)  # 0 + 2 * .04 + .25 + 1
-    np.testing.assert_allclose(stats["penalty"], (3.325, 4), rtol=1e-5)  # 2.5 * 1.33
-    np.testing.assert_allclose(stats["clamped"], (0, 4))
-
-
-@pytest.mark.parametrize(
-    ("reduction", "expected"),
-    # Rows (r - 1)^2 = (1 | 0, .25, .5): their token means are 1 and .25.
-    [("token_mean", (1.75, 4)), ("constant_length", (1.75, 4)), ("sequence_mean", (1.25, 2))],
-)
-@pytest.mark.parametrize("name", NAMES)
-def test_ratio_variance_follows_the_reduction(name, reduction, expected):
-    arrays = by_hand([[2.0], [1.0, 1.5, 1 + math.sqrt(0.5)]], advantages=[1.0, -1.0])
-    _, stats, _ = evaluate(name, **arrays, **reduce_with(reduction, arrays["mask"]))
-    np.testing.assert_allclose(stats["ratio_variance"], expected, rtol=1e-5)
-
-
-def test_clip_fractions():
-    # A > 0: r = 4 is cut above, r = .5 is not. A < 0: r = .5 is cut below; r = 5 by the dual clip. A = 0: never.
-    arrays = by_hand([[4.0, 0.5], [1.3, 0.5, 5.0], [1.3]], advantages=[1.0, -1.0, 0.0])
-    arrays["logp"][3] = 9.0  # masked
-    _, stats, _ = evaluate("ppo_clip", **arrays, **DUAL)
-    assert {k: tuple(map(float, stats[k])) for k in stats if "fraction" in k} == {
-        "clip_fraction_high": (1.0, 6.0),
-        "clip_fraction_low": (1.0, 6.0),
-        "dual_clip_fraction": (1.0, 6.0),
-    }
-
-
-def test_ratio_variance_is_accurate_near_one():
-    # At log r = 1e-5, exp(log r) - 1 in float32 is off by up to 1 %; expm1 is not.
-    arrays = by_hand([[1.0]], advantages=[1.0])
-    arrays["logp"][0, 0] = 1e-5
-    _, stats, _ = evaluate("r2vpo", **arrays, **reduce_with("token_mean", arrays["mask"]))
-    np.testing.assert_allclose(stats["ratio_variance"][0], math.expm1(1e-5) ** 2, rtol=1e-5)
-
-
-# Reductions, weights and normalizers ----------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("reduction", "normalizer", "loss", "coefficients"),
-    [
-        # Rows of 1 and 3 tokens, with token losses 1 and 0 (advantages -1 and 0). The coefficients are those of
-        # a token of each row with advantage 1: its share of the reduction.
-        ("token_mean", 4, 1 / 4, (1 / 4, 1 / 4)),
-        ("sequence_mean", 2, 1 / 2, (1 / 2, 1 / 6)),
-        ("constant_length", 2 * 4, 1 / 8, (1 / 8, 1 / 8)),
-    ],
-)
-def test_reductions(reduction, normalizer, loss, coefficients):
-    hyper = {"reduction": reduction, "normalizer": normalizer}
-    arrays = by_hand([[1.0], [1.0, 1.0, 1.0]], advantages=[-1.0, 0.0])
-    actual, _, _ = evaluate("policy_gradient", **arrays, **hyper)
-    np.testing.assert_allclose(actual, loss, rtol=1e-6)
-    arrays = by_hand([[1.0], [1.0, 1.0, 1.0]], advantages=[1.0, 1.0])
-    _, _, grad = evaluate("policy_gradient", **arrays, **hyper)
-    np.testing.assert_allclose(-grad[:2], arrays["mask"][:2] * np.asarray(coefficients)[:, None], rtol=1e-6)
-
-
-@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
-def test_default_normalizer_and_weights(reduction):
-    arrays = batch() | {"weights": np.ones((ROWS, COLUMNS), np.float32)}
-    expected = evaluate("r2vpo", **arrays, **reduce_with(reduction, arrays["mask"]))
-    del arrays["weights"]
-    jax.tree.map(same_up_to_rounding, evaluate("r2vpo", **arrays, reduction=reduction), expected)
-
-
-def test_sequence_mean_leaves_out_empty_sequences():
-    # Row 2 is empty: -(1 + 3) / 2.
-    arrays = by_hand([[1.0, 1.0], [], [1.0]], advantages=[1.0, 100.0, 3.0])
-    assert losses.count(arrays["mask"], "sequence_mean") == 2
-    assert losses.count(arrays["mask"], "token_mean") == 3
-    loss, stats, _ = evaluate("policy_gradient", **arrays, **reduce_with("sequence_mean", arrays["mask"]))
-    np.testing.assert_allclose(loss, -2.0, rtol=1e-6)
-    assert stats["surrogate"] == (4.0, 2.0)
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_weights_scale_loss_and_gradient_but_not_the_normalizer(name, reduction):
-    arrays = batch()
-    weights = arrays.pop("weights")
-    hyper = reduce_with(reduction, arrays["mask"])
-    plain, _, plain_grad = evaluate(name, **arrays, weights=np.ones_like(weights), **hyper)
-    doubled, _, doubled_grad = evaluate(name, **arrays, weights=np.full_like(weights, 2.0), **hyper)
-    _, _, weighted_grad = evaluate(name, **arrays, weights=weights, **hyper)
-    np.testing.assert_allclose(doubled, 2 * plain, rtol=1e-6)
-    np.testing.assert_allclose(doubled_grad, 2 * plain_grad, rtol=1e-6)
-    np.testing.assert_allclose(weighted_grad, weights * plain_grad, rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize(
-    ("name", "reduction"), [(n, "token_mean") for n in NAMES] + [("r2vpo", r) for r in REDUCTIONS[1:]]
-)
-def test_micro_batches_add_up(name, reduction):
-    parts = [batch(seed=1), batch(seed=2)]
-    whole = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
-    hyper = reduce_with(reduction, whole["mask"])
-    results = [evaluate(name, **part, **hyper) for part in parts]
-    loss, stats, grad = evaluate(name, **whole, **hyper)
-    same_up_to_rounding(results[0][0] + results[1][0], loss)
-    same_up_to_rounding(np.concatenate([r[2] for r in results]), grad)
-    assert stats["ratio_variance"][0] > 0
-    for key, expected in stats.items():
-        same_up_to_rounding(np.add(results[0][1][key], results[1][1][key]), expected)
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_order_of_rows_does_not_matter(name, reduction):
-    arrays, order = batch(), np.asarray([2, 0, 3, 1])
-    hyper = reduce_with(reduction, arrays["mask"])
-    loss, stats, grad = evaluate(name, **arrays, **hyper)
-    permuted = evaluate(name, **{k: v[order] for k, v in arrays.items()}, **hyper)
-    jax.tree.map(same_up_to_rounding, permuted, (loss, stats, grad[order]))
-
-
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_padding_columns_do_not_matter(reduction):
-    arrays = batch(columns=COLUMNS - 2)
-    padding = ((0, 0), (0, 2))
-    padded = {k: np.pad(v, padding, constant_values=False if k == "mask" else 7) for k, v in arrays.items()}
-    hyper = reduce_with(reduction, arrays["mask"])
-    loss, stats, grad = evaluate("r2vpo", **arrays, **hyper)
-    jax.tree.map(same_up_to_rounding, evaluate("r2vpo", **padded, **hyper), (loss, stats, np.pad(grad, padding)))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_one_advantage_a_sequence_is_broadcast_over_its_tokens(name):
-    arrays = batch() | {"advantages": np.asarray([1.0, -1.0, 0.5, 0.0], np.float32)}
-    per_token = arrays | {"advantages": np.repeat(arrays["advantages"][:, None], COLUMNS, axis=1)}
-    hyper = reduce_with("sequence_mean", arrays["mask"])
-    jax.tree.map(np.testing.assert_array_equal, evaluate(name, **arrays, **hyper), evaluate(name, **per_token, **hyper))
-
-
-# What must not leak ---------------------------------------------------------------------------------
-
-
-# The compiler may turn a product with the mask into a choice, which hides a NaN * 0; eager code does not.
-@pytest.mark.parametrize(
-    ("bad", "jit"),
-    [(math.nan, True), (math.inf, True), (-math.inf, True), (math.nan, False)],
-    ids=["nan", "inf", "minus_inf", "nan_eager"],
-)
-@pytest.mark.parametrize("argument", ["logp", "behavior_logp", "advantages", "weights"])
-@pytest.mark.parametrize("name", NAMES)
-def test_masked_positions_contribute_nothing(name, argument, bad, jit):
-    arrays = batch()
-    poisoned = arrays | {argument: np.where(arrays["mask"], arrays[argument], np.float32(bad))}
-    assert not np.all(arrays["mask"])
-    hyper = reduce_with("token_mean", arrays["mask"])
-    expected, actual = (evaluate(name, **x, **hyper, jit=jit) for x in (arrays, poisoned))
-    jax.tree.map(np.testing.assert_array_equal, actual, expected)
-    assert np.isfinite(actual[0])
-    np.testing.assert_array_equal(np.asarray(actual[2])[~np.asarray(arrays["mask"])], 0.0)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_masked_sequence_may_have_any_advantage(name):
-    arrays = batch() | {"advantages": np.asarray([1.0, -1.0, 0.5, 2.0], np.float32)}
-    arrays["mask"][2] = False
-    hyper = reduce_with("sequence_mean", arrays["mask"])
-    expected = evaluate(name, **arrays, **hyper)
-    arrays["advantages"][2] = math.nan
-    actual = evaluate(name, **arrays, **hyper)
-    jax.tree.map(np.testing.assert_array_equal, actual, expected)
-    assert np.isfinite(actual[0])
-
-
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("name", NAMES)
-def test_an_empty_mask_gives_zero(name, reduction):
-    arrays = batch() | {"mask": np.zeros((ROWS, COLUMNS), bool)}
-    loss, stats, grad = evaluate(name, **arrays, reduction=reduction, normalizer=0)
-    assert loss == 0
-    np.testing.assert_array_equal(grad, 0.0)
-    jax.tree.map(lambda x: np.testing.assert_array_equal(x, 0.0), stats)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_nan_that_counts_is_not_hidden(name):
-    arrays = batch()
-    arrays["logp"][0, 0] = math.nan
-    loss, _, _ = evaluate(name, **arrays, **reduce_with("token_mean", arrays["mask"]))
-    assert np.isnan(loss)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_only_logp_has_a_gradient(name):
-    arrays = batch()
-    traced = {"weights": arrays.pop("weights"), "variance_coef": np.float32(2.5)}
-    if name not in REQUIRED:
-        del traced["variance_coef"]
-    names = ("behavior_logp", "advantages", *traced)
-
-    def loss(differentiated):
-        return losses.get(name)(**{**arrays, **traced, **differentiated})[0]
-
-    grads = jax.jit(jax.grad(loss))({k: {**arrays, **traced}[k] for k in names})
-    jax.tree.map(lambda x: np.testing.assert_array_equal(x, 0.0), grads)
-    assert np.any(jax.jit(jax.grad(loss))({"logp": arrays["logp"]})["logp"])
-
-
-def test_stats_have_no_gradient():
-    arrays = batch()
-
-    def statistics(logp):
-        return sum(total for total, _ in losses.r2vpo_loss(**{**arrays, "logp": logp}, variance_coef=1.0)[1].values())
-
-    np.testing.assert_array_equal(jax.jit(jax.grad(statistics))(arrays["logp"]), 0.0)
-
-
-# Numerics -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_log_ratio_clamp(name):
-    # -A r of a negative advantage, and the penalty, grow with r: outside the clamp they are constant.
-    arrays = by_hand([[1.0] * 3] * 2, advantages=[-1.0, -1.0])
-    arrays["logp"][:2, :3] = [[19.5, 20.5, 1e4], [-19.5, -20.5, -1e4]]
-    loss, stats, grad = evaluate(name, **arrays, **reduce_with("token_mean", arrays["mask"]))
-    assert np.isfinite(loss)
-    assert grad[0, 0] > 0
-    np.testing.assert_array_equal(grad[:2, 1:], 0.0)
-    np.testing.assert_allclose(stats["clamped"], (4, 6))
-    variance = math.expm1(19.5) ** 2 + 2 * math.expm1(20) ** 2 + 3
-    np.testing.assert_allclose(stats["ratio_variance"], (variance, 6), rtol=1e-5)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_bfloat16_inputs_are_computed_in_float32(name):
-    arrays = batch()
-    hyper = reduce_with("token_mean", arrays["mask"])
-    low = {k: v if k == "mask" else v.astype(jnp.bfloat16) for k, v in arrays.items()}
-    exact = {k: v if k == "mask" else v.astype(jnp.float32) for k, v in low.items()}
-    (loss, stats, _), (expected, expected_stats, _) = evaluate(name, **low, **hyper), evaluate(name, **exact, **hyper)
-    assert {x.dtype for x in jax.tree.leaves((loss, stats))} == {jnp.dtype("float32")}
-    np.testing.assert_allclose(loss, expected, rtol=1e-6)
-    for key, value in stats.items():
-        np.testing.assert_allclose(value, expected_stats[key], rtol=1e-6)
-
-
-def test_vmap_over_the_variance_coefficient():
-    arrays = batch()
-    coefs = np.asarray([0.0, 0.5, 2.5])
-    many, _ = jax.jit(jax.vmap(lambda c: losses.r2vpo_loss(**arrays, variance_coef=c)))(coefs)
-    hyper = reduce_with("token_mean", arrays["mask"])
-    each = [evaluate("r2vpo", **arrays, variance_coef=c, **hyper)[0] for c in coefs]
-    np.testing.assert_allclose(many, each, rtol=1e-6)
-    assert len(set(np.asarray(many).tolist())) == 3
-
-
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("name", NAMES)
-def test_no_implicit_rank_promotion(name, reduction):
-    arrays = batch() | {"advantages": np.ones(ROWS)}
-    with jax.numpy_rank_promotion("raise"):
-        trace(name, arrays, **reduce_with(reduction, arrays["mask"]))
-
-
-# Away from the kinks of the clip at .8 and 1.2; both signs of A; clipped and unclipped tokens.
-FINITE_DIFFERENCE_RATIOS = np.asarray([[0.6, 1.0, 1.5], [0.9, 1.1, 1.6]])
-ANALYTIC = {
-    "r2vpo": lambda r, a: r * (a - 2 * 2.5 * (r - 1)),
-    "ppo_clip": lambda r, a: np.where(((a > 0) & (r > 1.2)) | ((a < 0) & (r < 0.8)), 0.0, r * a),
-    "policy_gradient": lambda r, a: r * a,
-}
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_finite_differences_through_the_softmax(name):
-    rng = np.random.default_rng(1)
-    logits = rng.normal(0, 1, (2, 3, 4)).astype(np.float32)
-    tokens = rng.integers(0, 4, (2, 3))
-    advantages = np.asarray([[-1.0, 1.0, 1.0], [1.0, -0.5, -1.0]])
-    mask = np.asarray([[1, 1, 1], [1, 1, 0]])
-
-    def take(logits):
-        return jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)[..., 0]
-
-    behavior_logp = take(logits) - np.log(FINITE_DIFFERENCE_RATIOS)
-
-    def loss(logits):
-        hyper = REQUIRED.get(name, {})
-        return losses.get(name)(take(logits), behavior_logp, advantages, mask, **hyper)[0]
-
-    # d(log pi(a)) / d(logits) = one_hot(a) - pi, and 5 tokens count.
-    softmax_grad = np.eye(4)[tokens] - jax.nn.softmax(logits)
-    coefficient = ANALYTIC[name](FINITE_DIFFERENCE_RATIOS, advantages) * mask
-    expected = np.asarray(-coefficient[..., None] * softmax_grad / 5)
-
-    # Fourth-order central differences: a step that float32 resolves still truncates little.
-    step = 0.03
-    directions = np.eye(logits.size).reshape(-1, *logits.shape) * step
-    offsets = np.asarray([-2.0, -1.0, 1.0, 2.0])[:, None, None, None, None] * directions
-    values = jax.jit(lambda points: jax.lax.map(loss, points))(logits + offsets.reshape(-1, *logits.shape))
-    numeric = np.asarray([1, -8, 8, -1]) @ np.asarray(values).reshape(4, -1) / (12 * step)
-    np.testing.assert_allclose(numeric.reshape(logits.shape), expected, atol=2e-4)
-    np.testing.assert_allclose(jax.jit(jax.grad(loss))(logits), expected, rtol=1e-4, atol=1e-6)
-    assert np.max(np.abs(expected)) > 0.1
-
-
-def floats(limit):
-    return hnp.arrays(np.float32, (ROWS, COLUMNS), elements=st.floats(-limit, limit, width=32))
-
-
-@pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=30, deadline=None, derandomize=True, database=None)
-@given(
-    log_ratio=floats(1e4),
-    behavior_logp=floats(128),
-    advantages=floats(1024),
-    mask=hnp.arrays(bool, (ROWS, COLUMNS)),
-    reduction=st.sampled_from(REDUCTIONS),
-)
-def test_extremes_stay_finite(name, log_ratio, behavior_logp, advantages, mask, reduction):
-    hyper = reduce_with(reduction, mask) | ({"variance_coef": 50.0} if name == "r2vpo" else {})
-    logp, weights = behavior_logp + log_ratio, np.ones_like(log_ratio)
-    result = evaluate(name, logp, behavior_logp, advantages, mask, weights=weights, **hyper)
-    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(result))
-
-
-# What is refused ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(
-    ("argument", "shape"),
-    [
-        ("logp", (2, 4)),
-        ("logp", (2,)),
-        ("behavior_logp", (3, 3)),
-        ("mask", (2, 1)),
-        ("mask", (3,)),
-        ("advantages", ()),
-        ("advantages", (3,)),
-        ("advantages", (2, 4)),
-        ("advantages", (2, 3, 1)),
-        ("weights", (2,)),
-        ("weights", (2, 1)),
-        ("normalizer", (2,)),
-    ],
-)
-def test_wrong_shapes_raise(name, argument, shape):
-    arrays = {k: np.ones((2, 3)) for k in ("logp", "behavior_logp", "advantages", "mask")}
-    arrays[argument] = np.ones(shape)
-    with pytest.raises(AssertionError, match="Chex"):
-        trace(name, arrays)
-
-
-def test_the_variance_coefficient_is_a_scalar():
-    arrays = batch()
-    with pytest.raises(AssertionError, match="Chex"):
-        trace("r2vpo", arrays, variance_coef=np.ones(5))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_constant_length_needs_a_normalizer(name):
-    arrays = batch()
-    with pytest.raises(ValueError, match="normalizer"):
-        trace(name, arrays, reduction="constant_length")
-    with pytest.raises(ValueError, match="normalizer"):
-        losses.count(arrays["mask"], "constant_length")
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_unknown_reduction(name):
-    arrays = batch()
-    with pytest.raises(ValueError, match=r"unknown reduction 'sum'.*token_mean"):
-        trace(name, arrays, reduction="sum", normalizer=1.0)
-    with pytest.raises(ValueError, match=r"unknown reduction 'sum'.*token_mean"):
-        losses.count(arrays["mask"], "sum")
-
-
-@pytest.mark.parametrize(
-    "hyper",
-    [
-        {"clip_low": -0.1},
-        {"clip_low": 1.1},
-        {"clip_high": -0.1},
-        {"clip_high": math.nan},
-        {"dual_clip": 1.0},
-        {"dual_clip": math.nan},
-    ],
-    ids=str,
-)
-def test_clips_out_of_range(hyper):
-    arrays = batch()
-    with pytest.raises(ValueError, match="clip"):
-        trace("ppo_clip", arrays, **hyper)
+# One objective as a case of another -----------------------------------------------------------------
+
+UNBOUNDED = {"min_ratio": 0.0, "max_ratio": math.inf}
+CLIP = {"clip_low": 0.2, "clip_high": 0.25}
+LOG_CLIP = math.log(1.25)  # exp(-log 1.25) = 1 - .2
+
+
+def all_tokens(arrays):
+    return arrays
+
+
+def one_token_rows(arrays):
+    return arrays | {"mask": np.arange(COLUMNS) == np.zeros((ROWS, 1))}
+
+
+def one_token_rows_of_negative_advantage(arrays):
+    return one_token_rows(arrays) | {"advantages": -np.abs(arrays["advantages"])}
+
+
+def positive_advantages(arrays):
+    return arrays | {"advantages": np.abs(arrays["advantages"])}
+
+
+def negative_advantages(arrays):
+    return arrays | {"advantages": -np.abs(arrays["advantages"])}
+
+
+def advantages_of_one_size(arrays):
+    return arrays | {"advantages": np.copysign(np.float32(1.5), arrays["advantages"])}
+
+
+def certain_behavior(arrays):
+    return arrays | {"logp": arrays["logp"] - arrays["behavior_logp"], "behavior_logp": np.zeros_like(arrays["logp"])}
+
+
+EQUAL = [
+    (all_tokens, "r2vpo", {"variance_coef": 0.0}, "policy_gradient", {}),
+    (all_tokens, "m2po", {"threshold": math.inf}, "policy_gradient", {}),
+    (all_tokens, "m2po", {"threshold": LOG_CLIP}, "ppo_clip", CLIP),
+    (all_tokens, "dppo_tv", {"divergence_low": 1, "divergence_high": 1, "max_ratio": math.inf}, "cispo", UNBOUNDED),
+    (advantages_of_one_size, "spo", {"epsilon": 0.2}, "r2vpo", {"variance_coef": 1.5 / (2 * 0.2)}),
+    (certain_behavior, "drpo", {"epsilon": 0.2}, "spo", {"epsilon": 0.2}),
+    (positive_advantages, "topr", {}, "dro", {"beta": 0.0}),
+    (negative_advantages, "aspo", {**CLIP, "dual_clip": 1e6}, "ppo_clip", CLIP),
+    (one_token_rows, "r2vpo", {"penalty_scope": "sequence"}, "r2vpo", {}),
+    (one_token_rows, "gspo", CLIP, "ppo_clip", CLIP),
+    (one_token_rows, "luspo", CLIP, "ppo_clip", CLIP),
+    (one_token_rows, "gmpo", {"log_clip": LOG_CLIP}, "m2po", {"threshold": LOG_CLIP}),
+    (one_token_rows_of_negative_advantage, "topr", {"max_ratio": math.inf}, "cispo", UNBOUNDED),
+]
+EQUAL_IN_GRADIENT = [
+    (all_tokens, "cispo", UNBOUNDED, "policy_gradient", {}),
+    (all_tokens, "gppo", {**CLIP, "keep_low": 0, "keep_high": 0, "dual_clip": None}, "ppo_clip", CLIP),
+    (all_tokens, "gppo", {**CLIP, "keep_low": 0, "keep_high": 0}, "ppo_clip", {**CLIP, "dual_clip": 3.0}),
+]
+
+
+def wide_batch():
+    """Every bound binds for some tokens, and not for others; in the first column too."""
+    ratio = [[1.1, 0.3, 1.6, 0.9, 4.5], [0.6, 1.3, 0.9, 5.0, 0.7], [1.6, 0.7, 1.1, 0.2, 1.2], [0.9, 3.5, 0.5, 1.2, 2.0]]
+    arrays = batch() | {"mask": np.ones((ROWS, COLUMNS), bool)}
+    arrays["logp"] = arrays["behavior_logp"] + np.log(ratio).astype(np.float32)
+    signs = np.asarray([[1, -1, -1, 1, -1], [-1, 1, -1, 1, -1], [1, 1, -1, -1, 1], [-1, -1, 1, 1, 1]], np.float32)
+    return arrays | {"advantages": signs * (0.5 + np.abs(arrays["advantages"]))}
+
+
+@pytest.mark.parametrize(("change", "name", "hyper", "other", "other_hyper"), EQUAL + EQUAL_IN_GRADIENT)
+def test_one_objective_is_a_case_of_another(change, name, hyper, other, other_hyper):
+    arrays = change(wide_batch())
+    loss, _, grad = evaluate(name, arrays, jit=False, **hyper)
+    expected, _, expected_grad = evaluate(other, arrays, jit=False, **other_hyper)
+    same_up_to_rounding(grad, expected_grad)
+    if (change, name, hyper, other, other_hyper) in EQUAL:
+        same_up_to_rounding(loss, expected)
+    assert np.sum(expected_grad != 0) >= 2
+
+
+def test_the_batch_of_these_cases_reaches_the_clip_on_both_sides():
+    arrays = wide_batch()
+    _, stats, _ = evaluate("ppo_clip", arrays, jit=False, **CLIP, dual_clip=3.0)
+    assert all(
+        stats[f"{k}_fraction{side}"][0] > 0 for k, side in (("clip", "_low"), ("clip", "_high"), ("dual_clip", ""))
+    )
+
+
+# Names ----------------------------------------------------------------------------------------------
 
 
 def test_names():
     assert {"r2vpo", "ppo_clip", "policy_gradient"} <= set(NAMES)
+    assert len(NAMES) == len(set(NAMES)) == 18
     for name in NAMES:
         assert losses.get(name) is getattr(losses, f"{name}_loss")
     with pytest.raises(ValueError, match=r"unknown objective 'ppo'; one of .*ppo_clip"):
         losses.get("ppo")
+
+
+def test_hyperparameters():
+    assert losses.hyperparameters("r2vpo") == ("variance_coef", "penalty_scope")
+    assert losses.hyperparameters("policy_gradient") == ()
+    assert losses.hyperparameters("m2po") == ("threshold",)
+    assert set(losses.hyperparameters("gppo")) == {"clip_low", "clip_high", "keep_low", "keep_high", "dual_clip"}
+    with pytest.raises(ValueError, match="unknown objective"):
+        losses.hyperparameters("ppo")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_objective_takes_its_hyperparameters_and_what_all_take(name):
+    parameters = inspect.signature(losses.get(name)).parameters
+    shared = ("logp", "behavior_logp", "advantages", "mask", "weights", "reduction", "normalizer")
+    assert sorted(parameters) == sorted(shared + losses.hyperparameters(name))
+    without_default = {k for k in losses.hyperparameters(name) if parameters[k].default is inspect.Parameter.empty}
+    assert without_default == set(REQUIRED.get(name, ()))

@@ -40,7 +40,7 @@ def score(
     params, tokens, prompt_length, response_length, temperature=TEMPERATURE, *, prompt_size=PROMPT, chunk_size=128
 ):
     lengths = prompt_length, response_length
-    return scoring.score(MODEL, params, tokens, *lengths, temperature, prompt_size=prompt_size, chunk_size=chunk_size)
+    return scoring.score(MODEL, params, tokens, *lengths, temperature, prompt_size=prompt_size, chunk_size=chunk_size)[:2]
 
 
 @functools.partial(jax.jit, static_argnames="chunk_size")
@@ -132,7 +132,7 @@ def test_the_logits_of_a_batch_never_exist_at_once(chunk_size, whole, rows):
     model = with_config(MODEL, vocab_size=300, num_tokens=None)
 
     def loss(params):
-        logps, entropy = scoring.score(model, params, *rows, TEMPERATURE, prompt_size=PROMPT, chunk_size=chunk_size)
+        logps, entropy, _ = scoring.score(model, params, *rows, TEMPERATURE, prompt_size=PROMPT, chunk_size=chunk_size)
         return jnp.sum(logps) + jnp.sum(entropy)
 
     jaxpr = jax.make_jaxpr(jax.value_and_grad(loss))(abstract_params(model))

@@ -12,7 +12,14 @@ from r2vpo_jax import config
 def get_config():
     return config.make(
         # A slow multiplier that starts near where it settles: a fast one winds up on the strong early signal.
-        objective={"variance_budget": 0.0006, "variance_coef": 2.0, "dual_step": 0.15, "dual_max_step": 0.5},
+        # No penalty for length, whatever the preset: a right answer to the longest problem takes all tokens there are.
+        objective={
+            "variance_budget": 0.0006,
+            "variance_coef": 2.0,
+            "dual_step": 0.15,
+            "dual_max_step": 0.5,
+            "overlong_penalty": 0.0,
+        },
         # Norms start at 0.1; the clip bounds the steps in which a few rare tokens dominate the penalty's gradient.
         optimizer={"learning_rate": 1e-4, "max_grad_norm": 0.2},
         sampler={"group_size": 16},

@@ -42,18 +42,18 @@ def ppo_clip_loss(
     """
     check_clip(clip_low, clip_high, dual_clip)
     x = prepare(logp, behavior_logp, advantages, mask, weights)
-    clipped = jnp.clip(x.ratio, 1 - clip_low, 1 + clip_high)
-    surrogate = jnp.minimum(x.ratio * x.advantages, clipped * x.advantages)
-    bounded = jnp.zeros_like(x.mask)
-    if dual_clip is not None:
-        bounded = (x.advantages < 0) & (x.ratio > dual_clip)
-        surrogate = jnp.where(x.advantages < 0, jnp.maximum(surrogate, dual_clip * x.advantages), surrogate)
+    # A choice, not a minimum: on the bound itself a minimum would share the gradient between its arguments.
+    low = (x.advantages < 0) & (x.ratio < 1 - clip_low)
+    high = (x.advantages > 0) & (x.ratio > 1 + clip_high)
+    bounded = jnp.zeros_like(x.mask) if dual_clip is None else (x.advantages < 0) & (x.ratio > dual_clip)
+    ratio = jnp.where(high, 1 + clip_high, jnp.where(low, 1 - clip_low, x.ratio))
+    ratio = ratio if dual_clip is None else jnp.where(bounded, dual_clip, ratio)
     return x.finish(
-        surrogate,
+        ratio * x.advantages,
         reduction,
         normalizer,
-        clip_fraction_low=(x.advantages < 0) & (x.ratio < 1 - clip_low),
-        clip_fraction_high=(x.advantages > 0) & (x.ratio > 1 + clip_high),
+        clip_fraction_low=low,
+        clip_fraction_high=high,
         dual_clip_fraction=bounded,
     )
 
@@ -335,13 +335,15 @@ def m2po_loss(
     x = prepare(logp, behavior_logp, advantages, mask, weights)
     threshold = jax.lax.stop_gradient(jnp.asarray(threshold, jnp.float32))
     chex.assert_rank(threshold, 0)
-    clipped = jnp.exp(jnp.clip(x.log_ratio, -threshold, threshold))
+    low = (x.advantages < 0) & (x.log_ratio < -threshold)
+    high = (x.advantages > 0) & (x.log_ratio > threshold)
+    bound = jnp.exp(jnp.clip(jax.lax.stop_gradient(x.log_ratio), -threshold, threshold))
     return x.finish(
-        jnp.minimum(x.ratio * x.advantages, clipped * x.advantages),
+        jnp.where(low | high, bound, x.ratio) * x.advantages,
         reduction,
         normalizer,
-        clip_fraction_low=(x.advantages < 0) & (x.log_ratio < -threshold),
-        clip_fraction_high=(x.advantages > 0) & (x.log_ratio > threshold),
+        clip_fraction_low=low,
+        clip_fraction_high=high,
     )
 
 

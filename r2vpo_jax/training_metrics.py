@@ -1,0 +1,96 @@
+"""One line of metrics.jsonl for an iteration. docs/metrics.md explains every name."""
+
+import numpy as np
+
+from r2vpo_jax import credit, critic, ratio_stats
+from r2vpo_jax.objective import ObjectiveConfig
+from r2vpo_jax.ratio_stats import Stats
+from r2vpo_jax.rollout import Rollout
+from r2vpo_jax.tasks.base import Outcome
+
+
+def row(
+    objective: ObjectiveConfig,
+    sampled: Rollout,
+    batch: Rollout,
+    stats: Stats,
+    variance,
+    spent,
+    *,
+    group_size: int,
+    num_epochs: int,
+    counters: dict,
+    variance_coef: float,
+    kl_coef: float,
+    learning_rate: float,
+) -> dict:
+    """Everything that is reported of one iteration.
+
+    Args:
+      objective: the configuration; some names exist only for what it switches on.
+      sampled: all responses sampled in this iteration, verified, on the host.
+      batch: those that were trained on.
+      stats, variance: from `Learner.train_on_rollout`, on the host.
+      spent: seconds of this iteration by phase.
+      group_size, num_epochs: of the run.
+      counters: totals of the run so far.
+      variance_coef, kl_coef, learning_rate: after this iteration.
+    """
+    right = (sampled.outcome == Outcome.RIGHT).reshape(-1, group_size)
+    learned = credit.learning_reward(sampled, objective)
+    learned = learned[~np.isnan(learned)]
+    length = sampled.response_length
+    trained_tokens = float(batch.learning_mask.sum()) * num_epochs
+    result = {
+        "kind": "train",
+        **counters,
+        "reward/mean": sampled.reward.mean(),
+        "reward/learned": learned.mean() if learned.size else float("nan"),
+        "reward/zero_variance_groups": 1.0 - credit.groups_differ(sampled, objective, group_size).mean(),
+        "reward/all_right_groups": right.all(axis=1).mean(),
+        "reward/kept": batch.keep.mean(),
+        "outcome/errors": int((sampled.outcome == Outcome.ERROR).sum()),
+        "response/length": length.mean(),
+        "response/length_max": int(length.max()),
+        "response/truncated": sampled.truncated.mean(),
+        "policy/entropy": stats.mean("entropy"),
+        "ratio/second_moment": float(variance["last"]),
+        "ratio/second_moment_first": float(variance["first"]),
+        **ratio_stats.summarize(stats),
+        "ratio/clamped": stats.mean("clamped"),
+        "dual/variance_coef": variance_coef,
+        "dual/constraint_violation": float(variance["last"]) - objective.variance_budget,
+        "loss/total": stats.mean("loss"),
+        "loss/surrogate": stats.mean("surrogate"),
+        "loss/penalty": stats.mean("penalty") if "penalty" in stats.sums else 0.0,
+        "optimizer/grad_norm": stats.mean("grad_norm"),
+        "optimizer/update_norm": stats.mean("update_norm"),
+        "optimizer/learning_rate": learning_rate,
+        "optimizer/nonfinite_updates": int(np.sum(variance["nonfinite"])),
+        **_optional(objective, stats, kl_coef),
+        "throughput/rollout_tokens_per_second": float(length.sum()) / max(spent["rollout"], 1e-9),
+        "throughput/update_tokens_per_second": trained_tokens / max(spent["update"], 1e-9),
+        **{f"time/{phase}": spent.get(phase, 0.0) for phase in ("rollout", "verify", "update", "compile")},
+    }
+    return {k: v.item() if hasattr(v, "item") else v for k, v in result.items()}
+
+
+def _optional(objective: ObjectiveConfig, stats: Stats, kl_coef: float) -> dict:
+    """What exists only with a KL divergence, a critic, or a correction."""
+    result = {}
+    if objective.kl_coef:
+        result |= {"kl/mean": stats.mean("kl"), "kl/coef": kl_coef}
+    if objective.critic:
+        result |= {
+            "critic/loss": stats.mean("value_loss"),
+            "critic/explained_variance": critic.explained_variance(stats),
+            "critic/clip_fraction": stats.mean("value_clip_fraction"),
+            "critic/target_mean": stats.mean("value_target"),
+        }
+    if objective.correction != "none":
+        mean, second = float(stats.mean("weight")), float(stats.mean("weight_squared"))
+        result |= {
+            "correction/weight_mean": mean,
+            "correction/effective_sample_size": mean**2 / second if second > 0 else 0.0,
+        }
+    return result
