@@ -84,7 +84,7 @@ class OptimizerConfig:
     epsilon: float = option(1e-8, "Adam")
     weight_decay: float = option(0.0, "decoupled, on matrices only")
     max_grad_norm: float = option(1.0, "global-norm clip")
-    value_learning_rate: float = option(1e-3, "of the value head, constant; it starts at zero")
+    value_learning_rate: float = option(1e-2, "of the value head, constant; it starts at zero")
 
     def __post_init__(self):
         require(self.learning_rate > 0, f"optimizer.learning_rate must be > 0, got {self.learning_rate}")
@@ -166,8 +166,9 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class SweepConfig:
-    """A grid of coefficients per method; every seed runs the whole grid."""
+    """A grid of coefficients per method, and presets as they are; every seed runs all of it."""
 
+    presets: tuple[str, ...] = option((), "presets with their own constants")
     variance_coefs: tuple[float, ...] = option((0.1, 0.5, 2.5, 12.5), "fixed lambda of r2vpo_fixed")
     variance_budgets: tuple[float, ...] = option((0.001, 0.003, 0.01, 0.04), "delta of r2vpo")
     clips: tuple[float, ...] = option((0.05, 0.1, 0.2, 0.4), "epsilon of ppo_clip, both sides")

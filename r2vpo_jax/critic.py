@@ -31,9 +31,18 @@ def init(hidden_size: int, optimizer: optax.GradientTransformation) -> CriticSta
 
 
 def values(head: tuple[Array, Array], hidden: Float[Array, "... hidden"]) -> Float[Array, "..."]:
-    """float32 values of hidden states; `head` is (kernel, bias)."""
+    """float32 values of hidden states: their mean product with the kernel, plus the bias.
+
+    The mean over the width, not the sum, makes one learning rate serve kernel and bias under Adam, whatever the
+    width (the readout of muP, arXiv 2203.03466): the baseline is found first, and differences between tokens after.
+
+    Args:
+      head: (kernel, bias).
+      hidden: the decoder's.
+    """
     kernel, bias = head
-    return jnp.einsum("...e,e->...", hidden.astype(jnp.float32), kernel, precision=jax.lax.Precision.HIGHEST) + bias
+    product = jnp.einsum("...e,e->...", hidden.astype(jnp.float32), kernel, precision=jax.lax.Precision.HIGHEST)
+    return product / kernel.shape[0] + bias
 
 
 def value_loss(

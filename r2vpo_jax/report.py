@@ -7,7 +7,7 @@ import pathlib
 
 import numpy as np
 
-from r2vpo_jax import metrics
+from r2vpo_jax import metrics, ratio_stats
 from r2vpo_jax.config import Config
 
 _CLIP_EPSILON = 0.2  # of ratio_stats.compute: the clip whose victims are counted
@@ -32,6 +32,10 @@ def summarize(config: Config, rows, *, base, final, progress, train_seconds, pha
 
     def mean(name, rows):
         return float(np.mean([float(r[name]) for r in rows]))  # a row may hold "nan", see metrics.JsonlWriter
+
+    def mean_where_any(name):
+        values = [float(r[name]) for r in train if r[name] != "nan"]
+        return float(np.mean(values)) if values else None
 
     return {
         "objective": config.objective.name,
@@ -70,6 +74,9 @@ def summarize(config: Config, rows, *, base, final, progress, train_seconds, pha
         "max_ratio": max(float(r["ratio/max"]) for r in train),
         "clip_fraction": mean("clip/fraction", train),
         "clip_gradient_share": mean("clip/gradient_share", train),
+        "at_stake": mean("keeps/at_stake", train),
+        "retained": mean_where_any("keeps/retained"),
+        "restoring": mean_where_any("keeps/restoring"),
         "samples_before": base["samples"],
         "samples_after": final["samples"],
     }
@@ -115,6 +122,7 @@ def table(summary: dict) -> str:
         f"entropy at the end          {summary['final_entropy']:.4f} nats a token",
         f"a clip at {_CLIP_EPSILON} would zero      {100 * summary['clip_fraction']:.3f} % of the tokens, which carry "
         f"{100 * summary['clip_gradient_share']:.2f} % of this objective's gradient",
+        *_kept(summary),
         "",
         "samples (problem | before | after)",
         *(
@@ -123,6 +131,16 @@ def table(summary: dict) -> str:
         ),
     ]
     return "\n".join(lines)
+
+
+def _kept(summary: dict) -> list[str]:
+    """What was done with the tokens that a clip would zero, if there were any."""
+    if summary["retained"] is None:
+        return []
+    return [
+        f"of those tokens' gradient   {100 * summary['retained']:.0f} % retained, restoring "
+        f"{100 * summary['restoring']:.0f} % (PPO's clip: 0 and 0; no trust region: 100 and 0)"
+    ]
 
 
 def read_summary(workdir) -> dict:
@@ -177,9 +195,9 @@ def _plot(file, summary, rows) -> None:
     def series(name):
         return np.array([float(r[name]) for r in train])
 
-    figure = Figure(figsize=(12, 7), layout="constrained")
+    figure = Figure(figsize=(12, 10), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 3)
+    axes = figure.subplots(3, 3)
 
     ax = axes[0, 0]
     ax.plot(x, series("reward/mean"), color="0.7", label="train reward")
@@ -215,9 +233,45 @@ def _plot(file, summary, rows) -> None:
     ax = axes[1, 2]
     ax.plot(x, 100 * series("clip/fraction"), color="C7", label="of the tokens")
     ax.plot(x, 100 * series("clip/gradient_share"), color="C8", lw=1, label="of the gradient")
+    ax.plot(x, 100 * series("keeps/at_stake"), color="0.6", lw=1, ls=":", label="of the unclipped gradient")
     ax.set(title=f"what a clip at {_CLIP_EPSILON} would zero (%)", ylim=(0, None), xlabel="iteration")
     ax.legend(fontsize=8)
+    _plot_kept(axes[2], x, series)
     for ax in axes.flat:
         ax.grid(alpha=0.3)
     figure.suptitle(f"{summary['objective']}, seed {summary['seed']}")
     figure.savefig(file, dpi=110)
+
+
+def _plot_kept(axes, x, series) -> None:
+    """What the objective does with the tokens Z that a clip would zero, as shares of their unclipped gradient."""
+    axes[0].plot(x, series("keeps/retained"), ".-", color="C2", lw=1, ms=4, label="retained")
+    axes[0].plot(x, series("keeps/restoring"), ".-", color="C1", lw=1, ms=4, label="restoring")
+    axes[0].set(title="of the unclipped gradient of those tokens", xlabel="iteration")
+    _compress_above_one(axes[0])
+
+    ax = axes[1]
+    places = np.arange(len(ratio_stats.SPLITS) - 1)
+    for offset, name, color in ((-0.2, "retained", "C2"), (0.2, "restoring", "C1")):
+        columns = [series(f"keeps/{name}_{split}") for split in ratio_stats.SPLITS[1:]]
+        means = [np.mean(c[~np.isnan(c)]) if np.any(~np.isnan(c)) else 0.0 for c in columns]
+        ax.bar(places + offset, means, 0.4, color=color, label=name)
+    _compress_above_one(ax)
+    ax.set_xticks(places, [s.replace("_", " ") for s in ratio_stats.SPLITS[1:]], rotation=60, ha="right", fontsize=8)
+    ax.set(title="the same by part, mean over iterations")
+
+    axes[2].plot(x, 100 * series("ratio/top_permille_share"), color="C0", lw=1, label="of E[(r - 1)²]")
+    axes[2].plot(x, 100 * series("keeps/top_permille_gradient"), color="C6", lw=1, label="of the gradient")
+    axes[2].set(title="share of the largest 0.1 % (%)", ylim=(0, None), xlabel="iteration")
+    axes[2].legend(fontsize=8)
+
+
+def _compress_above_one(ax) -> None:
+    """Linear up to 1, logarithmic beyond, from 0; and a legend."""
+    top = max(1.05, 1.1 * ax.get_ylim()[1])
+    ax.set_yscale("symlog", linthresh=1.0, linscale=1.0)
+    ticks = [t for t in (0, 0.25, 0.5, 0.75, 1, 2, 4, 10, 30, 100, 1e3, 1e4) if t <= top]
+    ax.set_yticks(ticks, [f"{t:g}" for t in ticks], minor=False)
+    ax.set_yticks([], minor=True)
+    ax.set_ylim(0, top)
+    ax.legend(fontsize=8)

@@ -1,4 +1,4 @@
-"""Sweeps: a grid of coefficients per method, the same seeds for all, one run after another.
+"""Sweeps: a grid of coefficients per method, or presets as they are; the same seeds for all, one run after another.
 
 Paired seeds: runs with the same seed see the same problems, start from the same weights and sample with the
 same keys. Every method has the same number of runs per value and the same data, and a failed run is a result.
@@ -20,8 +20,9 @@ from r2vpo_jax.run_directory import UsageError
 
 TARGET = 0.8  # "rollouts to": first validation score of at least this
 
-# Method -> (preset, objective fields that take the swept value, label of the value).
+# Method -> (preset, objective fields that take the swept value, label of the value). The values of "preset" are names.
 METHODS = {
+    "preset": (None, (), "preset"),
     "variance_coef": ("r2vpo_fixed", ("variance_coef",), "variance coefficient λ (fixed)"),
     "variance_budget": ("r2vpo", ("variance_budget",), "variance budget δ (adaptive λ)"),
     "clip": ("ppo_clip", ("clip_low", "clip_high"), "clip ε (PPO)"),
@@ -33,24 +34,33 @@ class Run:
     """One cell of the grid at one seed."""
 
     method: str
-    value: float
+    value: float | str
     seed: int
 
     @property
     def name(self) -> str:
-        return f"{self.method}={self.value:g}_seed={self.seed}"
+        return f"{self.method}={_text(self.value)}_seed={self.seed}"
+
+
+def _text(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def runs(sweep: SweepConfig) -> list[Run]:
     """All runs, seeds outermost: a sweep that is stopped early has complete grids for the first seeds."""
-    values = {"variance_coef": sweep.variance_coefs, "variance_budget": sweep.variance_budgets, "clip": sweep.clips}
-    return [Run(method, float(v), seed) for seed in sweep.seeds for method in METHODS for v in values[method]]
+    values = {
+        "preset": sweep.presets,
+        "variance_coef": [float(v) for v in sweep.variance_coefs],
+        "variance_budget": [float(v) for v in sweep.variance_budgets],
+        "clip": [float(v) for v in sweep.clips],
+    }
+    return [Run(method, v, seed) for seed in sweep.seeds for method in METHODS for v in values[method]]
 
 
 def run_config(base: dict, run: Run) -> Config:
     """The configuration of one run: the base, with this method's preset, value and seed."""
     preset, fields, _ = METHODS[run.method]
-    objective = {**base["objective"], "name": preset, **dict.fromkeys(fields, run.value)}
+    objective = {**base["objective"], "name": preset or run.value, **dict.fromkeys(fields, run.value)}
     return config_lib.from_dict({**base, "objective": objective, "seed": run.seed})
 
 
@@ -122,9 +132,10 @@ def _result(directory: pathlib.Path, run: Run) -> dict | None:
     }
 
 
-def _cells(results: list[dict]) -> Iterator[tuple[str, float, list[dict]]]:
+def _cells(results: list[dict]) -> Iterator[tuple[str, float | str, list[dict]]]:
     for method in METHODS:
-        for value in sorted({r["value"] for r in results if r["method"] == method}):
+        values = list(dict.fromkeys(r["value"] for r in results if r["method"] == method))
+        for value in values if method == "preset" else sorted(values):
             yield method, value, [r for r in results if r["method"] == method and r["value"] == value]
 
 
@@ -147,13 +158,14 @@ def table(results: list[dict]) -> str:
         reached = [r for r in done if r["rollouts_to_target"] is not None]
         target = f"{mean(reached, 'rollouts_to_target', 0)} ({len(reached)}/{len(rows)})"
         lines.append(
-            f"| {METHODS[method][2]} | {value:g} | {len(rows)} | {len(rows) - len(done)} "
+            f"| {METHODS[method][2]} | {_text(value)} | {len(rows)} | {len(rows) - len(done)} "
             f"| {mean(done, 'final_pass_at_1')} | {mean(done, 'best_validation')} | {target} "
             f"| {mean(done, 'final_entropy')} |"
         )
     seeds = len({r["seed"] for r in results})
+    bases = sorted({f"{r['base_pass_at_1']:.3f}" for r in results if not r["failed"]})
     note = (
-        f"{seeds} paired seeds; ± is half of the 95 % interval of the mean (Student's t). "
+        f"{seeds} paired seeds; pass@1 of the base model on the test problems: {', '.join(bases) or '–'};  ± is half of the 95 % interval of the mean (Student's t). "
         "A cell whose seeds did not all reach the target averages those that did (count in parentheses)."
     )
     return "\n".join([*lines, "", note])
@@ -167,14 +179,15 @@ def write_results(workdir: pathlib.Path, results: list[dict]) -> None:
 
 
 def plot(results: list[dict], file) -> None:
-    """Final pass@1 against the coefficient, one panel a method, every seed a dot."""
+    """Final pass@1 against the value, one panel a method, every seed a dot."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(METHODS), sharey=True)
-    for ax, (method, (_, _, label)) in zip(axes, METHODS.items(), strict=True):
+    shown = {m: label for m, (_, _, label) in METHODS.items() if any(r["method"] == m for r in results)}
+    axes = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    for ax, (method, label) in zip(axes, shown.items(), strict=True):
         cells = [(v, rows) for m, v, rows in _cells(results) if m == method]
         positions = range(len(cells))
         for x, (_, rows) in zip(positions, cells, strict=True):
@@ -184,12 +197,14 @@ def plot(results: list[dict], file) -> None:
             if failed:
                 ax.annotate(f"{failed} failed", (x, 0.02), ha="center", color="C3", fontsize=8)
         means = [np.mean([r["final_pass_at_1"] for r in rows if not r["failed"]] or [np.nan]) for _, rows in cells]
-        ax.plot(list(positions), means, "-", color="C0", label="mean over seeds")
+        line = "_" if method == "preset" else "-"
+        ax.plot(list(positions), means, line, color="C0", ms=8, label="mean over seeds")
         base = [r["base_pass_at_1"] for r in results if not r["failed"]]
         if base:
             ax.axhline(base[0], color="C3", ls=":", label="base")
         ax.set(title=label, xlabel="value", ylim=(0, 1.02))
-        ax.set_xticks(list(positions), [f"{v:g}" for v, _ in cells])
+        rotation = 90 if method == "preset" else 0
+        ax.set_xticks(list(positions), [_text(v) for v, _ in cells], rotation=rotation)
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("final pass@1 (test)")
     axes[0].legend(loc="lower right", fontsize=8)

@@ -335,18 +335,24 @@ def test_every_objective_has_oracles(name):
 
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 @pytest.mark.parametrize(
-    ("name", "hyper"),
+    ("name", "hyper", "log_ratio"),
     [
-        ("ppo_clip", {"clip_high": 0.0}),
-        ("ppo_clip", {"clip_low": 0.0, "clip_high": 0.0}),
-        ("gspo", {"clip_low": 0.0, "clip_high": 0.0}),
-        ("gmpo", {"log_clip": 0.0}),
-        ("gppo", {"clip_low": 0.0, "clip_high": 0.0}),
+        ("ppo_clip", {"clip_high": 0.0}, 0.0),
+        ("ppo_clip", {"clip_low": 0.0, "clip_high": 0.0}, 0.0),
+        ("gspo", {"clip_low": 0.0, "clip_high": 0.0}, 0.0),
+        ("gmpo", {"log_clip": 0.0}, 0.0),
+        ("gppo", {"clip_low": 0.0, "clip_high": 0.0}, 0.0),
+        ("m2po", {"threshold": 0.25}, 0.25),
+        ("m2po", {"threshold": 0.25}, -0.25),
+        ("policy_gradient", {}, 20.0),
+        ("policy_gradient", {}, -20.0),
     ],
 )
-def test_a_ratio_on_the_bound_of_the_clip_is_not_cut(name, hyper, advantage):
-    # The clip cuts beyond its bounds; the derivatives of min and max share out a tie instead.
-    assert one_token(name, advantage, -2.0, 0.0, **hyper) == (-advantage, advantage)
+def test_a_ratio_on_the_bound_is_not_cut(name, hyper, log_ratio, advantage):
+    # Clips and the clamp cut beyond their bounds; the derivatives of min and max share out a tie instead.
+    actual = one_token(name, advantage, -2.0, log_ratio, **hyper)
+    expected = math.exp(log_ratio) * advantage
+    np.testing.assert_allclose(actual, (-expected, expected), rtol=1e-5)
 
 
 @pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])

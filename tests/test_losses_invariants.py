@@ -200,14 +200,14 @@ def test_padding_columns_do_not_matter(name):
 def test_one_token_alone(name):
     # The rest of the batch masked, the result is that of arrays of one token.
     arrays = batch()
-    alone = {k: v[2:3, 1:2] for k, v in arrays.items()}
+    alone = {k: v[1:2, 0:1] for k, v in arrays.items()}
     assert alone["mask"].item()
     arrays["mask"] = np.zeros_like(arrays["mask"])
-    arrays["mask"][2, 1] = True
+    arrays["mask"][1, 0] = True
     loss, stats, grad = evaluate(name, alone, REDUCTION, jit=False)
     actual_loss, actual_stats, actual_grad = evaluate(name, arrays, REDUCTION)
     jax.tree.map(same_up_to_rounding, (actual_loss, actual_stats), (loss, stats))
-    same_up_to_rounding(actual_grad[2, 1], grad[0, 0])
+    same_up_to_rounding(actual_grad[1, 0], grad[0, 0])
     assert loss != 0
 
 

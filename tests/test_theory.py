@@ -4,6 +4,8 @@ Expectations are exact, not sampled: each action is one token, its weight is K t
 the behavior policy mu, and the mean over the K tokens is then E_mu.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -135,8 +137,8 @@ BANDIT_ADVANTAGES = np.asarray([1.2, -0.7, 0.4, -1.1, 0.1, 0.8, -0.3, -0.5])
 BANDIT_BEHAVIOR = np.asarray([0.05, 0.2, 0.1, 0.15, 0.2, 0.1, 0.12, 0.08])
 
 
-@jax.jit
-def solve_bandit(budget, start):
+@functools.partial(jax.jit, static_argnames="rule")
+def solve_bandit(budget, start, rule="projected"):
     """Gradient descent on the logits, and ascent on the multiplier, from pi = mu."""
     behavior_logp = jnp.log(jnp.asarray(BANDIT_BEHAVIOR, jnp.float32))
 
@@ -145,28 +147,85 @@ def solve_bandit(budget, start):
         grad, variance = jax.grad(lagrangian, has_aux=True)(
             logits, behavior_logp, BANDIT_ADVANTAGES, state.variance_coef
         )
-        state = dual.update(state, variance, budget=budget, step_size=0.02 / budget, max_coef=50.0, max_step=1.0)
+        state = dual.update(
+            state, variance, budget=budget, step_size=0.02 / budget, max_coef=50.0, max_step=1.0, rule=rule
+        )
         return logits - 0.5 * grad, state
 
     logits, state = jax.lax.fori_loop(0, 4000, step, (behavior_logp, dual.DualState(start)))
     return jax.nn.softmax(logits) / BANDIT_BEHAVIOR, state.variance_coef
 
 
+BANDIT_MEAN = BANDIT_BEHAVIOR @ BANDIT_ADVANTAGES
+BANDIT_DEVIATION = np.sqrt(BANDIT_BEHAVIOR @ (BANDIT_ADVANTAGES - BANDIT_MEAN) ** 2)
+
+
+def closed_form(budget):
+    """(r*, lambda*): r*(a) = 1 + (A - mean A) / (2 lambda*), lambda* = std A / (2 sqrt(budget)); moments under mu."""
+    coef = BANDIT_DEVIATION / (2 * np.sqrt(budget))
+    ratio = 1 + (BANDIT_ADVANTAGES - BANDIT_MEAN) / (2 * coef)
+    assert np.all(ratio > 0)  # the closed form needs it
+    return ratio, coef
+
+
+@pytest.mark.parametrize("rule", dual.RULES)
 @pytest.mark.parametrize("start", [0.5, 10.0])
 @pytest.mark.parametrize("budget", [0.01, 0.04, 0.1])
-def test_bandit_converges_to_the_closed_form(budget, start):
-    # r*(a) = 1 + (A - mean A) / (2 lambda*), lambda* = std A / (2 sqrt(budget)), Var = budget; moments under mu.
-    mean = BANDIT_BEHAVIOR @ BANDIT_ADVANTAGES
-    deviation = np.sqrt(BANDIT_BEHAVIOR @ (BANDIT_ADVANTAGES - mean) ** 2)
-    coef = deviation / (2 * np.sqrt(budget))
-    ratio = 1 + (BANDIT_ADVANTAGES - mean) / (2 * coef)
-    assert np.all(ratio > 0)  # the closed form needs it
-
-    actual_ratio, actual_coef = solve_bandit(jnp.float32(budget), jnp.float32(start))
+def test_bandit_converges_to_the_closed_form(budget, start, rule):
+    ratio, coef = closed_form(budget)
+    actual_ratio, actual_coef = solve_bandit(jnp.float32(budget), jnp.float32(start), rule=rule)
     np.testing.assert_allclose(actual_coef, coef, rtol=1e-3)
     np.testing.assert_allclose(actual_ratio, ratio, atol=1e-3)
     variance = BANDIT_BEHAVIOR @ (np.asarray(actual_ratio) - 1) ** 2
     np.testing.assert_allclose(variance, budget, rtol=2e-3)
+
+
+# The same bandit as 100 tokens, each action as often as mu has it, so that plain means over tokens are E_mu.
+TOKENS = np.repeat(np.arange(8), np.rint(100 * BANDIT_BEHAVIOR).astype(int))
+
+
+@functools.partial(jax.jit, static_argnames=("rule", "normalized"))
+def solve_tokens(advantages, learning_rate, *, rule, normalized):
+    """As `solve_bandit` at a budget of .04 from lambda = 10; with `normalized` the multiplier is sigma_A lambda."""
+    behavior_logp = jnp.log(jnp.asarray(BANDIT_BEHAVIOR, jnp.float32))
+    advantages, mask = advantages[TOKENS][None], jnp.ones((1, len(TOKENS)), bool)
+
+    def loss(logits, coef):
+        if normalized:
+            coef = coef * dual.advantage_scale(advantages, mask)
+        logp = jax.nn.log_softmax(logits)
+        value, stats = losses.r2vpo_loss(
+            logp[TOKENS][None], behavior_logp[TOKENS][None], advantages, mask, variance_coef=coef
+        )
+        total, number = stats["ratio_variance"]
+        return value, total / number
+
+    def step(_, carry):
+        logits, state = carry
+        grad, variance = jax.grad(loss, has_aux=True)(logits, state.variance_coef)
+        state = dual.update(state, variance, budget=0.04, step_size=0.5, max_coef=50.0, max_step=1.0, rule=rule)
+        return logits - learning_rate * grad, state
+
+    logits, state = jax.lax.fori_loop(0, 4000, step, (behavior_logp, dual.DualState(jnp.float32(10.0))))
+    return jax.nn.softmax(logits) / BANDIT_BEHAVIOR, state.variance_coef
+
+
+@pytest.mark.parametrize("rule", dual.RULES)
+@pytest.mark.parametrize("scale", [1.0, 10.0])
+def test_in_units_of_the_deviation_the_multiplier_has_one_scale(scale, rule):
+    # sigma_A lambda* = std A / (2 sqrt(budget)), so lambda* = 1 / (2 sqrt(.04)) = 2.5, whatever the advantages;
+    # the policy is that of the closed form, which does not know their scale either.
+    advantages = (scale * (BANDIT_ADVANTAGES - BANDIT_MEAN)).astype(np.float32)
+    ratio, coef = solve_tokens(advantages, jnp.float32(0.5 / scale), rule=rule, normalized=True)
+    np.testing.assert_allclose(coef, 2.5, rtol=1e-3)
+    np.testing.assert_allclose(ratio, closed_form(0.04)[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1.0, 10.0])
+def test_without_it_the_multiplier_follows_the_advantages(scale):
+    advantages = (scale * (BANDIT_ADVANTAGES - BANDIT_MEAN)).astype(np.float32)
+    _, coef = solve_tokens(advantages, jnp.float32(0.5 / scale), rule="multiplicative", normalized=False)
+    np.testing.assert_allclose(coef, scale * closed_form(0.04)[1], rtol=1e-3)
 
 
 def test_bandit_with_room_to_spare_needs_no_multiplier():
