@@ -103,9 +103,7 @@ def test_an_abstention_weighs_nothing_in_any_estimator(advantage):
     """Whatever its length, values and log-probabilities are, all others get the same advantages."""
     objective = ObjectiveConfig(advantage=advantage, kl_coef=0.5, kl_in="reward", kl_estimator="k1")
     generator = np.random.default_rng(0)
-    arrays = {
-        name: [list(generator.standard_normal(n)) for n in (2, 3, 4, 1)] for name in ("value", "reference_logp")
-    }
+    arrays = {name: [list(generator.standard_normal(n)) for n in (2, 3, 4, 1)] for name in ("value", "reference_logp")}
     other = {name: [*rows[:2], [9.0, -7.0], rows[3]] for name, rows in arrays.items()}
     first, second = (
         credit.fill_advantages(verified([1, 0, 0, 1], length, errors=[2], **fields), objective, 4, 0.5)
@@ -155,17 +153,16 @@ def test_groups_differ_in_what_is_learned():
     # T = 4, buffer 1: the penalty is length / 4. 1 1 of 2 and 3 tokens differ, 0 0 of 2 and 2 do not.
     shaped = ObjectiveConfig(overlong_penalty=1.0, overlong_buffer=1.0)
     np.testing.assert_array_equal(credit.groups_differ(GROUPS, shaped, 2), [True, True, False, True, False])
-    # As a wrong answer the abstention makes that group 0 0, and the other one 0 1.
+    # An abstention beside a right answer does not differ from it; a wrong answer does.
+    right = GROUPS.replace(reward=np.array([*GROUPS.reward[:9], 1], np.float32))
+    np.testing.assert_array_equal(credit.groups_differ(right, plain, 2), DIFFER)
     wrong = ObjectiveConfig(verifier_errors="wrong")
-    np.testing.assert_array_equal(credit.groups_differ(GROUPS, wrong, 2), DIFFER)
-    np.testing.assert_array_equal(
-        credit.groups_differ(GROUPS.replace(reward=np.roll(GROUPS.reward, 1)), wrong, 2), [True, False, True, True, True]
-    )
+    np.testing.assert_array_equal(credit.groups_differ(right, wrong, 2), [*DIFFER[:4], True])
 
 
 @pytest.mark.parametrize(
     ("wanted", "chosen"),
-    [(1, [1]), (2, [1, 3]), (3, [0, 1, 3]), (4, [0, 1, 2, 3]), (5, [0, 1, 2, 3, 4])],
+    [(1, [1]), (2, [1, 3]), (4, [0, 1, 2, 3]), (5, [0, 1, 2, 3, 4])],
 )
 def test_groups_that_differ_come_first_and_others_fill_up(wanted, chosen):
     """Groups 1 and 3 differ. In the order of sampling; those that fill up take no part."""
@@ -200,9 +197,7 @@ def in_reward(advantage, **changes):
 
 def test_leave_one_out():
     """Rewards 3, 0, 0, 1: minus the mean of the three others, 1/3, 4/3, 4/3 and 1."""
-    filled = credit.fill_advantages(
-        verified([3, 0, 0, 1], [1, 2, 3, 4]), ObjectiveConfig(advantage="leave_one_out"), 4
-    )
+    filled = credit.fill_advantages(verified([3, 0, 0, 1], [1, 2, 3, 4]), ObjectiveConfig(advantage="leave_one_out"), 4)
     np.testing.assert_allclose(filled.advantage, [8 / 3, -4 / 3, -4 / 3, 0], atol=1e-6)
 
 

@@ -1,5 +1,7 @@
 """The value head and its clipped loss, by hand."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,7 +50,7 @@ def test_the_loss_and_its_gradient(clip, expected, reduction):
     def loss(values, old, targets):
         return critic.value_loss(values, old, targets, MASK, clip=clip, reduction=reduction, normalizer=normalizer)
 
-    (value, stats), grads = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(values, old, targets)
+    (value, stats), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(values, old, targets)
     per_token, slope = expected
     np.testing.assert_allclose(value, np.dot(weights, per_token), rtol=1e-6)
     np.testing.assert_allclose(grads[0][MASK], weights * slope, rtol=1e-5, atol=1e-7)
@@ -71,7 +73,7 @@ def test_the_defaults():
 
 
 def test_a_move_within_the_clip_is_not_counted_as_clipped():
-    """V = 0.06 from 0.01 is a move of 0.05; rounding in V_old + (V - V_old) is no clip."""
+    """Moves of at most 0.15 where the clip is at 0.2: rounding in V_old + (V - V_old) is no clip."""
     generator = np.random.default_rng(0)
     old = generator.uniform(-0.1, 0.1, (20, 50)).astype(np.float32)
     values = generator.uniform(-0.05, 0.05, old.shape).astype(np.float32)
@@ -100,16 +102,13 @@ def test_losses_gradients_and_statistics_of_micro_batches_add_up(reduction):
     mask = np.arange(5) < np.array([5, 1, 3, 2, 4, 5])[:, None]
     normalizer = {"token_mean": 20.0, "sequence_mean": 6.0, "constant_length": 30.0}[reduction]
 
-    def of(rows):
-        return jax.value_and_grad(
-            lambda values: critic.value_loss(
-                values, arrays[1][rows], arrays[2][rows], mask[rows], reduction=reduction, normalizer=normalizer
-            ),
-            has_aux=True,
-        )(arrays[0][rows])
+    @jax.jit
+    def of(*arrays):
+        loss = functools.partial(critic.value_loss, reduction=reduction, normalizer=normalizer)
+        return jax.value_and_grad(loss, has_aux=True)(*arrays)
 
-    (whole, stats), grad = of(slice(None))
-    parts = [of(slice(i, i + 2)) for i in (0, 2, 4)]
+    (whole, stats), grad = of(*arrays, mask)
+    parts = [of(*(x[i : i + 2] for x in (*arrays, mask))) for i in (0, 2, 4)]
     np.testing.assert_allclose(sum(part[0][0] for part in parts), whole, rtol=1e-6)
     np.testing.assert_allclose(np.concatenate([part[1] for part in parts]), grad, rtol=1e-6)
     added = jax.tree.map(lambda *x: sum(x), *(part[0][1] for part in parts))
@@ -183,12 +182,13 @@ def test_a_fresh_head_says_nothing():
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_values_are_one_linear_map_in_float32(dtype):
+    """The mean of the products, plus the bias; bfloat16 has three digits at best."""
     hidden = jnp.asarray([[[1.0, 2.0], [0.5, -1.0]]], dtype)
     head = (jnp.array([1.001, -2.003]), jnp.array(0.25))
     values = critic.values(head, hidden)
     assert values.dtype == jnp.float32
-    # 1.001 - 4.006 + 0.25 and 0.5005 + 2.003 + 0.25: bfloat16 has three digits at best.
-    np.testing.assert_allclose(values, [[-2.755, 2.7535]], rtol=1e-6)
+    # (1.001 - 4.006) / 2 + 0.25 and (0.5005 + 2.003) / 2 + 0.25
+    np.testing.assert_allclose(values, [[-1.2525, 1.50175]], rtol=1e-6)
 
 
 def test_the_head_has_a_rate_and_a_norm_clip_of_its_own():

@@ -4,18 +4,22 @@ import json
 
 import pytest
 
-from r2vpo_jax import report
+from r2vpo_jax import ratio_stats, report
 
 
 @pytest.fixture
 def summary(tiny_config):
     names = (
         "policy/entropy", "ratio/max", "clip/fraction", "clip/gradient_share", "reward/mean", "optimizer/grad_norm",
-        "ratio/second_moment_mean",
+        "ratio/second_moment_mean", "ratio/top_permille_share", "keeps/at_stake", "keeps/top_permille_gradient",
     )  # fmt: skip
+    kept = [f"keeps/{name}_{split}" for name in ("retained", "restoring") for split in ratio_stats.SPLITS[1:]]
     rows = [
         {
             "kind": "train", "iteration": i + 1, "version": 4 * (i + 1), **dict.fromkeys(names, 0.5),
+            # In the first two iterations there is nothing that a clip would cut.
+            **dict.fromkeys(kept, "nan"), "keeps/retained": "nan" if i < 2 else 0.1 * i,
+            "keeps/restoring": "nan" if i < 2 else 2.0,
             "ratio/second_moment": 0.01 * i, "dual/variance_coef": float(i), "time/rollout": 2.0, "time/verify": 0.0,
             "time/update": 4.0,
         }
@@ -44,6 +48,7 @@ def test_summary(summary):
     assert made["second_half_variance_coef"] == pytest.approx(2.5)
     assert made["rollout_tokens_per_second"] == pytest.approx(800 / 8)
     assert made["update_tokens_per_second"] == pytest.approx(1600 / 16)
+    assert (made["retained"], made["restoring"]) == (pytest.approx((0.2 + 0.3) / 2), 2.0)
     assert (made["base_pass_at_16"], made["final_pass_at_1"], made["num_updates"]) == (0.9, 0.5, 16)
 
 
@@ -58,6 +63,8 @@ def test_report_files_and_rewrite(summary, tmp_path):
     text = report.table(made)
     assert "0.500 [0.200, 0.300]" in text
     assert "1+2= | 3<eos> | 3<eos>" in text
+    assert "25 % retained, restoring 200 %" in text
+    assert "retained" not in report.table(made | {"retained": None, "restoring": None})
     page = (tmp_path / "report" / "report.html").read_text()
     assert "data:image/png;base64," in page
     assert "3&lt;eos&gt;" in page, "model output is escaped"
