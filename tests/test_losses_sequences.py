@@ -49,6 +49,10 @@ CASES = [
     ("topr", {}, [0.5, 0.5], -1.0, 0.5 * LOG_2, [-0.25, -0.25]),  # w = .25: -.25 * -2 log 2
     ("topr", {}, [0.5, 0.5], 2.0, -4 * LOG_2, [2, 2]),
     ("topr", {"max_ratio": 4.0}, [3.0, 1.0], -1.0, -3 * math.log(3), [-3, -3]),
+    # log w is clamped at 20 and -20, for VESPO and TOPR alike.
+    # phi = exp(-20 * .1) exp(1)
+    ("vespo", {"power_positive": 0.1, "decay_positive": 1.0}, [E**-15] * 2, 1.0, -30 / E, [1 / E, 1 / E]),
+    ("topr", {"max_ratio": math.inf}, [E**15] * 2, -1.0, -30 * E**20, [-(E**20)] * 2),
     # r2vpo: g = r A - 2 coef s (s-1), penalty coef (s-1)^2 for each token.
     # s = 2: 5 - 2 * .25        4 - .5 * 2, 1 - .5 * 2
     ("r2vpo", {"variance_coef": 0.25, **SEQUENCE}, [4.0, 1.0], 1.0, 4.5, [3, 0]),
