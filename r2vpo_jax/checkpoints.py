@@ -1,45 +1,163 @@
-"""Save and restore everything a run needs to continue, by Orbax.
+"""Save and restore everything a run needs to continue, by Orbax, and know whether it is intact.
 
-The learner's state (parameters, optimizer, multiplier, version) is stored as arrays. Random keys and data
-positions are functions of (seed, iteration), so the iteration stands for both. Positions in the metric files
-say where to cut what was written after the checkpoint.
+The learner's state (parameters, optimizer, multipliers, version) is stored as arrays; random keys and data positions
+are functions of numbers in `progress`. Writing is asynchronous. A step counts once a manifest with the sha256 of each
+of its files lies beside it: Orbax makes a step appear whole or not at all, but does not notice bits that flip later,
+nor a file that is cut. A step without a manifest, or one that fails it, is torn, and the one before is used.
 """
 
+import hashlib
+import json
+import os
 import pathlib
+import threading
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 
 class Checkpointer:
-    """Checkpoints of one run directory."""
+    """Checkpoints of one run directory: the last few, and the best by score."""
 
-    def __init__(self, directory, *, max_to_keep: int):
-        self._manager = ocp.CheckpointManager(
-            pathlib.Path(directory).resolve(),
-            options=ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, enable_async_checkpointing=False),
-        )
-
-    def latest(self) -> int | None:
-        """The last iteration with a complete checkpoint, or None."""
-        return self._manager.latest_step()
-
-    def save(self, iteration: int, state, progress: dict) -> None:
-        """Write a checkpoint; it appears whole or not at all.
+    def __init__(self, directory, *, max_to_keep: int, write=True):
+        """Open, or make, the directory.
 
         Args:
-          iteration: iterations done.
+          directory: holds one folder a step, and manifests/.
+          max_to_keep: steps kept besides the one with the best score.
+          write: whether this process writes manifests and deletes (process 0).
+        """
+        self._directory = pathlib.Path(directory).resolve()
+        self._manifests = self._directory / "manifests"
+        self._max_to_keep, self._write = max_to_keep, write
+        self._manager = ocp.CheckpointManager(
+            self._directory,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=None,  # deleting is done here, once the newer step is known to be intact
+                enable_async_checkpointing=True,
+                cleanup_tmp_directories=True,
+                step_name_format=ocp.path.step.standard_name_format(),
+            ),
+        )
+        self._thread, self._error = None, None
+
+    def save(self, iteration: int, state, progress: dict, *, score: float = 0.0) -> None:
+        """Start writing a checkpoint; returns as soon as the arrays may be overwritten.
+
+        Args:
+          iteration: iterations done; a step that exists is left alone.
           state: a LearnerState of device arrays.
           progress: JSON-compatible positions and counters.
+          score: of the policy on the validation split, to keep the best.
+
+        Raises:
+          OSError: this or the last checkpoint could not be written; what was on disk before is intact.
         """
+        self.wait()
         if iteration in self._manager.all_steps():
             return
+        if jax.default_backend() == "cpu":
+            # There Orbax may write from the very buffers that the next update is given to overwrite.
+            state = jax.tree.map(jnp.copy, state)
         self._manager.save(
             iteration,
             args=ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress)),
             force=True,
         )
-        self._manager.wait_until_finished()
+        details = {"score": score, "replay": progress.get("replay")}
+        self._thread = threading.Thread(target=self._commit, args=(iteration, details), name="checkpoint")
+        self._thread.start()
+
+    def _commit(self, iteration: int, details: dict) -> None:
+        try:
+            self._manager.wait_until_finished()
+            if self._write:
+                self._write_manifest(iteration, details)
+                self._prune()
+        except Exception as error:  # handed to the thread that trains, by wait()
+            self._error = error
+
+    def wait(self) -> None:
+        """Until the checkpoint under way is committed.
+
+        Raises:
+          OSError and what else went wrong while it was written.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    # Manifests -----------------------------------------------------------------------------------------
+
+    def _manifest(self, iteration: int) -> pathlib.Path:
+        return self._manifests / f"{iteration}.json"
+
+    def _checksums(self, iteration: int) -> dict[str, str]:
+        folder = self._directory / str(iteration)
+        files = sorted(p for p in folder.rglob("*") if p.is_file())
+        return {str(p.relative_to(folder)): _sha256(p) for p in files}
+
+    def _write_manifest(self, iteration: int, details: dict) -> None:
+        self._manifests.mkdir(exist_ok=True)
+        temporary = self._manifests / f"{iteration}.tmp"
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump({"files": self._checksums(iteration), **details}, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self._manifest(iteration))
+
+    def _prune(self) -> None:
+        steps = [s for s in sorted(self._manager.all_steps()) if self._manifest(s).exists()]
+        scores = {s: json.loads(self._manifest(s).read_text())["score"] for s in steps}
+        keep = set(steps[-self._max_to_keep :])
+        if steps:
+            keep.add(max(steps, key=lambda s: (scores[s], s)))
+        for step in steps:
+            if step not in keep:
+                self._manifest(step).unlink()  # first: half deleted is torn, not intact
+                self._manager.delete(step)
+
+    def problem(self, iteration: int) -> str | None:
+        """What is wrong with a step on disk, or None if it is intact."""
+        try:
+            listed = json.loads(self._manifest(iteration).read_text())["files"]
+        except OSError:
+            return "it was not committed (no checksums)"
+        except (ValueError, KeyError, TypeError) as error:
+            return f"its checksums cannot be read ({error!r})"
+        found = self._checksums(iteration)
+        if missing := sorted(listed.keys() - found.keys()):
+            return f"{missing[0]} is missing"
+        wrong = sorted(name for name in listed if found[name] != listed[name])
+        return f"{wrong[0]} is damaged" if wrong else None
+
+    def replay_listings(self) -> list[dict]:
+        """What the checkpoints on disk say of the replay buffer."""
+        self.wait()
+        listings = [json.loads(p.read_text())["replay"] for p in sorted(self._manifests.glob("*.json"))]
+        return [x for x in listings if x is not None]
+
+    # Restoring -----------------------------------------------------------------------------------------
+
+    def steps(self) -> list[int]:
+        """All iterations with a checkpoint, intact or not, the last one first."""
+        return sorted(self._manager.all_steps(), reverse=True)
+
+    def latest(self) -> int | None:
+        """The last iteration with an intact checkpoint, or None."""
+        return next((step for step in self.steps() if self.problem(step) is None), None)
+
+    def discard_after(self, iteration: int | None) -> None:
+        """Delete the steps after an iteration (all, if None), so that they can be written again."""
+        for step in list(self._manager.all_steps()):
+            if iteration is None or step > iteration:
+                if self._write:
+                    self._manifest(step).unlink(missing_ok=True)
+                self._manager.delete(step)
 
     def restore(self, iteration: int, abstract_state, shardings) -> tuple:
         """(state placed by `shardings`, progress) of that iteration."""
@@ -53,4 +171,13 @@ class Checkpointer:
         return restored.state, restored.progress
 
     def close(self) -> None:
-        self._manager.close()
+        """Wait for what is under way, and close."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

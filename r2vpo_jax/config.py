@@ -48,11 +48,6 @@ class TrainerConfig:
             f"trainer.prompts_per_rollout={self.prompts_per_rollout} is not a multiple of "
             f"trainer.num_minibatches={self.num_minibatches} (groups are not torn)",
         )
-        require(
-            self.num_minibatches * self.num_epochs > 1 or self.allow_single_update,
-            "with one update a rollout the ratio is 1 throughout and every objective is the same; raise "
-            "trainer.num_minibatches or trainer.num_epochs, or say --config.trainer.allow_single_update=True",
-        )
 
     @property
     def updates_per_rollout(self) -> int:
@@ -104,6 +99,55 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ReplayConfig:
+    """Stale data. With lag 0, capacity 0 and one batch an iteration, each rollout batch is trained on once."""
+
+    lag: int = option(0, "iterations between generating a batch and training on it")
+    capacity: int = option(0, "rollout batches kept for replay, besides those that the lag holds back; 0: no replay")
+    capacity_bytes: int | None = option(None, "limit on the bytes of all batches kept")
+    draw: str = option("newest", "newest, uniform, mixed or priority (by |A|)")
+    stale_fraction: float = option(0.5, "mixed: share of older groups in a training batch")
+    batches_per_iteration: int = option(1, "training batches drawn for each rollout batch generated")
+    max_age: int | None = option(None, "optimizer updates after which an older group is not drawn")
+    max_uses: int | None = option(None, "times a group may be drawn")
+
+    def __post_init__(self):
+        for name in ("lag", "capacity"):
+            require(getattr(self, name) >= 0, f"replay.{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("capacity_bytes", "batches_per_iteration", "max_age", "max_uses"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"replay.{name} must be at least 1, got {value}")
+        draws = ("newest", "uniform", "mixed", "priority")
+        require(self.draw in draws, f"replay.draw={self.draw!r} is unknown; one of {', '.join(draws)}")
+        require(0 <= self.stale_fraction <= 1, f"replay.stale_fraction must be in [0, 1], got {self.stale_fraction}")
+        require(
+            self.draw == "newest" or self.capacity > 1,
+            f"replay.draw={self.draw} needs older batches: set replay.capacity to at least 2",
+        )
+
+    @property
+    def enabled(self) -> bool:
+        """Whether batches go through the buffer at all."""
+        return self.lag > 0 or self.capacity > 0 or self.batches_per_iteration > 1
+
+
+@dataclasses.dataclass(frozen=True)
+class AlarmConfig:
+    """Signs of a collapse. An alarm is said and written to events.jsonl once its sign has lasted."""
+
+    patience: int = option(10, "iterations that a sign must last")
+    stop: bool = option(False, "an alarm also ends the run, after a checkpoint")
+    min_entropy: float = option(1e-3, "policy/entropy below this, nats a token")
+    min_effective_sample_size: float = option(0.3, "ratio/effective_sample_size below this")
+    max_second_moment: float = option(10.0, "ratio/second_moment above this")
+    max_truncated: float = option(0.5, "response/truncated above this")
+    max_zero_variance_groups: float = option(0.9, "reward/zero_variance_groups above this")
+
+    def __post_init__(self):
+        require(self.patience >= 1, f"alarms.patience must be at least 1, got {self.patience}")
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Devices along each axis; one may be -1: all that is left."""
 
@@ -149,6 +193,8 @@ class Config:
     trainer: TrainerConfig = dataclasses.field(default_factory=TrainerConfig)
     sampler: SamplerConfig = dataclasses.field(default_factory=SamplerConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    replay: ReplayConfig = dataclasses.field(default_factory=ReplayConfig)
+    alarms: AlarmConfig = dataclasses.field(default_factory=AlarmConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -162,6 +208,18 @@ class Config:
             f"multiple of trainer.micro_batch_size={self.trainer.micro_batch_size}",
         )
         require(self.seed >= 0, f"seed must be >= 0, got {self.seed}")
+        require(
+            self.trainer.updates_per_rollout > 1 or self.trainer.allow_single_update or self.replay.enabled,
+            "with one update a rollout on fresh data the ratio is 1 throughout and every objective is the same; raise "
+            "trainer.num_minibatches or trainer.num_epochs, set replay.lag, or say "
+            "--config.trainer.allow_single_update=True",
+        )
+
+    @property
+    def num_updates(self) -> int:
+        """Optimizer updates of the whole run."""
+        trained = max(self.trainer.num_iterations - self.replay.lag, 0) * self.replay.batches_per_iteration
+        return trained * self.trainer.updates_per_rollout
 
 
 @dataclasses.dataclass(frozen=True)

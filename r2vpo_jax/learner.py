@@ -2,8 +2,9 @@
 
 `update` is the optimizer step only. `train_on_rollout` runs the N minibatch updates of a rollout batch and
 then steps the multipliers (lambda of the ratio variance, beta of an adaptive KL) once, on what the *last*
-minibatch measured before its own update: the first minibatch has r = 1 by construction, and stepping on it
-would bias them low.
+minibatch measured before its own update: on fresh data the first minibatch has r = 1 by construction, and stepping
+on it would bias them low. On stale data lambda sees what the updates added: V of the last minibatch less V of the
+first.
 """
 
 import functools
@@ -108,8 +109,8 @@ class Learner:
                 f"trainer.micro_batch_size={trainer.micro_batch_size} is not a multiple of the {data_parallel} "
                 "data-parallel devices (mesh.data * mesh.fsdp)"
             )
-        self.optimizer = optimizer or make_optimizer(config.optimizer, trainer.num_iterations * self.num_updates)
-        self.schedule = learning_rate_schedule(config.optimizer, trainer.num_iterations * self.num_updates)
+        self.optimizer = optimizer or make_optimizer(config.optimizer, config.num_updates)
+        self.schedule = learning_rate_schedule(config.optimizer, config.num_updates)
         self._loss = policy_loss(config.objective)
         self._value_optimizer = critic.make_optimizer(
             config.optimizer.value_learning_rate, config.optimizer.max_grad_norm
@@ -355,10 +356,14 @@ class Learner:
         first, last = (s.mean("ratio_variance") for s in (all_stats[0], all_stats[-1]))
         # A minibatch that was skipped as non-finite (and counted), or in which nothing counts, measures nothing.
         measured = jnp.isfinite(last) & (all_stats[-1].sums["ratio_variance"][1] > 0)
+        # Stale data starts at V > 0 whatever this batch's updates do: that must not wind the multiplier up (ours).
+        excess = {"auto": self.config.replay.enabled, "excess": True, "absolute": False}[objective.dual_signal]
+        signal = last - first if excess else last
         if objective.adaptive:
+            measured = measured & jnp.isfinite(signal)
             stepped = dual.update(
                 dual_state,
-                last,
+                signal,
                 budget=objective.variance_budget,
                 step_size=objective.dual_step / objective.variance_budget,
                 max_coef=objective.max_variance_coef,
@@ -374,7 +379,7 @@ class Learner:
             dual_state,
             kl_coef,
             merged.reduce(),
-            {"first": first, "last": last, "nonfinite": merged.sums["nonfinite"][0]},
+            {"first": first, "last": last, "signal": signal, "nonfinite": merged.sums["nonfinite"][0]},
         )
 
     def train_on_rollout(self, state: LearnerState, rollout: Rollout, key):
@@ -388,7 +393,7 @@ class Learner:
 
         Returns:
           (state, merged Stats, {"first", "last": ratio variance of the first and last minibatch before their
-          updates, "nonfinite": f32 [N], 1 where an update was skipped}).
+          updates, "signal": what the multiplier was given, "nonfinite": f32 [N], 1 where an update was skipped}).
         """
         if self.config.objective.correction != "none":
             rollout = self._correct(state.params, rollout)

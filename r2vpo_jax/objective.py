@@ -45,6 +45,9 @@ class ObjectiveConfig:
     dual_max_step: float | None = option(None, "r2vpo: bound on one move of lambda (of log lambda: multiplicative)")
     dual_rule: str | None = option(None, "r2vpo: projected or multiplicative")
     max_variance_coef: float | None = option(None, "r2vpo: cap of lambda")
+    dual_signal: str | None = option(
+        None, "r2vpo: V of the last minibatch (absolute), less that of the first (excess), or auto"
+    )
     normalize_variance_coef: bool | None = option(None, "r2vpo: multiply lambda by the advantages' deviation")
     penalty_scope: str | None = option(None, "r2vpo: token or sequence")
 
@@ -128,6 +131,7 @@ class ObjectiveConfig:
             ("loss", losses.names()),
             ("reduction", losses.REDUCTIONS),
             ("dual_rule", dual.RULES),
+            ("dual_signal", ("auto", "absolute", "excess")),
             ("advantage", ADVANTAGES),
             ("advantage_scale", advantages.SCALES),
             ("zero_variance", ("keep", "drop", "resample")),
@@ -209,6 +213,7 @@ _DEFAULTS = {
     "dual_step": 0.5,
     "dual_max_step": 1.0,
     "dual_rule": "projected",
+    "dual_signal": "auto",
     "max_variance_coef": 50.0,
     "normalize_variance_coef": False,
     "advantage": "group_relative",

@@ -2,7 +2,7 @@
 
 Before the loop:
   0. Claim the run directory, load the base model, place it on the mesh, and continue from the last
-     checkpoint if there is one. Measure the noise floor: with unchanged weights the ratio of scoring to
+     intact checkpoint if there is one. Measure the noise floor: with unchanged weights the ratio of scoring to
      sampling should be 1; if it is not, the constraint would act on noise, and the run is refused.
      Score the base model on the test split.
 
@@ -12,8 +12,9 @@ One iteration:
   3. Verify them: right, wrong, or a verifier error (counted apart). With dynamic sampling, go back to
      1 until enough groups have rewards that differ.
   4. Turn rewards into advantages.
-  5. Learn: N minibatch updates, then one step of the multipliers.
-  6. Write metrics and samples.
+  5. Put the batch into the replay buffer, if there is one, and draw what is trained on: nothing while its queue
+     fills. Learn: N minibatch updates, then one step of the multipliers.
+  6. Write metrics and samples; look for signs of a collapse.
   7. Every `eval_every` iterations, score the validation split.
   8. Every `checkpoint_every` iterations, save everything the run needs to continue.
 
@@ -30,13 +31,16 @@ import jax
 import numpy as np
 
 import r2vpo_jax
-from r2vpo_jax import credit, metrics, models, report, sampler, sharding, tasks, training_metrics
+from r2vpo_jax import code_identity, credit, metrics, models, report, sampler, sharding, tasks, training_metrics
+from r2vpo_jax.alarms import Alarms
 from r2vpo_jax.base_model import load_base_model
 from r2vpo_jax.checkpoints import Checkpointer
 from r2vpo_jax.config import Config
 from r2vpo_jax.evaluation import Evaluation, evaluate
 from r2vpo_jax.interrupts import any_process, graceful_stop
 from r2vpo_jax.learner import Learner, NonFiniteUpdateError
+from r2vpo_jax.profiling import Profiler
+from r2vpo_jax.replay import ReplayBuffer, ReplayError
 from r2vpo_jax.rollout import Rollout
 from r2vpo_jax.run_directory import UsageError, claim, usage_errors
 from r2vpo_jax.sampler import Sampling
@@ -89,7 +93,7 @@ class _Run:
     """The parts of one run. `go` is the story; the methods are its sentences."""
 
     def __init__(self, config: Config, workdir, profile_steps, say):
-        self.config, self.profile_steps, self.profiling = config, profile_steps, False
+        self.config = config
         self.chief = jax.process_index() == 0
         self._say = say if self.chief else lambda _: None
         with usage_errors():
@@ -99,7 +103,12 @@ class _Run:
             self.task.check_tokenizer(self.tokenizer)
             self.learner = Learner(self.model, config, self.mesh)
         self.workdir = claim(workdir, config, write=self.chief)
-        self.checkpointer = Checkpointer(self.workdir / "checkpoints", max_to_keep=config.trainer.max_checkpoints)
+        self.checkpointer = Checkpointer(
+            self.workdir / "checkpoints", max_to_keep=config.trainer.max_checkpoints, write=self.chief
+        )
+        self.replay = ReplayBuffer(self.workdir / "replay", config.replay, config.sampler.group_size, write=self.chief)
+        self.alarms = Alarms(config.alarms)
+        self.profiler = Profiler(self.workdir, profile_steps)
         self.timers = Timers()
         self.sampling = Sampling(
             temperature=config.sampler.temperature,
@@ -115,6 +124,7 @@ class _Run:
         self.progress = {
             "problems": 0, "rollouts": 0, "rollout_tokens": 0, "trained_tokens": 0, "nonfinite_in_a_row": 0, "seconds": 0.0,
             "best_validation": 0.0, "last_validation": 0.0, "noise_floor": None, "base": None, "positions": {},
+            "code": code_identity.of_package(),
         }  # fmt: skip
 
     # The story -----------------------------------------------------------------------------------------
@@ -125,7 +135,7 @@ class _Run:
             return self._show_finished()
         self._resume()
         self._open_writers()
-        with self._writers(), graceful_stop() as stop:
+        with self._writers(), self._disk_errors(), graceful_stop() as stop:
             floor = self._check_noise_floor()
             if self.progress["noise_floor"] is None:
                 self.progress["noise_floor"] = floor
@@ -136,8 +146,10 @@ class _Run:
             progress_bar = metrics.Progress(total, self.iteration, enabled=self.chief)
             first_iteration, loop_start = self.iteration, time.perf_counter()
             while self.iteration < last and not any_process(stop.requested):
-                with self._profile():
+                with self.profiler.iteration(self.iteration + 1):
                     row = self._iterate()
+                if self._sound_alarms(row) and self.config.alarms.stop:
+                    break
                 if self.iteration % self.config.trainer.eval_every == 0 or self.iteration == total:
                     self._validate()
                 if self.iteration % self.config.trainer.checkpoint_every == 0 or self.iteration == total:
@@ -159,18 +171,41 @@ class _Run:
         if config.objective.zero_variance == "resample":
             wanted = config.trainer.prompts_per_rollout
             batch = credit.select_groups(sampled, config.objective, self.sampling.group_size, wanted)
-        with timers("update"):  # 4, 5
-            batch = self._fill_advantages(batch)
-            stats, variance = self._learn(batch)
+        with timers("update"):
+            batch = self._fill_advantages(batch)  # 4
+            drawn = self._draw(batch)  # 5
+            learned = [self._learn(d, number) for number, d in enumerate(drawn)]
         self.iteration += 1
-        self.progress["trained_tokens"] += int(batch.learning_mask.sum()) * config.trainer.num_epochs
+        trained = sum(int(d.learning_mask.sum()) for d in drawn)
+        self.progress["trained_tokens"] += trained * config.trainer.num_epochs
         spent = {k: v - before.get(k, 0.0) for k, v in timers.seconds.items()}
-        row = self._metrics_row(sampled, batch, stats, variance, spent)  # 6
+        row = self._metrics_row(sampled, drawn, learned, spent)  # 6
         self.writers["metrics"].write(row)
         if self.tensorboard:
             self.tensorboard.write(self.iteration, row)
         self._write_samples(batch)
         return row
+
+    def _draw(self, batch: Rollout) -> list[Rollout]:
+        """The batches to train on now: the one just sampled, or what the replay buffer gives."""
+        config = self.config
+        if not config.replay.enabled:
+            return [batch]
+        version = int(sharding.to_host(self.state.version))
+        self.replay.add(self.iteration, batch, version=version)
+        draws = []
+        with usage_errors():
+            for number in range(config.replay.batches_per_iteration):
+                groups = config.trainer.prompts_per_rollout
+                draws.append(self.replay.draw(self.iteration, groups, version=version, seed=config.seed, number=number))
+        return [d for d in draws if d is not None]
+
+    def _sound_alarms(self, row: dict) -> bool:
+        raised = self.alarms.check(row) if row["kind"] == "train" else []
+        for name, line in raised:
+            self._say(f"ALARM {name}: {line}")
+            self.events.write({"event": "alarm", "iteration": self.iteration, "alarm": name, "message": line})
+        return bool(raised)
 
     def _collect(self) -> Rollout:
         """Verified responses to the next problems; with dynamic sampling to as many as it takes."""
@@ -205,14 +240,35 @@ class _Run:
         return summary
 
     def _resume(self) -> None:
-        iteration = self.checkpointer.latest()
-        if iteration is None:
-            return
-        self.state, self.progress = self.checkpointer.restore(
+        """Continue from the last checkpoint that is intact, its replay files too; say what is not."""
+        self.notices = []
+        for iteration in self.checkpointer.steps():
+            problem = self.checkpointer.problem(iteration) or self._restore(iteration)
+            if problem is None:
+                self.iteration = iteration
+                self._say(f"continuing {self.workdir} from iteration {iteration}")
+                break
+            self.notices.append({"event": "torn", "iteration": iteration, "message": problem})
+            self._say(f"checkpoint {iteration} is torn ({problem}); falling back to the one before")
+        self.checkpointer.discard_after(self.iteration if self.progress["positions"] else None)
+        here = code_identity.of_package()
+        if self.progress["code"] != here:
+            self.notices.append({"event": "code_changed", "before": self.progress["code"], "now": here})
+            self._say("warning: the code has changed since this run was started; the rest of it runs the new code")
+            self.progress["code"] = here
+
+    def _restore(self, iteration: int) -> str | None:
+        """Restore a checkpoint that is intact; returns what is wrong with the replay files it needs."""
+        state, progress = self.checkpointer.restore(
             iteration, self.learner.abstract_state, self.learner.state_shardings
         )
-        self.iteration = iteration
-        self._say(f"continuing {self.workdir} from iteration {iteration}")
+        try:
+            self.replay.restore(progress["replay"])
+        except ReplayError as error:
+            return str(error)
+        self.state, self.progress = state, progress
+        self.alarms.state = progress["alarms"]
+        return None
 
     def _open_writers(self) -> None:
         positions = self.progress["positions"]
@@ -228,6 +284,8 @@ class _Run:
         self.tensorboard = None
         if self.chief and self.config.trainer.tensorboard:
             self.tensorboard = metrics.TensorBoard(self.workdir / "tensorboard")
+        for notice in self.notices:
+            self.events.write(notice)
         self.events.write(
             {"event": "resume" if resumed else "start", "iteration": self.iteration, "version": r2vpo_jax.__version__}
         )
@@ -240,7 +298,7 @@ class _Run:
         try:
             yield
         finally:
-            self._stop_profile()
+            self.profiler.stop()
             for writer in (*self.writers.values(), self.events, self.tensorboard, self.checkpointer):
                 if writer is not None:
                     writer.close()
@@ -297,9 +355,9 @@ class _Run:
         kl_coef = float(sharding.to_host(self.state.kl_coef))
         return credit.fill_advantages(rollout, self.config.objective, self.sampling.group_size, kl_coef)
 
-    def _learn(self, rollout: Rollout):
+    def _learn(self, rollout: Rollout, number: int = 0):
         batch = sharding.put_batch(rollout, self.mesh)
-        key = jax.random.fold_in(jax.random.fold_in(self.key, self.iteration), 1)
+        key = jax.random.fold_in(jax.random.fold_in(self.key, self.iteration), 1 + number)
         self.state, stats, variance = self.learner.train_on_rollout(self.state, batch, key)
         stats, variance = sharding.to_host((stats, variance))
         self._check_finite(batch, key, variance["nonfinite"])
@@ -325,26 +383,29 @@ class _Run:
 
     # 6. Metrics ------------------------------------------------------------------------------------------
 
-    def _metrics_row(self, sampled: Rollout, batch: Rollout, stats, variance, spent) -> dict:
+    def _metrics_row(self, sampled: Rollout, drawn: list[Rollout], learned, spent) -> dict:
         version = int(sharding.to_host(self.state.version))
+        counters = {"iteration": self.iteration, "version": version}
+        counters |= {name: self.progress[name] for name in ("rollouts", "rollout_tokens")}
+        if self.config.replay.enabled:
+            batch = drawn[-1] if drawn else None
+            before = version - len(drawn) * self.config.trainer.updates_per_rollout
+            counters |= self.replay.statistics(batch, before)
+            counters["replay/ratio"] = self.progress["trained_tokens"] / max(self.progress["rollout_tokens"], 1)
+        shared = {"group_size": self.sampling.group_size, "counters": counters}
+        if not drawn:
+            return training_metrics.fill_row(self.config.objective, sampled, spent, **shared)
         return training_metrics.row(
             self.config.objective,
             sampled,
-            batch,
-            stats,
-            variance,
+            drawn,
+            learned,
             spent,
-            group_size=self.sampling.group_size,
             num_epochs=self.config.trainer.num_epochs,
-            counters={
-                "iteration": self.iteration,
-                "version": version,
-                "rollouts": self.progress["rollouts"],
-                "rollout_tokens": self.progress["rollout_tokens"],
-            },
             variance_coef=float(sharding.to_host(self.state.dual.variance_coef)),
             kl_coef=float(sharding.to_host(self.state.kl_coef)),
             learning_rate=float(self.learner.schedule(max(version - 1, 0))),
+            **shared,
         )
 
     def _write_samples(self, rollout: Rollout) -> None:
@@ -366,6 +427,8 @@ class _Run:
             )
 
     def _progress_text(self, row: dict) -> str:
+        if row["kind"] == "fill":
+            return f"rollouts {row['rollouts']}  reward {row['reward/mean']:.3f}  filling the queue"
         tokens_per_second = row["rollout_tokens"] / max(sum(self.timers.seconds.values()), 1e-9)
         return (
             f"rollouts {row['rollouts']}  reward {row['reward/mean']:.3f}  val {self.progress['last_validation']:.3f}  "
@@ -430,8 +493,23 @@ class _Run:
         return scores
 
     def _save(self) -> None:
+        self.checkpointer.wait()
+        self.replay.collect_garbage(self.checkpointer.replay_listings())
         self.progress["positions"] = {name: writer.position() for name, writer in self.writers.items()}
-        self.checkpointer.save(self.iteration, self.state, {**self.progress, "seconds": self._seconds()})
+        self.progress["replay"], self.progress["alarms"] = self.replay.listing(), self.alarms.state
+        progress = {**self.progress, "seconds": self._seconds()}
+        self.checkpointer.save(self.iteration, self.state, progress, score=self.progress["last_validation"])
+
+    @contextlib.contextmanager
+    def _disk_errors(self):
+        """A full or vanished disk is one line that says what is safe."""
+        try:
+            yield
+        except OSError as error:
+            raise UsageError(
+                f"cannot write to {self.workdir} ({error.strerror or error}); the last checkpoint is intact: make room, "
+                "and the same command goes on from there"
+            ) from error
 
     def _seconds(self) -> float:
         return self.progress["seconds"] + time.perf_counter() - r2vpo_jax.PROCESS_START
@@ -460,24 +538,3 @@ class _Run:
         self._say("\n" + report.table(summary))
         self._say(f"\nreport: {self.workdir / 'report' / 'report.html'}   model: {self.workdir / 'hf'}")
         return summary
-
-    # Small things ----------------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def _profile(self):
-        """Record this iteration if it is among `profile_steps` (counted from 1)."""
-        first, last = self.profile_steps or (0, -1)
-        number = self.iteration + 1
-        if first <= number <= last and not self.profiling:
-            jax.profiler.start_trace(str(self.workdir / "profile"))
-            self.profiling = True
-        with jax.profiler.StepTraceAnnotation("iteration", step_num=number):
-            yield
-        if number == last:
-            self._stop_profile()
-
-    def _stop_profile(self) -> None:
-        if self.profiling:
-            jax.block_until_ready(self.state)
-            jax.profiler.stop_trace()
-            self.profiling = False

@@ -1,5 +1,6 @@
 """One line of metrics.jsonl for an iteration. docs/metrics.md explains every name."""
 
+import jax
 import numpy as np
 
 from r2vpo_jax import credit, critic, ratio_stats
@@ -12,10 +13,9 @@ from r2vpo_jax.tasks.base import Outcome
 def row(
     objective: ObjectiveConfig,
     sampled: Rollout,
-    batch: Rollout,
-    stats: Stats,
-    variance,
-    spent,
+    drawn: list[Rollout],
+    learned: list[tuple[Stats, dict]],
+    spent: dict,
     *,
     group_size: int,
     num_epochs: int,
@@ -24,54 +24,80 @@ def row(
     kl_coef: float,
     learning_rate: float,
 ) -> dict:
-    """Everything that is reported of one iteration.
+    """Everything that is reported of an iteration that trained.
 
     Args:
       objective: the configuration; some names exist only for what it switches on.
       sampled: all responses sampled in this iteration, verified, on the host.
-      batch: those that were trained on.
-      stats, variance: from `Learner.train_on_rollout`, on the host.
+      drawn: the batches that were trained on.
+      learned: (stats, variance) of each, from `Learner.train_on_rollout`, on the host.
       spent: seconds of this iteration by phase.
       group_size, num_epochs: of the run.
       counters: totals of the run so far.
       variance_coef, kl_coef, learning_rate: after this iteration.
     """
-    right = (sampled.outcome == Outcome.RIGHT).reshape(-1, group_size)
-    learned = credit.learning_reward(sampled, objective)
-    learned = learned[~np.isnan(learned)]
-    length = sampled.response_length
-    trained_tokens = float(batch.learning_mask.sum()) * num_epochs
+    stats = jax.tree.map(lambda *x: np.stack(x), *(s for s, _ in learned)).reduce()
+    variance = learned[-1][1]
+    trained_tokens = float(sum(d.learning_mask.sum() for d in drawn)) * num_epochs
     result = {
         "kind": "train",
         **counters,
-        "reward/mean": sampled.reward.mean(),
-        "reward/learned": learned.mean() if learned.size else float("nan"),
-        "reward/zero_variance_groups": 1.0 - credit.groups_differ(sampled, objective, group_size).mean(),
-        "reward/all_right_groups": right.all(axis=1).mean(),
-        "reward/kept": batch.keep.mean(),
-        "outcome/errors": int((sampled.outcome == Outcome.ERROR).sum()),
-        "response/length": length.mean(),
-        "response/length_max": int(length.max()),
-        "response/truncated": sampled.truncated.mean(),
+        **_of_sampled(objective, sampled, group_size),
+        "reward/kept": np.mean([d.keep.mean() for d in drawn]),
         "policy/entropy": stats.mean("entropy"),
         "ratio/second_moment": float(variance["last"]),
         "ratio/second_moment_first": float(variance["first"]),
         **ratio_stats.summarize(stats),
         "ratio/clamped": stats.mean("clamped"),
         "dual/variance_coef": variance_coef,
-        "dual/constraint_violation": float(variance["last"]) - objective.variance_budget,
+        "dual/signal": float(variance["signal"]),
+        "dual/constraint_violation": float(variance["signal"]) - objective.variance_budget,
         "loss/total": stats.mean("loss"),
         "loss/surrogate": stats.mean("surrogate"),
         "loss/penalty": stats.mean("penalty") if "penalty" in stats.sums else 0.0,
         "optimizer/grad_norm": stats.mean("grad_norm"),
         "optimizer/update_norm": stats.mean("update_norm"),
         "optimizer/learning_rate": learning_rate,
-        "optimizer/nonfinite_updates": int(np.sum(variance["nonfinite"])),
+        "optimizer/nonfinite_updates": int(sum(np.sum(v["nonfinite"]) for _, v in learned)),
         **_optional(objective, stats, kl_coef),
-        "throughput/rollout_tokens_per_second": float(length.sum()) / max(spent["rollout"], 1e-9),
+        **_of_time(sampled, spent),
         "throughput/update_tokens_per_second": trained_tokens / max(spent["update"], 1e-9),
+    }
+    return _plain(result)
+
+
+def fill_row(objective: ObjectiveConfig, sampled: Rollout, spent: dict, *, group_size: int, counters: dict) -> dict:
+    """What is reported of an iteration that only filled the queue (`"kind": "fill"`); arguments as for `row`."""
+    result = {"kind": "fill", **counters, **_of_sampled(objective, sampled, group_size), **_of_time(sampled, spent)}
+    return _plain(result)
+
+
+def _of_sampled(objective: ObjectiveConfig, sampled: Rollout, group_size: int) -> dict:
+    right = (sampled.outcome == Outcome.RIGHT).reshape(-1, group_size)
+    learned = credit.learning_reward(sampled, objective)
+    learned = learned[~np.isnan(learned)]
+    length = sampled.response_length
+    return {
+        "reward/mean": sampled.reward.mean(),
+        "reward/learned": learned.mean() if learned.size else float("nan"),
+        "reward/zero_variance_groups": 1.0 - credit.groups_differ(sampled, objective, group_size).mean(),
+        "reward/all_right_groups": right.all(axis=1).mean(),
+        "outcome/errors": int((sampled.outcome == Outcome.ERROR).sum()),
+        "response/length": length.mean(),
+        "response/length_max": int(length.max()),
+        "response/truncated": sampled.truncated.mean(),
+    }
+
+
+def _of_time(sampled: Rollout, spent: dict) -> dict:
+    tokens = float(sampled.response_length.sum())
+    return {
+        "throughput/rollout_tokens_per_second": tokens / max(spent["rollout"], 1e-9),
         **{f"time/{phase}": spent.get(phase, 0.0) for phase in ("rollout", "verify", "update", "compile")},
     }
+
+
+def _plain(result: dict) -> dict:
     return {k: v.item() if hasattr(v, "item") else v for k, v in result.items()}
 
 
