@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from r2vpo_jax import dual, learner, losses, models, sharding
+from r2vpo_jax import learner, losses, models, sharding
 from r2vpo_jax.config import ObjectiveConfig, OptimizerConfig
 from r2vpo_jax.learner import Learner
 from tests.conftest import jaxpr_sizes, random_params, with_config

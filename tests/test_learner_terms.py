@@ -5,6 +5,8 @@ Most tests read the gradient from the parameters that one SGD step leaves, and c
 over the whole batch at once.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -301,9 +303,10 @@ def m2po_batch(batch):
 def test_m2po_cuts_at_the_threshold_of_the_whole_minibatch(learners, params, head, m2po_batch, scored, formula):
     mask = np.asarray(m2po_batch.response_mask) & KEEP[:, None]
     arrays = (scored[0], m2po_batch.behavior_logp, m2po_batch.advantage, mask)
-    threshold = losses.m2po_threshold(*arrays, budget=0.01)
-    loss, expected_stats = losses.m2po_loss(*arrays, threshold=threshold)
-    parts = [float(losses.m2po_threshold(*(x[i::4] for x in arrays), budget=0.01)) for i in range(4)]
+    threshold_of = jax.jit(functools.partial(losses.m2po_threshold, budget=0.01))
+    threshold = threshold_of(*arrays)
+    loss, expected_stats = jax.jit(losses.m2po_loss)(*arrays, threshold=threshold)
+    parts = [threshold_of(*(x[i::4] for x in arrays)) for i in range(4)]
     assert all(abs(part / threshold - 1) > 0.05 for part in parts), "that of a micro-batch would be another one"
 
     grads, stats, _ = update(learners("m2po"), params, m2po_batch)
@@ -464,7 +467,7 @@ def test_the_ratio_is_against_the_proximal_policy(learners, params, head, mismat
     np.testing.assert_allclose(stats.mean("weight"), weights.mean(), rtol=1e-4)
     np.testing.assert_allclose(stats.mean("weight_squared"), np.square(weights).mean(), rtol=1e-4)
     # The anchor stays where it is while the parameters move.
-    state = start(learner, params, rate=0.05, head=head)
+    state = start(learner, params, rate=1e-3, head=head)
     after, _, variance = learner.train_on_rollout(state, sharding.put_batch(mismatched, learner.mesh), KEY)
     assert variance["first"] < 1e-9 < 1e-7 < variance["last"] < 0.1
     assert int(after.version) == 2
@@ -515,7 +518,7 @@ def test_the_value_loss_alone_moves_the_trunk(learners, params, head, batch, sco
     largest = max(np.abs(g).max() for g in jax.tree.leaves(expected))
     assert largest > 1e-3
     for a, e in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-6 * largest)
+        np.testing.assert_allclose(a, e, rtol=1e-5, atol=3e-6 * largest)
     np.testing.assert_allclose(stats.mean("loss"), loss, rtol=1e-5)
     np.testing.assert_allclose(0.7 * stats.mean("value_loss"), loss, rtol=1e-5)
     mask = np.asarray(batch.response_mask)
@@ -598,6 +601,7 @@ def test_the_objectives_here_are_what_they_are_taken_for():
     assert made["token_mean"].adaptive
     assert not made["constant_length"].adaptive
     assert (made["sequence_mean"].kl_to, made["sequence_mean"].kl_target) == ("behavior", 0.01)
-    assert made["critic"].critic and made["critic"].needs_reference
+    assert made["critic"].critic
+    assert made["critic"].needs_reference
     assert made["bonus"].kl_estimator == "k3"
     assert made["critic"].value_clip == 0.2

@@ -22,8 +22,8 @@ gradients, then add up to those of the whole batch. An empty mask gives 0.
   clamped         tokens whose |log-ratio| exceeds LOG_RATIO_CLAMP: their gradient is zero
 and `penalty`, if they have one. For constant_length the count of a statistic is the number of unmasked tokens.
 
-To add an objective: one function in one of the modules here, one row in `_LOSSES`, its oracle in
-tests/test_losses.py, its paragraph in docs/algorithms/objectives.md. A hyper-parameter with a new name is also
+To add an objective: one function in one of the modules here, one row in `_LOSSES`, its oracles in
+tests/test_losses*.py, its paragraph in docs/algorithms/objectives.md. A hyper-parameter with a new name is also
 a field of config.ObjectiveConfig.
 """
 

@@ -258,7 +258,7 @@ def dppo_kl_loss(
     require(max_ratio >= 1, f"max_ratio must be >= 1, got {max_ratio}")
     x = prepare(logp, behavior_logp, advantages, mask, weights)
     pi, mu = _probabilities(x)
-    rest = jnp.log((1 - mu + 1e-8) / (1 - pi + 1e-8))
+    rest = jnp.log(jnp.maximum(1 - mu, 1e-8) / jnp.maximum(1 - pi, 1e-8))
     divergence = -mu * jax.lax.stop_gradient(x.log_ratio) + (1 - mu) * rest
     high = (x.advantages > 0) & (pi > mu) & (divergence > divergence_high)
     low = (x.advantages <= 0) & (pi < mu) & (divergence > divergence_low)
@@ -299,8 +299,11 @@ def m2po_threshold(
     running_mean = jnp.cumsum(jnp.where(counted, magnitude, 0.0) ** 2) / jnp.arange(1, magnitude.size + 1)
     # Sorted, so the running mean only grows: what fits is a prefix.
     kept = jnp.sum(counted & (running_mean <= budget))
+    # Equal ones are cut together, all or none.
+    first_cut = magnitude[jnp.minimum(kept, magnitude.size - 1)]
+    kept = jnp.where(kept < magnitude.size, jnp.searchsorted(magnitude, first_cut), kept)
     largest_kept = jnp.where(kept > 0, magnitude[jnp.maximum(kept - 1, 0)], 0.0)
-    smallest_cut = jnp.where(kept < magnitude.size, magnitude[jnp.minimum(kept, magnitude.size - 1)], jnp.inf)
+    smallest_cut = jnp.where(kept < magnitude.size, first_cut, jnp.inf)
     return 0.5 * (largest_kept + smallest_cut)
 
 

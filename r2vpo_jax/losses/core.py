@@ -120,7 +120,8 @@ class Tokens:
         The token form of a sequence-level term: for s = exp(mean_t log r_t), common to the T tokens of a row,
         the sum over the row of s A has derivative s A by each log r_t, and so has this.
         """
-        return jax.lax.stop_gradient(value) * (1.0 + self.log_ratio - jax.lax.stop_gradient(self.log_ratio))
+        # The inner brackets make the second factor exactly 1 in value.
+        return jax.lax.stop_gradient(value) * (1.0 + (self.log_ratio - jax.lax.stop_gradient(self.log_ratio)))
 
     def score_function(self, coefficient) -> Array:
         """sg(coefficient) log pi: a REINFORCE term with that gradient coefficient."""
@@ -184,10 +185,11 @@ def prepare(logp, behavior_logp, advantages, mask, weights) -> Tokens:
     logp, behavior_logp = unmasked(logp), jax.lax.stop_gradient(unmasked(behavior_logp))
     log_ratio = logp - behavior_logp
     clamped = jnp.abs(log_ratio) > LOG_RATIO_CLAMP
+    bound = jax.lax.stop_gradient(jnp.clip(log_ratio, -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP))
     return Tokens(
         logp=jnp.where(clamped, jax.lax.stop_gradient(logp), logp),
         behavior_logp=behavior_logp,
-        log_ratio=jnp.clip(log_ratio, -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP),
+        log_ratio=jnp.where(clamped, bound, log_ratio),
         advantages=jax.lax.stop_gradient(unmasked(advantages)),
         mask=mask,
         weights=jax.lax.stop_gradient(unmasked(weights)),

@@ -80,7 +80,7 @@ def vespo_loss(
     Returns, Raises: as `r2vpo_loss`; ValueError for constants out of range.
     """
     require(
-        min(power_positive, power_negative) >= 0 and min(decay_positive, decay_negative) > 0,
+        power_positive >= 0 and power_negative >= 0 and decay_positive > 0 and decay_negative > 0,
         f"powers must be >= 0 and decays > 0, got {power_positive}, {power_negative} and {decay_positive}, "
         f"{decay_negative}",
     )
