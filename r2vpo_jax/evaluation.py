@@ -38,6 +38,23 @@ class Evaluation:
         """Unbiased pass@k from all n samples."""
         return float(statistics.pass_at_k(self.right.shape[1], self.right.sum(axis=1), k).mean())
 
+    def scores(self, average_over: int) -> dict:
+        """Everything that a table says of it: pass@1 as avg@`average_over` with its interval, by level; pass@n."""
+        low, high = self.interval_at(average_over)
+        samples = self.right.shape[1]
+        return {
+            "pass_at_1": self.average_at(average_over),
+            "pass_at_1_low": low,
+            "pass_at_1_high": high,
+            "k": samples,
+            "pass_at_k": self.pass_at(samples),
+            "by_level": {
+                str(level): float(self.right[self.level == level, :average_over].mean())
+                for level in sorted(set(self.level.tolist()))
+            },
+            "samples": [list(pair) for pair in zip(self.prompts, self.texts, strict=True)],
+        }
+
 
 def evaluate(
     model, params, task, *, split: str, num_problems: int, num_samples: int, mesh, temperature=1.0, batch_size=64

@@ -28,21 +28,23 @@ class JsonlWriter:
 
         Args:
           path: the file.
-          position: bytes to keep; what was written after the checkpoint that is resumed is dropped.
+          position: bytes to keep; what was written after the checkpoint that is resumed is dropped. By default
+            all complete lines are kept; a torn last one (a killed process) is dropped.
 
         Raises:
           ValueError: the file is shorter than `position`: it does not belong to the checkpoint.
         """
         path = pathlib.Path(path)
         size = path.stat().st_size if path.exists() else 0
-        if position is not None:
+        if position is None:
+            position = _end_of_last_line(path) if size else 0
+        if size != position:
             if size < position:
                 raise ValueError(
                     f"{path} has {size} bytes, but the checkpoint was written at {position}: restore the file, or "
                     "start again in a new --workdir"
                 )
-            if size > position:
-                os.truncate(path, position)
+            os.truncate(path, position)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
 
     def write(self, row: dict) -> None:
@@ -57,6 +59,11 @@ class JsonlWriter:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _end_of_last_line(path: pathlib.Path) -> int:
+    """Bytes up to and with the last line end."""
+    return path.read_bytes().rfind(b"\n") + 1
 
 
 class NullWriter:
@@ -97,6 +104,56 @@ class TensorBoard:
 
     def close(self) -> None:
         self._writer.close()
+
+
+class RunFiles:
+    """The line files of a run directory: metrics, samples, events; and TensorBoard if asked for."""
+
+    _NAMES = ("metrics", "samples")  # what a checkpoint knows the length of
+
+    def __init__(self, workdir, positions: dict, *, write: bool, tensorboard: bool):
+        """Open them for appending, cut back to where the checkpoint was written.
+
+        Args:
+          workdir: the run directory.
+          positions: from `positions()` of the checkpoint; empty for a new run.
+          write: False on processes other than 0.
+          tensorboard: also write TensorBoard events.
+
+        Raises:
+          ValueError: a file is gone or shorter than its position.
+          OSError: a file cannot be opened.
+        """
+        workdir = pathlib.Path(workdir)
+        if write:
+            files = {n: JsonlWriter(workdir / f"{n}.jsonl", positions.get(n, 0)) for n in self._NAMES}
+            self._files = files | {"events": JsonlWriter(workdir / "events.jsonl")}
+        else:
+            self._files = {n: NullWriter() for n in (*self._NAMES, "events")}
+        self._tensorboard = TensorBoard(workdir / "tensorboard") if write and tensorboard else None
+
+    def metrics(self, row: dict) -> None:
+        """One iteration or one evaluation."""
+        self._files["metrics"].write(row)
+        if self._tensorboard and row["kind"] != "evaluation":
+            self._tensorboard.write(row["iteration"], row)
+
+    def sample(self, row: dict) -> None:
+        """One response."""
+        self._files["samples"].write(row)
+
+    def event(self, name: str, iteration: int, **details) -> None:
+        """Something that is no number: a start, a resume, an alarm."""
+        self._files["events"].write({"event": name, "iteration": iteration, **details})
+
+    def positions(self) -> dict[str, int]:
+        """Bytes written so far, on disk, for a checkpoint."""
+        return {name: self._files[name].position() for name in self._NAMES}
+
+    def close(self) -> None:
+        for writer in (*self._files.values(), self._tensorboard):
+            if writer is not None:
+                writer.close()
 
 
 def say(text: str) -> None:

@@ -31,7 +31,18 @@ import jax
 import numpy as np
 
 import r2vpo_jax
-from r2vpo_jax import code_identity, credit, metrics, models, report, sampler, sharding, tasks, training_metrics
+from r2vpo_jax import (
+    code_identity,
+    credit,
+    metrics,
+    models,
+    noise_floor,
+    report,
+    sampler,
+    sharding,
+    tasks,
+    training_metrics,
+)
 from r2vpo_jax.alarms import Alarms
 from r2vpo_jax.base_model import load_base_model
 from r2vpo_jax.checkpoints import Checkpointer
@@ -134,8 +145,8 @@ class _Run:
         if self._is_finished():
             return self._show_finished()
         self._resume()
-        self._open_writers()
-        with self._writers(), self._disk_errors(), graceful_stop() as stop:
+        self._open_files()
+        with self._closing(), self._disk_errors(), graceful_stop() as stop:
             floor = self._check_noise_floor()
             if self.progress["noise_floor"] is None:
                 self.progress["noise_floor"] = floor
@@ -180,9 +191,7 @@ class _Run:
         self.progress["trained_tokens"] += trained * config.trainer.num_epochs
         spent = {k: v - before.get(k, 0.0) for k, v in timers.seconds.items()}
         row = self._metrics_row(sampled, drawn, learned, spent)  # 6
-        self.writers["metrics"].write(row)
-        if self.tensorboard:
-            self.tensorboard.write(self.iteration, row)
+        self.files.metrics(row)
         self._write_samples(batch)
         return row
 
@@ -204,7 +213,7 @@ class _Run:
         raised = self.alarms.check(row) if row["kind"] == "train" else []
         for name, line in raised:
             self._say(f"ALARM {name}: {line}")
-            self.events.write({"event": "alarm", "iteration": self.iteration, "alarm": name, "message": line})
+            self.files.event("alarm", self.iteration, alarm=name, message=line)
         return bool(raised)
 
     def _collect(self) -> Rollout:
@@ -248,12 +257,14 @@ class _Run:
                 self.iteration = iteration
                 self._say(f"continuing {self.workdir} from iteration {iteration}")
                 break
-            self.notices.append({"event": "torn", "iteration": iteration, "message": problem})
+            self.notices.append({"name": "torn", "iteration": iteration, "message": problem})
             self._say(f"checkpoint {iteration} is torn ({problem}); falling back to the one before")
         self.checkpointer.discard_after(self.iteration if self.progress["positions"] else None)
         here = code_identity.of_package()
         if self.progress["code"] != here:
-            self.notices.append({"event": "code_changed", "before": self.progress["code"], "now": here})
+            self.notices.append(
+                {"name": "code_changed", "iteration": self.iteration, "before": self.progress["code"], "now": here}
+            )
             self._say("warning: the code has changed since this run was started; the rest of it runs the new code")
             self.progress["code"] = here
 
@@ -270,58 +281,39 @@ class _Run:
         self.alarms.state = progress["alarms"]
         return None
 
-    def _open_writers(self) -> None:
-        positions = self.progress["positions"]
-        resumed = bool(positions)
-        names = ("metrics", "samples")
-        if self.chief:
-            with usage_errors():  # a file may be gone, or shorter than the checkpoint says
-                self.writers = {n: metrics.JsonlWriter(self.workdir / f"{n}.jsonl", positions.get(n, 0)) for n in names}
-                self.events = metrics.JsonlWriter(self.workdir / "events.jsonl")
-        else:
-            self.writers = {n: metrics.NullWriter() for n in names}
-            self.events = metrics.NullWriter()
-        self.tensorboard = None
-        if self.chief and self.config.trainer.tensorboard:
-            self.tensorboard = metrics.TensorBoard(self.workdir / "tensorboard")
+    def _open_files(self) -> None:
+        resumed = bool(self.progress["positions"])
+        with usage_errors():  # a file may be gone, or shorter than the checkpoint says
+            self.files = metrics.RunFiles(
+                self.workdir,
+                self.progress["positions"],
+                write=self.chief,
+                tensorboard=self.config.trainer.tensorboard,
+            )
         for notice in self.notices:
-            self.events.write(notice)
-        self.events.write(
-            {"event": "resume" if resumed else "start", "iteration": self.iteration, "version": r2vpo_jax.__version__}
-        )
+            self.files.event(**notice)
+        self.files.event("resume" if resumed else "start", self.iteration, version=r2vpo_jax.__version__)
         if not resumed:
             self._say(f"mesh {dict(self.mesh.shape)}, {jax.device_count()} x {jax.devices()[0].device_kind}")
             self._say(sharding.placement_table(self.learner.logical_axes, self.learner.abstract_params, self.mesh))
 
     @contextlib.contextmanager
-    def _writers(self):
+    def _closing(self):
         try:
             yield
         finally:
             self.profiler.stop()
-            for writer in (*self.writers.values(), self.events, self.tensorboard, self.checkpointer):
-                if writer is not None:
-                    writer.close()
+            self.files.close()
+            self.checkpointer.close()
 
     def _check_noise_floor(self) -> float:
         """V of the ratio between scoring and sampling with the same weights; refuses a noisy set-up."""
         rollout = self._sample(train_problem_index(self.config, 0), self.learner.sampler_params(self.state))
         logp = sharding.to_host(self.learner.score(self.state.params, sharding.put_batch(rollout, self.mesh)))
-        mask = np.arange(logp.shape[1]) < rollout.response_length[:, None]
-        log_ratio = np.where(mask, logp - rollout.behavior_logp, 0.0)
-        floor = float((np.expm1(log_ratio) ** 2).sum() / mask.sum())
-        largest = float(np.abs(log_ratio).max())
-        low_precision = self.config.model.compute_dtype == "bfloat16"
-        limit = self.config.trainer.max_noise_floor
-        if limit is None:
-            limit = self.config.objective.variance_budget / 4 if low_precision else 1e-6
+        floor, largest = noise_floor.measure(logp, rollout)
+        limit = noise_floor.limit(self.config)
         self._say(f"noise floor: E[(r-1)^2] = {floor:.2e}, max |log r| = {largest:.2e} (limit {limit:.0e})")
-        if not floor <= limit:
-            raise UsageError(
-                f"with unchanged weights the ratio's second moment is {floor:.2e}, above {limit:.0e}: the constraint "
-                "would act on numerical noise. Use model.compute_dtype=float32, or a larger "
-                "objective.variance_budget, or raise trainer.max_noise_floor knowingly, in a new --workdir"
-            )
+        noise_floor.check(floor, self.config)
         return floor
 
     # 2. to 5. --------------------------------------------------------------------------------------------
@@ -374,7 +366,7 @@ class _Run:
             if self.chief:
                 arrays = {k: v for k, v in vars(minibatch).items() if v is not None}
                 np.savez(file, **arrays)
-            self.events.write({"event": "nonfinite", "iteration": self.iteration, "update": number, "file": file.name})
+            self.files.event("nonfinite", self.iteration, update=number, file=file.name)
             if in_a_row > self.config.trainer.max_nonfinite_updates:
                 raise NonFiniteUpdateError(
                     f"update {number} of iteration {self.iteration} had a non-finite loss or gradient and was not "
@@ -411,7 +403,7 @@ class _Run:
     def _write_samples(self, rollout: Rollout) -> None:
         for i in range(min(self.config.trainer.samples_per_iteration, len(rollout.reward))):
             prompt = rollout.tokens[i, rollout.prompt_size - rollout.prompt_length[i] : rollout.prompt_size]
-            self.writers["samples"].write(
+            self.files.sample(
                 {
                     "iteration": self.iteration,
                     "version": int(rollout.version[i]),
@@ -452,7 +444,7 @@ class _Run:
             )
 
     def _write_evaluation(self, result: Evaluation, scores: dict) -> None:
-        self.writers["metrics"].write(
+        self.files.metrics(
             {
                 "kind": "evaluation",
                 "iteration": self.iteration,
@@ -476,26 +468,14 @@ class _Run:
     def _test_scores(self) -> dict:
         trainer = self.config.trainer
         result = self._evaluate("test", trainer.test_problems, trainer.test_samples)
-        low, high = result.interval_at(_AVERAGE_AT)
-        scores = {
-            "pass_at_1": result.average_at(_AVERAGE_AT),
-            "pass_at_1_low": low,
-            "pass_at_1_high": high,
-            "k": trainer.test_samples,
-            "pass_at_k": result.pass_at(trainer.test_samples),
-            "by_level": {
-                str(level): float(result.right[result.level == level, :_AVERAGE_AT].mean())
-                for level in sorted(set(result.level.tolist()))
-            },
-            "samples": [list(pair) for pair in zip(result.prompts, result.texts, strict=True)],
-        }
+        scores = result.scores(_AVERAGE_AT)
         self._write_evaluation(result, scores)
         return scores
 
     def _save(self) -> None:
         self.checkpointer.wait()
         self.replay.collect_garbage(self.checkpointer.replay_listings())
-        self.progress["positions"] = {name: writer.position() for name, writer in self.writers.items()}
+        self.progress["positions"] = self.files.positions()
         self.progress["replay"], self.progress["alarms"] = self.replay.listing(), self.alarms.state
         progress = {**self.progress, "seconds": self._seconds()}
         self.checkpointer.save(self.iteration, self.state, progress, score=self.progress["last_validation"])

@@ -194,8 +194,8 @@ def fail_in_iteration(monkeypatch, number, error):
     """Raise in the middle of an iteration (counted from 1), after its updates."""
     learn = trainer._Run._learn
 
-    def failing(run, rollout):
-        result = learn(run, rollout)
+    def failing(run, *args):
+        result = learn(run, *args)
         if run.iteration + 1 == number:
             error()
         return result
