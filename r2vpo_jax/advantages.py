@@ -118,7 +118,7 @@ def whiten(
     advantages = jnp.where(mask, jnp.asarray(advantages, jnp.float32), 0.0)
     number = jnp.sum(mask, dtype=jnp.float32)
     lowest = jnp.min(jnp.where(mask, advantages, jnp.inf))
-    differ = lowest < jnp.max(jnp.where(mask, advantages, -jnp.inf))
+    differ = ~(lowest >= jnp.max(jnp.where(mask, advantages, -jnp.inf)))  # true for a NaN too: nothing is hidden
     mean = jnp.sum(advantages) / jnp.maximum(number, 1.0)
     centered = jnp.where(mask & differ, advantages - mean, 0.0)
     variance = jnp.sum(centered**2) / jnp.maximum(number - 1.0, 1.0)

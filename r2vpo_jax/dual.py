@@ -82,7 +82,7 @@ def update(
     if rule == "projected":
         coef = jnp.clip(state.variance_coef + step, 0.0, max_coef)
     else:
-        coef = jnp.clip(state.variance_coef * jnp.exp(step), _SMALLEST, max_coef)
+        coef = jnp.clip(state.variance_coef * jnp.exp(jnp.clip(step, -60.0, 60.0)), _SMALLEST, max_coef)
     return DualState(variance_coef=jax.lax.stop_gradient(coef))
 
 

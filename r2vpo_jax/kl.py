@@ -48,6 +48,10 @@ def estimate(
       ValueError: unknown estimator.
     """
     x = _log_ratio(logp, reference_logp)
+    if behavior_logp is not None:
+        log_r = _log_ratio(logp, behavior_logp)
+        nan = jnp.isnan(x + log_r)
+        x, log_r = jnp.where(nan, 0.0, x), jnp.where(nan, 0.0, log_r)
     if estimator == "k1":
         value = x
     elif estimator == "k2":
@@ -58,7 +62,7 @@ def estimate(
         raise ValueError(f"unknown KL estimator {estimator!r}; one of {ESTIMATORS}")
     if behavior_logp is None:
         return value
-    return jnp.exp(_log_ratio(logp, behavior_logp)) * value
+    return jnp.where(nan, jnp.nan, jnp.exp(log_r) * value)
 
 
 def adapt_coef(

@@ -95,6 +95,9 @@ def compute(
     chex.assert_equal_shape([logp, behavior_logp, mask])
     chex.assert_rank(advantages, {1, 2})
     chex.assert_equal_shape_prefix([advantages, mask], jnp.ndim(advantages))
+    chex.assert_equal_shape([x for x in (mask, coefficient, weights) if x is not None])
+    if age is not None:
+        chex.assert_shape(age, mask.shape[:1])
     mask = jnp.asarray(mask).astype(bool)
 
     def unmasked(x):
@@ -207,7 +210,7 @@ def summarize(stats: Stats) -> dict[str, float]:
 
     def mean(name):
         total, number = stats.sums[name]
-        return float(total / number) if number > 0 else 0.0
+        return float(total / number) if number != 0 else 0.0
 
     first, second = mean("excess"), mean("excess_squared")
     total, number = stats.sums["excess_squared"]
@@ -225,7 +228,7 @@ def summarize(stats: Stats) -> dict[str, float]:
         "ratio/mean_abs_log": mean("abs_log"),
         "ratio/log_p01": quantile(stats.histogram, 0.01),
         "ratio/log_p99": quantile(stats.histogram, 0.99),
-        "ratio/top_token_share": float(stats.maxima["excess_squared"] / total) if total > 0 else 0.0,
+        "ratio/top_token_share": float(stats.maxima["excess_squared"] / total) if total != 0 else 0.0,
         "clip/fraction": mean("clipped"),
         "clip/fraction_positive": mean("clipped_positive"),
         "clip/fraction_negative": mean("clipped_negative"),
