@@ -1,4 +1,8 @@
-"""R2VPO-OFF on the arithmetic task: every batch is trained on 16 iterations after it was sampled."""
+"""R2VPO-OFF on the arithmetic task: every batch is trained on 16 iterations, 128 updates, after it was sampled.
+
+The settings are those of the shipped run; only the queue's lag and the number of iterations differ (the first 16 fill
+the queue). Chosen on the validation split.
+"""
 
 from experiments.configs import arithmetic
 
@@ -6,4 +10,5 @@ from experiments.configs import arithmetic
 def get_config():
     config = arithmetic.get_config()
     config.replay.lag = 16
+    config.trainer.update(num_iterations=120, eval_every=10)
     return config
