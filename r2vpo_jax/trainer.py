@@ -55,7 +55,6 @@ from r2vpo_jax.replay import ReplayBuffer, ReplayError
 from r2vpo_jax.rollout import Rollout
 from r2vpo_jax.run_directory import UsageError, claim, usage_errors
 from r2vpo_jax.sampler import Sampling
-from r2vpo_jax.tasks.base import Outcome
 from r2vpo_jax.timing import Timers
 
 _AVERAGE_AT = 8  # test pass@1 is avg@8
@@ -166,7 +165,13 @@ class _Run:
                 if self.iteration % self.config.trainer.checkpoint_every == 0 or self.iteration == total:
                     self._save()
                 pace = (time.perf_counter() - loop_start) / (self.iteration - first_iteration)
-                progress_bar.update(self.iteration, self._progress_text(row), pace * (total - self.iteration))
+                text = training_metrics.progress_text(
+                    row,
+                    validation=self.progress["last_validation"],
+                    budget=self.config.objective.variance_budget,
+                    seconds=sum(self.timers.seconds.values()),
+                )
+                progress_bar.update(self.iteration, text, pace * (total - self.iteration))
             progress_bar.close()
             self._save()
             if self.iteration < total:
@@ -192,7 +197,8 @@ class _Run:
         spent = {k: v - before.get(k, 0.0) for k, v in timers.seconds.items()}
         row = self._metrics_row(sampled, drawn, learned, spent)  # 6
         self.files.metrics(row)
-        self._write_samples(batch)
+        for sample in training_metrics.samples(batch, self.task, config.trainer.samples_per_iteration):
+            self.files.sample({"iteration": self.iteration, **sample})
         return row
 
     def _draw(self, batch: Rollout) -> list[Rollout]:
@@ -398,34 +404,6 @@ class _Run:
             kl_coef=float(sharding.to_host(self.state.kl_coef)),
             learning_rate=float(self.learner.schedule(max(version - 1, 0))),
             **shared,
-        )
-
-    def _write_samples(self, rollout: Rollout) -> None:
-        for i in range(min(self.config.trainer.samples_per_iteration, len(rollout.reward))):
-            prompt = rollout.tokens[i, rollout.prompt_size - rollout.prompt_length[i] : rollout.prompt_size]
-            self.files.sample(
-                {
-                    "iteration": self.iteration,
-                    "version": int(rollout.version[i]),
-                    "problem": int(rollout.group_id[i]),
-                    "prompt": self.task.decode(prompt),
-                    "response": self.task.decode(rollout.response_tokens[i, : rollout.response_length[i]]),
-                    "reward": float(rollout.reward[i]),
-                    "outcome": Outcome(int(rollout.outcome[i])).name.lower(),
-                    "advantage": float(np.mean(rollout.advantage[i], where=rollout.learning_mask[i]))
-                    if rollout.advantage.ndim == 2
-                    else float(rollout.advantage[i]),
-                }
-            )
-
-    def _progress_text(self, row: dict) -> str:
-        if row["kind"] == "fill":
-            return f"rollouts {row['rollouts']}  reward {row['reward/mean']:.3f}  filling the queue"
-        tokens_per_second = row["rollout_tokens"] / max(sum(self.timers.seconds.values()), 1e-9)
-        return (
-            f"rollouts {row['rollouts']}  reward {row['reward/mean']:.3f}  val {self.progress['last_validation']:.3f}  "
-            f"V {row['ratio/second_moment']:.4f}/{self.config.objective.variance_budget:g}  "
-            f"lambda {row['dual/variance_coef']:.2f}  entropy {row['policy/entropy']:.3f}  {tokens_per_second:.0f} tok/s"
         )
 
     # 7. and 8. -------------------------------------------------------------------------------------------

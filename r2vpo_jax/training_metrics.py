@@ -1,4 +1,4 @@
-"""One line of metrics.jsonl for an iteration. docs/metrics.md explains every name."""
+"""What is written of an iteration: its line of metrics.jsonl (docs/metrics.md explains every name) and its samples."""
 
 import jax
 import numpy as np
@@ -7,7 +7,7 @@ from r2vpo_jax import credit, critic, ratio_stats
 from r2vpo_jax.objective import ObjectiveConfig
 from r2vpo_jax.ratio_stats import Stats
 from r2vpo_jax.rollout import Rollout
-from r2vpo_jax.tasks.base import Outcome
+from r2vpo_jax.tasks.base import Outcome, Task
 
 
 def row(
@@ -120,3 +120,45 @@ def _optional(objective: ObjectiveConfig, stats: Stats, kl_coef: float) -> dict:
             "correction/effective_sample_size": mean**2 / second if second > 0 else 0.0,
         }
     return result
+
+
+def samples(rollout: Rollout, task: Task, number: int):
+    """The first responses of a batch, readable, as rows of samples.jsonl.
+
+    Args:
+      rollout: verified, with advantages, on the host.
+      task: decodes tokens.
+      number: of responses.
+    """
+    for i in range(min(number, len(rollout.reward))):
+        prompt = rollout.tokens[i, rollout.prompt_size - rollout.prompt_length[i] : rollout.prompt_size]
+        advantage = rollout.advantage[i]
+        if advantage.ndim == 1:  # of each token, from a critic
+            advantage = np.mean(advantage, where=rollout.response_mask[i])
+        yield {
+            "version": int(rollout.version[i]),
+            "problem": int(rollout.group_id[i]),
+            "prompt": task.decode(prompt),
+            "response": task.decode(rollout.response_tokens[i, : rollout.response_length[i]]),
+            "reward": float(rollout.reward[i]),
+            "outcome": Outcome(int(rollout.outcome[i])).name.lower(),
+            "advantage": float(advantage),
+        }
+
+
+def progress_text(row: dict, *, validation: float, budget: float, seconds: float) -> str:
+    """What a progress line says of a row.
+
+    Args:
+      row: of `row` or `fill_row`.
+      validation: the last validation score.
+      budget: of the ratio variance.
+      seconds: spent so far.
+    """
+    text = f"rollouts {row['rollouts']}  reward {row['reward/mean']:.3f}  "
+    if row["kind"] == "fill":
+        return text + "filling the queue"
+    return text + (
+        f"val {validation:.3f}  V {row['ratio/second_moment']:.4f}/{budget:g}  lambda {row['dual/variance_coef']:.2f}  "
+        f"entropy {row['policy/entropy']:.3f}  {row['rollout_tokens'] / max(seconds, 1e-9):.0f} tok/s"
+    )
