@@ -37,14 +37,22 @@ def overlong_penalty(
     return penalty * np.clip((np.asarray(length) - free) / (max_length - free), 0.0, 1.0).astype(np.float32)
 
 
+def verdicts(rollout: Rollout, objective: ObjectiveConfig) -> np.ndarray:
+    """What the verifier said, f32 [B]: NaN for an abstention, unless `objective.verifier_errors` counts it as wrong."""
+    reward = np.asarray(rollout.reward, np.float32)
+    if objective.verifier_errors == "abstain":
+        reward = np.where(rollout.outcome == Outcome.ERROR, np.float32(np.nan), reward)
+    return reward
+
+
 def learning_reward(rollout: Rollout, objective: ObjectiveConfig) -> np.ndarray:
-    """Rewards as they are learned from, f32 [B]: less the penalty for length, NaN for an abstention.
+    """Rewards as they are learned from, f32 [B]: the verdicts less the penalty for length.
 
     Args:
       rollout: verified, of NumPy arrays; its own `reward` stays what the verifier said.
       objective: verifier_errors, overlong_buffer and overlong_penalty are used.
     """
-    reward = np.asarray(rollout.reward, np.float32)
+    reward = verdicts(rollout, objective)
     if objective.overlong_penalty:
         reward = reward - overlong_penalty(
             rollout.response_length,
@@ -52,8 +60,6 @@ def learning_reward(rollout: Rollout, objective: ObjectiveConfig) -> np.ndarray:
             buffer=objective.overlong_buffer,
             penalty=objective.overlong_penalty,
         )
-    if objective.verifier_errors == "abstain":
-        reward = np.where(rollout.outcome == Outcome.ERROR, np.float32(np.nan), reward)
     return reward
 
 
@@ -73,7 +79,7 @@ def fill_advantages(rollout: Rollout, objective: ObjectiveConfig, group_size: in
     if objective.truncated == "mask":
         keep = keep & ~np.asarray(rollout.truncated)
     if objective.zero_variance != "keep":
-        keep = keep & ~np.asarray(advantages.zero_variance(reward, group_size))
+        keep = keep & np.repeat(groups_differ(rollout, objective, group_size), group_size)
     in_reward = objective.needs_reference and objective.kl_in == "reward"
     advantage, target = _assign(
         reward,
@@ -119,20 +125,20 @@ def _assign(reward, mask, behavior_logp, reference_logp, kl_coef, value, *, obje
 
 
 def groups_differ(rollout: Rollout, objective: ObjectiveConfig, group_size: int) -> np.ndarray:
-    """bool [groups]: whether the rewards of the group, as they are learned from, differ."""
-    flat = advantages.zero_variance(learning_reward(rollout, objective), group_size)
+    """bool [groups]: whether the verdicts on the group differ (penalties for length do not count, as in DAPO)."""
+    flat = advantages.zero_variance(verdicts(rollout, objective), group_size)
     return ~np.asarray(flat).reshape(-1, group_size)[:, 0]
 
 
 def select_groups(rollout: Rollout, objective: ObjectiveConfig, group_size: int, num_groups: int) -> Rollout:
-    """The first `num_groups` groups whose rewards differ, filled up with the first others if there are too few.
+    """The first `num_groups` groups whose verdicts differ, filled up with the first others if there are too few.
 
     DAPO's dynamic sampling (arXiv 2503.14476, section 3.2), with a bound on how often more is sampled: the groups
     that fill up take no part in learning (`fill_advantages`).
 
     Args:
       rollout: verified, of NumPy arrays, at least num_groups groups.
-      objective: for `learning_reward`.
+      objective: for `verdicts`.
       group_size: G.
       num_groups: groups that are returned, in the order they were sampled in.
     """

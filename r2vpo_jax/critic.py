@@ -89,7 +89,7 @@ def value_loss(
     bounded = jnp.zeros_like(mask)
     if clip > 0:
         clipped = 0.5 * (old_values + jnp.clip(values - old_values, -clip, clip) - targets) ** 2
-        bounded = mask & (clipped > per_token)
+        bounded = mask & (clipped > per_token) & (jnp.abs(values - old_values) > clip)
         per_token = jnp.maximum(per_token, clipped)
     tokens = jnp.sum(mask, dtype=jnp.float32)
     stats = {
@@ -112,6 +112,8 @@ def explained_variance(stats) -> float:
     Args:
       stats: has `mean(name)`, as `ratio_stats.Stats`.
     """
-    variance = float(stats.mean("value_target_squared") - stats.mean("value_target") ** 2)
+    mean_square = float(stats.mean("value_target_squared"))
+    variance = mean_square - float(stats.mean("value_target")) ** 2
     residual = float(stats.mean("value_error_squared") - stats.mean("value_error") ** 2)
-    return 1.0 - residual / variance if variance > 1e-12 else float("nan")
+    # Relative to the mean square: less is what rounding leaves of targets that are all the same.
+    return 1.0 - residual / variance if variance > 1e-6 * mean_square else float("nan")

@@ -103,9 +103,13 @@ class ObjectiveConfig:
         require(
             self.name in PRESETS, f"objective.name={self.name!r} is not a preset; one of {', '.join(sorted(PRESETS))}"
         )
+        preset = {**_DEFAULTS, **PRESETS[self.name]}
+        object.__setattr__(self, "loss", self.loss or preset["loss"])
         for f in dataclasses.fields(self):
-            if getattr(self, f.name) is None:
-                object.__setattr__(self, f.name, {**_DEFAULTS, **PRESETS[self.name]}.get(f.name))
+            # Another loss on top of a preset leaves behind those constants of the preset that it does not have.
+            foreign = f.name in _LOSS_HYPERPARAMETERS and f.name not in _taken_by(self.loss)
+            if getattr(self, f.name) is None and not foreign:
+                object.__setattr__(self, f.name, preset.get(f.name))
         self._check_choices()
         self._check_numbers()
         self._check_combinations()
@@ -187,11 +191,8 @@ class ObjectiveConfig:
 
     def _check_hyperparameters(self):
         """Refuse what the loss does not take; the ranges are the loss function's own checks."""
-        known = {f.name for f in dataclasses.fields(self)}
-        of_losses = {h for name in losses.names() for h in losses.hyperparameters(name)} & known - set(_TRACED)
-        for name in sorted(of_losses - set(losses.hyperparameters(self.loss))):
+        for name in sorted(_LOSS_HYPERPARAMETERS - _taken_by(self.loss)):
             require(getattr(self, name) is None, f"objective.{name} is not a hyper-parameter of loss {self.loss}")
-        require(self.m2_budget is None or self.loss == "m2po", "objective.m2_budget is for loss m2po")
         traced = {n: 1.0 for n in losses.hyperparameters(self.loss) if n in _TRACED}
         token = jax.ShapeDtypeStruct((1, 1), jnp.float32)
         try:
@@ -205,6 +206,13 @@ class ObjectiveConfig:
             raise ValueError(f"objective: {error}") from error
 
 
+def _taken_by(loss: str) -> set[str]:
+    """The fields that are hyper-parameters of a loss. M2PO's budget is one of its threshold."""
+    names = set(losses.hyperparameters(loss)) if loss in losses.names() else set()
+    return (names - set(_TRACED)) | ({"m2_budget"} if loss == "m2po" else set())
+
+
+_LOSS_HYPERPARAMETERS = set().union(*map(_taken_by, losses.names()))
 _DEFAULTS = {
     "reduction": "token_mean",
     "adaptive": False,
@@ -216,6 +224,7 @@ _DEFAULTS = {
     "dual_signal": "auto",
     "max_variance_coef": 50.0,
     "normalize_variance_coef": False,
+    "m2_budget": 0.04,
     "advantage": "group_relative",
     "advantage_scale": "std",
     "discount": 1.0,
@@ -275,7 +284,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "cispo": {"loss": "cispo"},
     "gspo": {"loss": "gspo", "reduction": "sequence_mean"},
     "spo": {"loss": "spo"},
-    "m2po": {"loss": "m2po", "m2_budget": 0.04},
+    "m2po": {"loss": "m2po"},
     "gmpo": {"loss": "gmpo", "reduction": "sequence_mean"},
     "sapo": {"loss": "sapo", "reduction": "sequence_mean"},
     "vespo": {"loss": "vespo"},

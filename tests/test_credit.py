@@ -147,12 +147,13 @@ def test_dropping_changes_who_takes_part_and_nothing_else(advantage, zero_varian
     assert_only_these_change(kept, GROUPS, "keep", "advantage")
 
 
-def test_groups_differ_in_what_is_learned():
+def test_groups_differ_in_their_verdicts():
     plain = ObjectiveConfig()
     np.testing.assert_array_equal(credit.groups_differ(GROUPS, plain, 2), DIFFER)
-    # T = 4, buffer 1: the penalty is length / 4. 1 1 of 2 and 3 tokens differ, 0 0 of 2 and 2 do not.
+    # 1 1 of 2 and 3 tokens are learned from as 0.5 and 0.25, but both are right.
     shaped = ObjectiveConfig(overlong_penalty=1.0, overlong_buffer=1.0)
-    np.testing.assert_array_equal(credit.groups_differ(GROUPS, shaped, 2), [True, True, False, True, False])
+    np.testing.assert_allclose(credit.learning_reward(GROUPS, shaped)[:2], [0.5, 0.25])
+    np.testing.assert_array_equal(credit.groups_differ(GROUPS, shaped, 2), DIFFER)
     # An abstention beside a right answer does not differ from it; a wrong answer does.
     right = GROUPS.replace(reward=np.array([*GROUPS.reward[:9], 1], np.float32))
     np.testing.assert_array_equal(credit.groups_differ(right, plain, 2), DIFFER)

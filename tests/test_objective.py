@@ -184,6 +184,16 @@ def test_through_json_and_flags_and_back(name):
     assert config.from_flags(made) == whole
 
 
+def test_another_loss_on_top_of_a_preset_leaves_its_foreign_constants_behind():
+    """DAPO's sampling with R2VPO's loss: its clip has no meaning there; what is given stays refused."""
+    objective = ObjectiveConfig(name="dapo", loss="r2vpo", adaptive=True)
+    assert (objective.clip_high, objective.zero_variance, objective.overlong_penalty) == (None, "resample", 1.0)
+    assert ObjectiveConfig(name="m2po", loss="ppo_clip").m2_budget is None
+    assert ObjectiveConfig(name="ppo_clip", loss="m2po").m2_budget == 0.04
+    with pytest.raises(ValueError, match="clip_high is not a hyper-parameter of loss r2vpo"):
+        ObjectiveConfig(name="dapo", loss="r2vpo", clip_high=0.3)
+
+
 def test_what_is_given_wins_over_the_preset():
     objective = ObjectiveConfig(name="dapo", clip_high=0.4, zero_variance="drop", overlong_penalty=0.0)
     assert in_force(objective) == PPO | {"clip_high": 0.4}
@@ -217,7 +227,7 @@ def test_a_hyper_parameter_that_the_loss_does_not_take_is_refused(loss):
         with pytest.raises(ValueError, match=f"objective.{name} is not a hyper-parameter of loss {loss}$"):
             ObjectiveConfig(name="policy_gradient", loss=loss, **{name: "token" if name == "penalty_scope" else 1.0})
     if loss != "m2po":
-        with pytest.raises(ValueError, match="objective.m2_budget is for loss m2po"):
+        with pytest.raises(ValueError, match="objective.m2_budget is not a hyper-parameter of loss"):
             ObjectiveConfig(name="policy_gradient", loss=loss, m2_budget=0.1)
 
 
@@ -339,7 +349,7 @@ def test_ranges(field, good, bad):
         ({"kl_to": "behavior", "kl_corrected": True}, "needs no correction", {"kl_to": "reference"}),
         ({"kl_in": "reward", "kl_corrected": True}, "kl_corrected is for kl_in=loss", {"kl_in": "loss"}),
         ({"overlong_penalty": 1.0, "overlong_buffer": 0.0}, "needs overlong_buffer > 0", {"overlong_buffer": 0.1}),
-        ({"name": "spo", "m2_budget": 0.1}, "m2_budget is for loss m2po", {"name": "m2po"}),
+        ({"name": "spo", "m2_budget": 0.1}, "m2_budget is not a hyper-parameter of loss", {"name": "m2po"}),
         ({"name": "m2po", "m2_budget": 0.0}, "m2_budget must be > 0", {"m2_budget": 0.1}),
         ({"name": "nope"}, "name='nope' is not a preset; one of aspo, ce_gppo, ", {"name": "aspo"}),
     ],

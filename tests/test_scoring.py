@@ -40,7 +40,9 @@ def score(
     params, tokens, prompt_length, response_length, temperature=TEMPERATURE, *, prompt_size=PROMPT, chunk_size=128
 ):
     lengths = prompt_length, response_length
-    return scoring.score(MODEL, params, tokens, *lengths, temperature, prompt_size=prompt_size, chunk_size=chunk_size)[:2]
+    return scoring.score(MODEL, params, tokens, *lengths, temperature, prompt_size=prompt_size, chunk_size=chunk_size)[
+        :2
+    ]
 
 
 @functools.partial(jax.jit, static_argnames="chunk_size")

@@ -183,7 +183,13 @@ def test_nothing_compiles_after_the_first_iteration(finished):
     assert watched.by_iteration[0] > 0, "the count does not count"
     assert watched.by_iteration[1:] == [0] * (NUM_ITERATIONS - 1)
     learner = watched.learner
-    for function in (learner.update, learner._minibatch, learner._step_multipliers, learner._score, learner._sampler_params):
+    for function in (
+        learner.update,
+        learner._minibatch,
+        learner._step_multipliers,
+        learner._score,
+        learner._sampler_params,
+    ):
         assert function._cache_size() == 1
 
 
@@ -275,7 +281,7 @@ def test_a_run_with_a_reference_goes_on_with_the_same_one(tiny_config, tiny_mode
     train(config, tmp_path / "parts", stop_after_iteration=3)
     train(config, tmp_path / "parts")
     assert_same_run(tmp_path / "parts", tmp_path / "whole", config, tiny_model, mesh)
-    kl = [row["loss/reference_kl"] for row in rows(tmp_path / "whole") if row["kind"] == "train"]
+    kl = [row["kl/mean"] for row in rows(tmp_path / "whole") if row["kind"] == "train"]
     assert kl[-1] > kl[0] > 0
     assert list((tmp_path / "whole" / "tensorboard").iterdir())
 
