@@ -7,11 +7,12 @@ import pytest
 
 from r2vpo_jax import config
 from r2vpo_jax.config import (
+    AlarmConfig,
     Config,
-    MeshConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
+    ReplayConfig,
     SamplerConfig,
     TaskConfig,
     TrainerConfig,
@@ -84,7 +85,12 @@ def test_presets(name, loss, adaptive, variance_coef):
         (TrainerConfig, {"samples_per_iteration": -1}, "samples_per_iteration must be at least 0"),
         (TrainerConfig, {"max_nonfinite_updates": -1}, "max_nonfinite_updates must be at least 0"),
         (TrainerConfig, {"prompts_per_rollout": 10}, "groups are not torn"),
-        (TrainerConfig, {"num_minibatches": 1, "num_epochs": 1}, "with one update a rollout"),
+        (ReplayConfig, {"lag": -1}, "replay.lag must be at least 0"),
+        (ReplayConfig, {"capacity": 2, "draw": "oldest"}, "replay.draw='oldest' is unknown; one of newest"),
+        (ReplayConfig, {"draw": "mixed"}, "needs older batches: set replay.capacity to at least 2"),
+        (ReplayConfig, {"max_uses": 0}, "replay.max_uses must be at least 1"),
+        (ReplayConfig, {"stale_fraction": 1.5}, r"stale_fraction must be in \[0, 1\]"),
+        (AlarmConfig, {"patience": 0}, "alarms.patience must be at least 1"),
         (SamplerConfig, {"group_size": 1}, "group_size must be at least 2"),
         (SamplerConfig, {"temperature": 0.0}, "temperature must be > 0"),
         (OptimizerConfig, {"learning_rate": 0.0}, "learning_rate must be > 0"),
@@ -108,12 +114,18 @@ def test_fields_that_must_fit_each_other():
         Config(trainer=TrainerConfig(micro_batch_size=48))
     with pytest.raises(ValueError, match="seed must be >= 0"):
         Config(seed=-1)
+    single = {"num_minibatches": 1, "num_epochs": 1}
+    with pytest.raises(ValueError, match="with one update a rollout on fresh data"):
+        Config(trainer=TrainerConfig(**single))
+    Config(trainer=TrainerConfig(**single, **ALLOWED))
+    Config(trainer=TrainerConfig(**single), replay=ReplayConfig(lag=1))
     assert TrainerConfig(num_minibatches=1, num_epochs=1, **ALLOWED).updates_per_rollout == 1
     assert TrainerConfig(num_minibatches=4, num_epochs=3).updates_per_rollout == 12
 
 
 def test_every_field_has_help():
-    sections = (ObjectiveConfig, TrainerConfig, SamplerConfig, OptimizerConfig, MeshConfig, TaskConfig, ModelConfig)
+    sections = [f.default_factory for f in dataclasses.fields(Config) if f.name != "seed"]
+    assert {ObjectiveConfig, ReplayConfig, AlarmConfig} < set(sections)
     for section in sections:
         for field in dataclasses.fields(section):
             assert field.metadata["help"], (section, field.name)

@@ -35,7 +35,7 @@ class Recorder:
             self.sampled.append(collect(run))
             return self.sampled[-1]
 
-        def learning(run, rollout):
+        def learning(run, rollout, *number):
             self.learned.append(rollout)
             self.kl_coef.append(float(run.state.kl_coef))
             with pytest.MonkeyPatch.context() as patch:
@@ -47,7 +47,7 @@ class Recorder:
                     return step(dual_state, kl_coef, all_stats)
 
                 patch.setattr(run.learner, "_step_multipliers", stepping)
-                return learn(run, rollout)
+                return learn(run, rollout, *number)
 
         self._patch.setattr(trainer._Run, "_collect", collecting)
         self._patch.setattr(trainer._Run, "_learn", learning)
