@@ -37,7 +37,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "reasoning": ["math-verify>=0.9,<0.10", "reasoning-gym>=0.1.25,<0.2"],
         "libtpu": ["libtpu>=0.0.42,<0.0.43"],
-        "dev": ["hypothesis>=6.100,<7", "pytest>=8,<10", "ruff==0.17.6", "scipy>=1.13,<2"],
+        "dev": ["hypothesis>=6.100,<7", "pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff==0.17.6", "scipy>=1.13,<2"],
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",

@@ -14,4 +14,5 @@ echo "ruff"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 echo "pytest"
-exec .venv/bin/python -m pytest "${marker[@]}" "$@"
+# By file: what the tests of a file share is made once.
+exec .venv/bin/python -m pytest "${marker[@]}" -n 2 --dist loadfile "$@"
