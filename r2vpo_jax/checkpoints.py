@@ -41,6 +41,10 @@ class Checkpointer:
             ),
         )
         self._thread, self._error = None, None
+        self._scores = {}
+        for step in self._manager.all_steps():
+            if self.problem(step) is None:
+                self._scores[step] = json.loads(self._manifest(step).read_text())["score"]
 
     def save(self, iteration: int, state, progress: dict, *, score: float = 0.0) -> None:
         """Start writing a checkpoint; returns as soon as the arrays may be overwritten.
@@ -65,6 +69,7 @@ class Checkpointer:
             args=ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress)),
             force=True,
         )
+        self._scores[iteration] = score
         details = {"score": score, "replay": progress.get("replay")}
         self._thread = threading.Thread(target=self._commit, args=(iteration, details), name="checkpoint")
         self._thread.start()
@@ -74,22 +79,25 @@ class Checkpointer:
             self._manager.wait_until_finished()
             if self._write:
                 self._write_manifest(iteration, details)
-                self._prune()
         except Exception as error:  # handed to the thread that trains, by wait()
             self._error = error
 
     def wait(self) -> None:
-        """Until the checkpoint under way is committed.
+        """Until the checkpoint under way is committed, and those that it makes superfluous are gone.
+
+        On all processes together: Orbax deletes in step.
 
         Raises:
           OSError and what else went wrong while it was written.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread = None
         if self._error is not None:
             error, self._error = self._error, None
             raise error
+        self._prune()
 
     # Manifests -----------------------------------------------------------------------------------------
 
@@ -111,15 +119,17 @@ class Checkpointer:
         os.replace(temporary, self._manifest(iteration))
 
     def _prune(self) -> None:
-        steps = [s for s in sorted(self._manager.all_steps()) if self._manifest(s).exists()]
-        scores = {s: json.loads(self._manifest(s).read_text())["score"] for s in steps}
-        keep = set(steps[-self._max_to_keep :])
-        if steps:
-            keep.add(max(steps, key=lambda s: (scores[s], s)))
-        for step in steps:
-            if step not in keep:
-                self._manifest(step).unlink()  # first: half deleted is torn, not intact
-                self._manager.delete(step)
+        steps = sorted(self._manager.all_steps())
+        best = max(steps, key=lambda s: (self._scores.get(s, float("-inf")), s))
+        for step in steps[: -self._max_to_keep]:
+            if step != best:
+                self._delete(step)
+
+    def _delete(self, step: int) -> None:
+        if self._write:
+            self._manifest(step).unlink(missing_ok=True)  # first: half deleted is torn, not intact
+        self._manager.delete(step)
+        self._scores.pop(step, None)
 
     def problem(self, iteration: int) -> str | None:
         """What is wrong with a step on disk, or None if it is intact."""
@@ -155,9 +165,7 @@ class Checkpointer:
         """Delete the steps after an iteration (all, if None), so that they can be written again."""
         for step in list(self._manager.all_steps()):
             if iteration is None or step > iteration:
-                if self._write:
-                    self._manifest(step).unlink(missing_ok=True)
-                self._manager.delete(step)
+                self._delete(step)
 
     def restore(self, iteration: int, abstract_state, shardings) -> tuple:
         """(state placed by `shardings`, progress) of that iteration."""
