@@ -6,6 +6,7 @@ of its files lies beside it: Orbax makes a step appear whole or not at all, but 
 nor a file that is cut. A step without a manifest, or one that fails it, is torn, and the one before is used.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -44,7 +45,7 @@ class Checkpointer:
         self._scores = {}
         for step in self._manager.all_steps():
             if self.problem(step) is None:
-                self._scores[step] = json.loads(self._manifest(step).read_text())["score"]
+                self._scores[step] = self._read_manifest(step)["score"]
 
     def save(self, iteration: int, state, progress: dict, *, score: float = 0.0) -> None:
         """Start writing a checkpoint; returns as soon as the arrays may be overwritten.
@@ -64,12 +65,13 @@ class Checkpointer:
         if jax.default_backend() == "cpu":
             # There Orbax may write from the very buffers that the next update is given to overwrite.
             state = jax.tree.map(jnp.copy, state)
+        self._scores[iteration] = score
+        progress = copy.deepcopy(progress)  # it is written while the run goes on counting
         self._manager.save(
             iteration,
             args=ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress)),
             force=True,
         )
-        self._scores[iteration] = score
         details = {"score": score, "replay": progress.get("replay")}
         self._thread = threading.Thread(target=self._commit, args=(iteration, details), name="checkpoint")
         self._thread.start()
@@ -104,6 +106,15 @@ class Checkpointer:
     def _manifest(self, iteration: int) -> pathlib.Path:
         return self._manifests / f"{iteration}.json"
 
+    def _read_manifest(self, iteration: int) -> dict:
+        """The manifest of a step; OSError if there is none, ValueError if it is damaged."""
+        found = json.loads(self._manifest(iteration).read_bytes())
+        if not (isinstance(found, dict) and {"files", "score", "replay"} <= found.keys()):
+            raise ValueError("a field is missing")
+        if not (isinstance(found["files"], dict) and isinstance(found["score"], (int, float))):
+            raise ValueError("a field has the wrong type")
+        return found
+
     def _checksums(self, iteration: int) -> dict[str, str]:
         folder = self._directory / str(iteration)
         files = sorted(p for p in folder.rglob("*") if p.is_file())
@@ -134,11 +145,11 @@ class Checkpointer:
     def problem(self, iteration: int) -> str | None:
         """What is wrong with a step on disk, or None if it is intact."""
         try:
-            listed = json.loads(self._manifest(iteration).read_text())["files"]
+            listed = self._read_manifest(iteration)["files"]
         except OSError:
             return "it was not committed (no checksums)"
-        except (ValueError, KeyError, TypeError) as error:
-            return f"its checksums cannot be read ({error!r})"
+        except ValueError as error:
+            return f"its checksums cannot be read ({error})"
         found = self._checksums(iteration)
         if missing := sorted(listed.keys() - found.keys()):
             return f"{missing[0]} is missing"
@@ -148,7 +159,7 @@ class Checkpointer:
     def replay_listings(self) -> list[dict]:
         """What the checkpoints on disk say of the replay buffer."""
         self.wait()
-        listings = [json.loads(p.read_text())["replay"] for p in sorted(self._manifests.glob("*.json"))]
+        listings = [self._read_manifest(step)["replay"] for step in sorted(self._scores)]
         return [x for x in listings if x is not None]
 
     # Restoring -----------------------------------------------------------------------------------------
