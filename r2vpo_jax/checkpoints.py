@@ -90,7 +90,7 @@ class Checkpointer:
         On all processes together: Orbax deletes in step.
 
         Raises:
-          OSError and what else went wrong while it was written.
+          OSError: it could not be written, whatever the reason.
         """
         if self._thread is None:
             return
@@ -98,7 +98,8 @@ class Checkpointer:
         self._thread = None
         if self._error is not None:
             error, self._error = self._error, None
-            raise error
+            # Orbax has errors of several types for a disk that is full; the first line says enough.
+            raise OSError(f"the checkpoint could not be written: {str(error).splitlines()[0][:300]}") from error
         self._prune()
 
     # Manifests -----------------------------------------------------------------------------------------

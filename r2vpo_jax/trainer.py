@@ -158,8 +158,7 @@ class _Run:
             while self.iteration < last and not any_process(stop.requested):
                 with self.profiler.iteration(self.iteration + 1):
                     row = self._iterate()
-                if self._sound_alarms(row) and self.config.alarms.stop:
-                    break
+                alarmed = self._sound_alarms(row)
                 if self.iteration % self.config.trainer.eval_every == 0 or self.iteration == total:
                     self._validate()
                 if self.iteration % self.config.trainer.checkpoint_every == 0 or self.iteration == total:
@@ -172,6 +171,8 @@ class _Run:
                     seconds=sum(self.timers.seconds.values()),
                 )
                 progress_bar.update(self.iteration, text, pace * (total - self.iteration))
+                if alarmed and self.config.alarms.stop:
+                    break
             progress_bar.close()
             self._save()
             if self.iteration < total:
