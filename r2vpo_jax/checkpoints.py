@@ -99,7 +99,7 @@ class Checkpointer:
         if self._error is not None:
             error, self._error = self._error, None
             # Orbax has errors of several types for a disk that is full; the first line says enough.
-            raise OSError(f"the checkpoint could not be written: {str(error).splitlines()[0][:300]}") from error
+            raise OSError(f"the checkpoint could not be written: {str(error).splitlines()[0]}") from error
         self._prune()
 
     # Manifests -----------------------------------------------------------------------------------------
