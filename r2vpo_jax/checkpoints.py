@@ -41,7 +41,7 @@ class Checkpointer:
                 step_name_format=ocp.path.step.standard_name_format(),
             ),
         )
-        self._thread, self._error = None, None
+        self._thread, self._error, self._said = None, None, False
         self._scores = {}
         for step in self._manager.all_steps():
             if self.problem(step) is None:
@@ -97,7 +97,7 @@ class Checkpointer:
         self._thread.join()
         self._thread = None
         if self._error is not None:
-            error, self._error = self._error, None
+            error, self._error, self._said = self._error, None, True
             # Orbax has errors of several types for a disk that is full; the first line says enough.
             raise OSError(f"the checkpoint could not be written: {str(error).splitlines()[0]}") from error
         self._prune()
@@ -191,11 +191,19 @@ class Checkpointer:
         return restored.state, restored.progress
 
     def close(self) -> None:
-        """Wait for what is under way, and close."""
+        """Wait for what is under way, and close.
+
+        Raises:
+          OSError: as `wait`, once: Orbax says it again when it is closed.
+        """
         try:
             self.wait()
         finally:
-            self._manager.close()
+            try:
+                self._manager.close()
+            except Exception as error:
+                if not self._said:
+                    raise OSError(f"the checkpoint could not be written: {str(error).splitlines()[0]}") from error
 
 
 def _sha256(path: pathlib.Path) -> str:

@@ -209,6 +209,11 @@ class Config:
         )
         require(self.seed >= 0, f"seed must be >= 0, got {self.seed}")
         require(
+            self.replay.lag < self.trainer.num_iterations,
+            f"with replay.lag={self.replay.lag} and trainer.num_iterations={self.trainer.num_iterations} the queue "
+            "would fill and nothing be trained",
+        )
+        require(
             self.trainer.updates_per_rollout > 1 or self.trainer.allow_single_update or self.replay.enabled,
             "with one update a rollout on fresh data the ratio is 1 throughout and every objective is the same; raise "
             "trainer.num_minibatches or trainer.num_epochs, set replay.lag, or say "

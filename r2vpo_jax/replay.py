@@ -162,13 +162,20 @@ class ReplayBuffer:
         ]
 
     def _choose(self, generator, fresh, stale, num_groups) -> list[tuple[_Entry, int]]:
-        def some(candidates, number, weights=None):
+        def some(candidates, number):
             number = min(number, len(candidates))
-            if weights is not None and (weights > 0).sum() < number:
-                weights = weights + 1e-6 * max(weights.max(), 1.0)  # too few with a gradient: let others fill up
-            p = None if weights is None else weights / weights.sum()
-            picked = generator.choice(len(candidates), size=number, replace=False, p=p) if number else []
+            picked = generator.choice(len(candidates), size=number, replace=False) if number else []
             return [candidates[i] for i in sorted(picked)]
+
+        def by_priority(candidates):
+            weights = np.array([_priority(entry, group, self._group) for entry, group in candidates])
+            useful = np.flatnonzero(weights > 0)
+            number = min(num_groups, len(useful))
+            p = weights[useful] / weights[useful].sum() if number else None
+            first = generator.choice(useful, size=number, replace=False, p=p) if number else []
+            # Groups without a gradient come last, when there are too few others.
+            rest = some([c for i, c in enumerate(candidates) if not weights[i] > 0], num_groups - number)
+            return [candidates[i] for i in sorted(first)] + rest
 
         match self._config.draw:
             case "newest":
@@ -181,11 +188,12 @@ class ReplayBuffer:
                 # The least used first: two draws of an iteration share the fresh batch out between them.
                 unused = generator.permutation(len(fresh))
                 unused = sorted(unused, key=lambda i: fresh[i][0].uses[fresh[i][1]])[: num_groups - len(old)]
-                return old + [fresh[i] for i in sorted(unused)]
+                chosen = old + [fresh[i] for i in sorted(unused)]
+                taken = {(entry.iteration, group) for entry, group in chosen}
+                left = [c for c in stale if (c[0].iteration, c[1]) not in taken]
+                return chosen + some(left, num_groups - len(chosen))
             case "priority":
-                candidates = stale + fresh
-                weights = np.array([_priority(entry, group, self._group) for entry, group in candidates])
-                return some(candidates, num_groups, weights)
+                return by_priority(stale + fresh)
         raise ValueError(f"unknown replay.draw {self._config.draw!r}")
 
     def statistics(self, batch: Rollout | None, version: int) -> dict[str, float]:

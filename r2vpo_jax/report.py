@@ -27,7 +27,8 @@ def summarize(config: Config, rows, *, base, final, progress, train_seconds, pha
     """
     train = [r for r in rows if r["kind"] == "train"]
     second_half = train[len(train) // 2 :]
-    seconds = {name: sum(r[f"time/{name}"] for r in train) for name in ("rollout", "verify", "update")}
+    iterations = [r for r in rows if r["kind"] != "evaluation"]  # those that only filled a queue too
+    seconds = {name: sum(r[f"time/{name}"] for r in iterations) for name in ("rollout", "verify", "update")}
     k = final["k"]
 
     def mean(name, rows):
