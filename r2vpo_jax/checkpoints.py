@@ -98,6 +98,8 @@ class Checkpointer:
         self._thread = None
         if self._error is not None:
             error, self._error, self._said = self._error, None, True
+            if isinstance(error, OSError):
+                raise error
             # Orbax has errors of several types for a disk that is full; the first line says enough.
             raise OSError(f"the checkpoint could not be written: {str(error).splitlines()[0]}") from error
         self._prune()
@@ -174,10 +176,15 @@ class Checkpointer:
         return next((step for step in self.steps() if self.problem(step) is None), None)
 
     def discard_after(self, iteration: int | None) -> None:
-        """Delete the steps after an iteration (all, if None), so that they can be written again."""
+        """Delete the steps after an iteration (all, if None), so that they can be written again.
+
+        And what is superfluous: a process that was killed may not have come to it.
+        """
         for step in list(self._manager.all_steps()):
             if iteration is None or step > iteration:
                 self._delete(step)
+        if iteration is not None:
+            self._prune()
 
     def restore(self, iteration: int, abstract_state, shardings) -> tuple:
         """(state placed by `shardings`, progress) of that iteration."""

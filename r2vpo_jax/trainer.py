@@ -145,7 +145,7 @@ class _Run:
             return self._show_finished()
         self._resume()
         self._open_files()
-        with self._closing(), self._disk_errors(), graceful_stop() as stop:
+        with self._disk_errors(), self._closing(), graceful_stop() as stop:
             floor = self._check_noise_floor()
             if self.progress["noise_floor"] is None:
                 self.progress["noise_floor"] = floor
@@ -175,6 +175,7 @@ class _Run:
                     break
             progress_bar.close()
             self._save()
+            self.checkpointer.wait()
             if self.iteration < total:
                 self._say(f"stopped after iteration {self.iteration} of {total}; the same command goes on from there")
                 return None

@@ -1,0 +1,265 @@
+"""One run, killed with SIGKILL at every moment of MOMENTS in turn, and then left to finish. Run by test_faults.py:
+
+    python -m tests.run_and_kill SECTIONS.json WORKDIR
+
+This process imports everything and computes nothing, so that it can fork: each child resumes the run in WORKDIR and
+kills itself when it reaches its moment, on what it has done and not on a timer. Prints one line of JSON: for each
+child the name of its moment, how it ended (-9: by SIGKILL), where it said it was, and the iteration it began from.
+"""
+
+import functools
+import json
+import os
+import pathlib
+import signal
+import sys
+import traceback
+import warnings
+
+import jax  # noqa: F401
+import matplotlib.backends.backend_agg
+import matplotlib.figure  # noqa: F401
+import orbax.checkpoint as ocp
+import transformers.tokenization_utils_tokenizers  # noqa: F401
+
+from r2vpo_jax import checkpoints, config, metrics, models, trainer
+from r2vpo_jax.learner import Learner
+
+_now = None  # the run of this process, once it goes
+
+
+def _die(name):
+    """Say where, and be gone: no handler runs and no buffer is flushed."""
+    os.write(_reached, name.encode())
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _wrap(owner, name, die, *, when, after=False):
+    """Die before (or after) the first call of owner.name for which when(...) holds."""
+    function = getattr(owner, name)
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        dies = when(*args, **kwargs)
+        if dies and not after:
+            die()
+        result = function(*args, **kwargs)
+        if dies:
+            die()
+        return result
+
+    setattr(owner, name, wrapped)
+
+
+def _in(iteration):
+    """True while this iteration, counted from 1, is under way."""
+    return lambda *_, **__: _now.iteration + 1 == iteration
+
+
+def _after(iteration):
+    """True between the end of this iteration and the beginning of the next."""
+    return lambda *_, **__: _now.iteration == iteration
+
+
+def _before(owner, name, when):
+    return lambda die: _wrap(owner, name, die, when=when)
+
+
+def _once_done(owner, name, when):
+    return lambda die: _wrap(owner, name, die, when=when, after=True)
+
+
+def _evaluation(split, iteration):
+    """In the middle of scoring a split: responses are sampled, nothing is written."""
+    return _once_done(trainer, "evaluate", lambda *_, **k: k["split"] == split and _now.iteration == iteration)
+
+
+def _jitted(name, iteration, call):
+    """Before the given call, in this iteration, of one of the learner's compiled functions."""
+
+    def arm(die):
+        make, calls = Learner.__init__, [0]
+
+        def counted(function, *args):
+            if _now.iteration + 1 == iteration:
+                calls[0] += 1
+                if calls[0] == call:
+                    die()
+            return function(*args)
+
+        def made(learner, *args, **kwargs):
+            make(learner, *args, **kwargs)
+            setattr(learner, name, functools.partial(counted, getattr(learner, name)))
+
+        Learner.__init__ = made
+
+    return arm
+
+
+def _half_a_line(file, iteration):
+    """Half of this iteration's row is on disk."""
+
+    def arm(die):
+        write = metrics.JsonlWriter.write
+
+        def torn(writer, row):
+            if (
+                pathlib.Path(writer._file.name).name == file
+                and row.get("iteration") == iteration
+                and "split" not in row
+            ):
+                text = json.dumps({k: metrics._plain(v) for k, v in row.items()})
+                writer._file.write(text[: len(text) // 2])
+                writer._file.flush()
+                die()
+            write(writer, row)
+
+        metrics.JsonlWriter.write = torn
+
+    return arm
+
+
+def _replay_file(iteration):
+    """The temporary file is written, and does not have its name yet."""
+    name = f"rollout_{iteration - 1:08d}.npz"
+    return _before(os, "replace", lambda _, to: pathlib.Path(to).name == name)
+
+
+def _half_a_manifest(iteration):
+    """Half of the checksums of a step are on disk, under a temporary name."""
+
+    def arm(die):
+        dump = json.dump
+
+        def torn(value, file, **options):
+            if file.name.endswith(f"manifests/{iteration}.tmp"):
+                text = json.dumps(value, **options)
+                file.write(text[: len(text) // 2])
+                file.flush()
+                die()
+            dump(value, file, **options)
+
+        checkpoints.json.dump = torn
+
+    return arm
+
+
+def _garbage(die):
+    """The first file of a batch that nothing needs any more is gone: that of 1, once 2 is pruned."""
+    _wrap(pathlib.Path, "unlink", die, when=lambda path, **_: path.suffix == ".npz", after=True)
+
+
+def _half_an_export(die):
+    save = models.save_pretrained
+
+    def torn(path, *args):
+        save(path, *args)
+        file = path / "model.safetensors"
+        os.truncate(file, file.stat().st_size // 2)
+        die()
+
+    models.save_pretrained = torn
+
+
+_Run, _Checkpointer = trainer._Run, checkpoints.Checkpointer
+
+
+def _of_step(iteration):
+    return lambda _, step, *__, **___: step == iteration
+
+
+# For a run of 6 iterations with lag 1 (iteration 1 trains nothing) and a checkpoint every 2. Until the checkpoint of
+# an iteration is committed, the next child begins from the one before.
+MOMENTS = {
+    # From the start, each of them.
+    "base test": _evaluation("test", 0),
+    "first validation": _evaluation("validation", 0),
+    "before sampling 1": _before(_Run, "_collect", _in(1)),
+    "replay file of 1": _replay_file(1),
+    "after the dual step of 2, before its metrics": _once_done(_Run, "_learn", _in(2)),
+    "before saving 2": _before(_Checkpointer, "save", _after(2)),
+    "while 2 is written": _before(_Checkpointer, "_commit", _of_step(2)),
+    "half the manifest of 2": _half_a_manifest(2),
+    "while torn 2 is discarded": _before(ocp.CheckpointManager, "delete", _of_step(2)),
+    # From 2 on.
+    "after the manifest of 2": _once_done(_Checkpointer, "_write_manifest", _of_step(2)),
+    "after sampling 3": _once_done(_Run, "_collect", _in(3)),
+    "between two updates of 3": _jitted("update", 3, 2),
+    "before the dual step of 4": _jitted("_step_multipliers", 4, 1),
+    "half the metrics of 4": _half_a_line("metrics.jsonl", 4),
+    "between metrics and samples of 4": _before(metrics.RunFiles, "sample", _after(4)),
+    "validation of 4": _evaluation("validation", 4),
+    "before the manifest of 4": _before(_Checkpointer, "_write_manifest", _of_step(4)),
+    # From 4 on; that 4 is committed comes to light when the next one is saved.
+    "after the manifest of 4": _once_done(_Checkpointer, "_write_manifest", _of_step(4)),
+    "between keeping and drawing in 5": _before(trainer.ReplayBuffer, "draw", _in(5)),
+    "half the samples of 6": _half_a_line("samples.jsonl", 6),
+    "half the manifest of 6": _half_a_manifest(6),
+    "while 2 is pruned": _before(ocp.CheckpointManager, "delete", _of_step(2)),
+    # From 6 on.
+    "while replay files are deleted": _garbage,
+    "final test": _evaluation("test", 6),
+    "half the export": _half_an_export,
+    "before the report": _before(trainer.report, "write", lambda *_: True),
+    "before the summary": _before(pathlib.Path, "replace", lambda _, to: to.name == "summary.json"),
+}
+
+
+def _go(the_config, workdir, name):
+    """In a child: run to the moment, or to the end."""
+    global _now
+    go = _Run.go
+
+    def seen(run, *args):
+        global _now
+        _now = run
+        return go(run, *args)
+
+    _Run.go = seen
+    if name is not None:
+        MOMENTS[name](lambda: _die(name))
+    trainer.train(the_config, workdir)
+
+
+def _child(the_config, workdir, name) -> dict:
+    """Fork, run, and how it ended."""
+    global _reached
+    read, _reached = os.pipe()
+    output = workdir.parent / "output.txt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "os.fork() is incompatible with multithreaded code": none is running yet
+        pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(file, 1)
+            os.dup2(file, 2)
+            _go(the_config, workdir, name)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    os.close(_reached)
+    _, status = os.waitpid(pid, 0)
+    with os.fdopen(read) as file:
+        reached = file.read()
+    said = output.read_text(errors="replace")
+    began = [line.rpartition(" ")[2] for line in said.splitlines() if line.startswith("continuing ")]
+    result = {"moment": name, "code": os.waitstatus_to_exitcode(status), "reached": reached or None}
+    result["began"] = int(began[0]) if began else 0
+    return result if result["code"] in (0, -signal.SIGKILL) else result | {"output": said[-3000:]}
+
+
+def main():
+    sections, workdir = json.loads(pathlib.Path(sys.argv[1]).read_text()), pathlib.Path(sys.argv[2])
+    the_config = config.from_flags(config.make(**sections))
+    workdir.parent.mkdir(parents=True, exist_ok=True)
+    print(json.dumps([_child(the_config, workdir, name) for name in (*MOMENTS, None)]))
+
+
+if __name__ == "__main__":
+    main()
