@@ -19,6 +19,101 @@ GROUP_ADVANTAGES = ("group_relative", "leave_one_out", "reinforce_pp_baseline")
 _TRACED = ("variance_coef", "threshold")  # hyper-parameters that the learner computes
 
 
+_DEFAULTS = {
+    "reduction": "token_mean",
+    "adaptive": False,
+    "variance_coef": 0.0,
+    "variance_budget": 0.04,
+    "dual_step": 0.5,
+    "dual_max_step": 1.0,
+    "dual_rule": "projected",
+    "dual_signal": "auto",
+    "max_variance_coef": 50.0,
+    "normalize_variance_coef": False,
+    "m2_budget": 0.04,
+    "advantage": "group_relative",
+    "advantage_scale": "std",
+    "discount": 1.0,
+    "trace_decay": 0.95,
+    "whiten_advantages": True,
+    "value_coef": 0.5,
+    "value_clip": 0.2,
+    "zero_variance": "keep",
+    "max_resamples": 10,
+    "verifier_errors": "abstain",
+    "truncated": "keep",
+    "overlong_buffer": 0.2,
+    "overlong_penalty": 0.0,
+    "entropy_coef": 0.0,
+    "kl_coef": 0.0,
+    "kl_to": "reference",
+    "kl_in": "loss",
+    "kl_estimator": "k3",
+    "kl_corrected": False,
+    "correction": "none",
+    "correction_scope": "token",
+    "max_weight": 2.0,
+    "min_weight": 0.0,
+}
+# Sources of the constants: the docstrings of the loss functions, and docs/algorithms/objectives.md.
+PRESETS: dict[str, dict[str, Any]] = {
+    "r2vpo": {"loss": "r2vpo", "adaptive": True, "variance_coef": 1.0},
+    "r2vpo_fixed": {"loss": "r2vpo", "variance_coef": 2.5},
+    "policy_gradient": {"loss": "policy_gradient"},
+    "ppo_clip": {"loss": "ppo_clip"},
+    "grpo": {"loss": "ppo_clip", "reduction": "sequence_mean", "kl_coef": 0.04},
+    "dr_grpo": {"loss": "ppo_clip", "reduction": "constant_length", "advantage_scale": "none"},
+    "dapo": {"loss": "ppo_clip", "clip_high": 0.28, "zero_variance": "resample", "overlong_penalty": 1.0},
+    "rloo": {
+        "loss": "policy_gradient",
+        "reduction": "constant_length",
+        "advantage": "leave_one_out",
+        "kl_coef": 0.05,
+        "kl_in": "reward",
+        "kl_estimator": "k1",
+    },
+    "reinforce_pp": {
+        "loss": "ppo_clip",
+        "advantage": "reinforce_pp",
+        "kl_coef": 0.01,
+        "kl_in": "reward",
+        "kl_estimator": "k1",
+    },
+    "reinforce_pp_baseline": {
+        "loss": "ppo_clip",
+        "advantage": "reinforce_pp_baseline",
+        "kl_coef": 0.01,
+        "kl_estimator": "k2",
+    },
+    "ppo": {"loss": "ppo_clip", "advantage": "gae"},
+    "ppo_kl": {"loss": "policy_gradient", "kl_coef": 1.0, "kl_to": "behavior", "kl_target": 0.01},
+    "cispo": {"loss": "cispo"},
+    "gspo": {"loss": "gspo", "reduction": "sequence_mean"},
+    "spo": {"loss": "spo"},
+    "m2po": {"loss": "m2po"},
+    "gmpo": {"loss": "gmpo", "reduction": "sequence_mean"},
+    "sapo": {"loss": "sapo", "reduction": "sequence_mean"},
+    "vespo": {"loss": "vespo"},
+    "topr": {"loss": "topr", "reduction": "constant_length"},
+    "drpo": {"loss": "drpo"},
+    "dro": {"loss": "dro"},
+    "prime_rl": {
+        "loss": "dppo_tv",
+        "advantage_scale": "none",
+        "divergence_low": 0.2,
+        "divergence_high": 0.2,
+        "max_ratio": 5e8,  # beyond the numerical guard on log r: none
+        "beta": 2e-3,
+    },
+    "dppo_tv": {"loss": "dppo_tv", "reduction": "constant_length"},
+    "dppo_kl": {"loss": "dppo_kl", "reduction": "constant_length"},
+    "gppo": {"loss": "gppo"},
+    "ce_gppo": {"loss": "gppo", "keep_low": 0.5},
+    "aspo": {"loss": "aspo"},
+    "luspo": {"loss": "luspo", "reduction": "sequence_mean"},
+}
+
+
 def option(default, help):
     """A dataclass field with its line of help."""
     return dataclasses.field(default=default, metadata={"help": help})
@@ -34,7 +129,7 @@ def require(condition, message):
 class ObjectiveConfig:
     """What is optimized. `name` picks a preset; docs/algorithms has a paragraph on each."""
 
-    name: str = option("r2vpo", "preset: see docs/algorithms/objectives.md, or give a wrong one for the list")
+    name: str = option("r2vpo", f"preset: {', '.join(PRESETS)}")
     loss: str | None = option(None, "objective of losses.get")
     reduction: str | None = option(None, "token_mean, sequence_mean or constant_length")
 
@@ -213,96 +308,3 @@ def _taken_by(loss: str) -> set[str]:
 
 
 _LOSS_HYPERPARAMETERS = set().union(*map(_taken_by, losses.names()))
-_DEFAULTS = {
-    "reduction": "token_mean",
-    "adaptive": False,
-    "variance_coef": 0.0,
-    "variance_budget": 0.04,
-    "dual_step": 0.5,
-    "dual_max_step": 1.0,
-    "dual_rule": "projected",
-    "dual_signal": "auto",
-    "max_variance_coef": 50.0,
-    "normalize_variance_coef": False,
-    "m2_budget": 0.04,
-    "advantage": "group_relative",
-    "advantage_scale": "std",
-    "discount": 1.0,
-    "trace_decay": 0.95,
-    "whiten_advantages": True,
-    "value_coef": 0.5,
-    "value_clip": 0.2,
-    "zero_variance": "keep",
-    "max_resamples": 10,
-    "verifier_errors": "abstain",
-    "truncated": "keep",
-    "overlong_buffer": 0.2,
-    "overlong_penalty": 0.0,
-    "entropy_coef": 0.0,
-    "kl_coef": 0.0,
-    "kl_to": "reference",
-    "kl_in": "loss",
-    "kl_estimator": "k3",
-    "kl_corrected": False,
-    "correction": "none",
-    "correction_scope": "token",
-    "max_weight": 2.0,
-    "min_weight": 0.0,
-}
-# Sources of the constants: the docstrings of the loss functions, and docs/algorithms/objectives.md.
-PRESETS: dict[str, dict[str, Any]] = {
-    "r2vpo": {"loss": "r2vpo", "adaptive": True, "variance_coef": 1.0},
-    "r2vpo_fixed": {"loss": "r2vpo", "variance_coef": 2.5},
-    "policy_gradient": {"loss": "policy_gradient"},
-    "ppo_clip": {"loss": "ppo_clip"},
-    "grpo": {"loss": "ppo_clip", "reduction": "sequence_mean", "kl_coef": 0.04},
-    "dr_grpo": {"loss": "ppo_clip", "reduction": "constant_length", "advantage_scale": "none"},
-    "dapo": {"loss": "ppo_clip", "clip_high": 0.28, "zero_variance": "resample", "overlong_penalty": 1.0},
-    "rloo": {
-        "loss": "policy_gradient",
-        "reduction": "constant_length",
-        "advantage": "leave_one_out",
-        "kl_coef": 0.05,
-        "kl_in": "reward",
-        "kl_estimator": "k1",
-    },
-    "reinforce_pp": {
-        "loss": "ppo_clip",
-        "advantage": "reinforce_pp",
-        "kl_coef": 0.01,
-        "kl_in": "reward",
-        "kl_estimator": "k1",
-    },
-    "reinforce_pp_baseline": {
-        "loss": "ppo_clip",
-        "advantage": "reinforce_pp_baseline",
-        "kl_coef": 0.01,
-        "kl_estimator": "k2",
-    },
-    "ppo": {"loss": "ppo_clip", "advantage": "gae"},
-    "ppo_kl": {"loss": "policy_gradient", "kl_coef": 1.0, "kl_to": "behavior", "kl_target": 0.01},
-    "cispo": {"loss": "cispo"},
-    "gspo": {"loss": "gspo", "reduction": "sequence_mean"},
-    "spo": {"loss": "spo"},
-    "m2po": {"loss": "m2po"},
-    "gmpo": {"loss": "gmpo", "reduction": "sequence_mean"},
-    "sapo": {"loss": "sapo", "reduction": "sequence_mean"},
-    "vespo": {"loss": "vespo"},
-    "topr": {"loss": "topr", "reduction": "constant_length"},
-    "drpo": {"loss": "drpo"},
-    "dro": {"loss": "dro"},
-    "prime_rl": {
-        "loss": "dppo_tv",
-        "advantage_scale": "none",
-        "divergence_low": 0.2,
-        "divergence_high": 0.2,
-        "max_ratio": 5e8,  # beyond the numerical guard on log r: none
-        "beta": 2e-3,
-    },
-    "dppo_tv": {"loss": "dppo_tv", "reduction": "constant_length"},
-    "dppo_kl": {"loss": "dppo_kl", "reduction": "constant_length"},
-    "gppo": {"loss": "gppo"},
-    "ce_gppo": {"loss": "gppo", "keep_low": 0.5},
-    "aspo": {"loss": "aspo"},
-    "luspo": {"loss": "luspo", "reduction": "sequence_mean"},
-}
