@@ -160,9 +160,14 @@ class Checkpointer:
         return f"{wrong[0]} is damaged" if wrong else None
 
     def replay_listings(self) -> list[dict]:
-        """What the checkpoints on disk say of the replay buffer."""
+        """What the intact checkpoints on disk say of the replay buffer."""
         self.wait()
-        listings = [self._read_manifest(step)["replay"] for step in sorted(self._scores)]
+        listings = []
+        for step in sorted(self._scores):
+            try:
+                listings.append(self._read_manifest(step)["replay"])
+            except (OSError, ValueError):
+                continue  # not written yet by process 0, or torn: then nothing is restored from it
         return [x for x in listings if x is not None]
 
     # Restoring -----------------------------------------------------------------------------------------

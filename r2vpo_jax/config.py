@@ -128,7 +128,12 @@ class ReplayConfig:
     @property
     def enabled(self) -> bool:
         """Whether batches go through the buffer at all."""
-        return self.lag > 0 or self.capacity > 0 or self.batches_per_iteration > 1
+        return self.capacity > 0 or self.stale
+
+    @property
+    def stale(self) -> bool:
+        """Whether the first update on a batch may find r != 1."""
+        return self.lag > 0 or self.draw != "newest" or self.batches_per_iteration > 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +219,7 @@ class Config:
             "would fill and nothing be trained",
         )
         require(
-            self.trainer.updates_per_rollout > 1 or self.trainer.allow_single_update or self.replay.enabled,
+            self.trainer.updates_per_rollout > 1 or self.trainer.allow_single_update or self.replay.stale,
             "with one update a rollout on fresh data the ratio is 1 throughout and every objective is the same; raise "
             "trainer.num_minibatches or trainer.num_epochs, set replay.lag, or say "
             "--config.trainer.allow_single_update=True",

@@ -264,9 +264,12 @@ def _priority(entry: _Entry, group: int, group_size: int) -> float:
 
 
 def _encode(rollout: Rollout) -> bytes:
-    """The bytes of an .npz of all fields, without pickle; the same for the same rollout."""
+    """The bytes of an .npz of all fields; the same for the same rollout."""
+    arrays = {k: np.asarray(v) for k, v in vars(rollout).items() if v is not None}
+    if any(x.dtype.hasobject for x in arrays.values()):  # NumPy would pickle it
+        raise ReplayError("a rollout consists of numbers")
     buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **{k: np.asarray(v) for k, v in vars(rollout).items() if v is not None})
+    np.savez(buffer, **arrays)
     return buffer.getvalue()
 
 

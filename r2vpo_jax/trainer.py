@@ -310,9 +310,8 @@ class _Run:
         try:
             yield
         finally:
-            self.profiler.stop()
-            self.files.close()
-            self.checkpointer.close()
+            with contextlib.closing(self.checkpointer), contextlib.closing(self.files):
+                self.profiler.stop()
 
     def _check_noise_floor(self) -> float:
         """V of the ratio between scoring and sampling with the same weights; refuses a noisy set-up."""

@@ -333,6 +333,14 @@ def test_readers_delete_no_checksums(saved, open_at):
     assert files_of(folder / "manifests") == before
 
 
+def test_processes_that_write_no_checksums_need_not_find_them(open_at):
+    """Process 1 of 2 goes on when the arrays are on disk; process 0 may not have written the checksums yet."""
+    other = open_at(write=False)
+    save(other, 1, replay={"batches": []})
+    assert other.replay_listings() == []
+    assert other.problem(1) is not None
+
+
 # ---- writes that fail ----
 
 
