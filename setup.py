@@ -13,7 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["r2vpo_jax", "r2vpo_jax.*"]),
-    package_data={"r2vpo_jax": ["py.typed", "checkpoints/*/*"]},
+    package_data={"r2vpo_jax": ["py.typed", "checkpoints/*/*", "fixtures/*/*"]},
     install_requires=[
         "absl-py>=2.1,<3",
         "chex>=0.1.90,<0.2",
@@ -35,7 +35,13 @@ setup(
     extras_require={
         "cuda": ["jax[cuda12]>=0.10,<0.13"],
         "tpu": ["jax[tpu]>=0.10,<0.13"],
-        "reasoning": ["math-verify>=0.9,<0.10", "reasoning-gym>=0.1.25,<0.2"],
+        "reasoning": [
+            "array_record>=0.8,<0.9",
+            "math-verify>=0.9,<0.10",
+            "pyarrow>=20,<27",
+            "reasoning-gym>=0.1.25,<0.2",
+            "tensorflow-datasets>=4.9.10,<5",
+        ],
         "libtpu": ["libtpu>=0.0.42,<0.0.43"],
         "dev": ["hypothesis>=6.100,<7", "pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff==0.17.6", "scipy>=1.13,<2"],
     },

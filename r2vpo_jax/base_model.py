@@ -1,33 +1,151 @@
-"""The model that a run starts from."""
+"""The model that a run starts from: its directory, tokenizer, end-of-text ids, and its weights when they are wanted."""
 
+import dataclasses
 import importlib.resources
+import os
+import pathlib
+from typing import Any
 
 from r2vpo_jax import models
-from r2vpo_jax.config import Config
+from r2vpo_jax.config import ModelConfig
+from r2vpo_jax.models.tensor_files import read_object
 from r2vpo_jax.run_directory import UsageError
 
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+_GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")  # whatever tokenizer.json says
 
-def load_base_model(config: Config):
-    """(model, host parameters, tokenizer) of `config.model`, checked against the task's needs.
+# Texts on which a tokenizer must agree with its own tokenizer.json.
+_PROBES = (
+    "47+85=",
+    "Let $x = \\frac{1}{2}$.\n\nThen 2x  = 1,000 km/h — naïve?",
+    "<think>\nstep 1\n</think>\n\n\\boxed{7}",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseModel:
+    """A checkpoint directory that has been looked at; its weights have not been read."""
+
+    path: pathlib.Path
+    model: models.Decoder
+    tokenizer: Any
+    eos_ids: tuple[int, ...]
+    notices: tuple[str, ...]
+
+    def check_length(self, tokens: int) -> None:
+        """Raises ValueError when prompt and response together are longer than the model's positions."""
+        if tokens > self.model.config.max_position_embeddings:
+            raise ValueError(
+                f"prompt and response have up to {tokens} tokens, but the model has positions for "
+                f"{self.model.config.max_position_embeddings}; lower task.prompt.max_length or task.max_response_length"
+            )
+
+    def load_params(self, mesh=None):
+        """The parameters, placed on the mesh as they are read.
+
+        Raises:
+          UsageError: a tensor is missing or does not fit.
+        """
+        try:
+            return models.load_params(self.path, self.model, mesh=mesh)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"cannot load the base model: {error}") from error
+
+
+def open_base_model(config: ModelConfig) -> BaseModel:
+    """Look at `config.path` (default: the shipped arithmetic base model): architecture, tokenizer, end of text.
 
     Raises:
-      UsageError: the directory, a tensor or the tokenizer is missing or does not fit.
+      UsageError: the directory or one of its files is missing, or asks for what is not implemented.
     """
-    # Not AutoTokenizer: for Qwen2 it may add a token that tokenizer.json does not have, and num_tokens would be off.
-    from transformers import PreTrainedTokenizerFast
-
-    path = config.model.path or importlib.resources.files("r2vpo_jax") / "checkpoints" / "arithmetic_base"
+    path = _directory(config.path)
     try:
         models.read_config(path)
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
-        model, params = models.from_pretrained(
+        tokenizer, notices = load_tokenizer(path)
+        model = models.read_model(
             path,
-            param_dtype=config.model.param_dtype,
-            compute_dtype=config.model.compute_dtype,
-            scan_layers=config.model.scan_layers,
-            remat=config.model.remat,
-            num_tokens=len(tokenizer),
+            param_dtype=config.param_dtype,
+            compute_dtype=config.compute_dtype,
+            scan_layers=config.scan_layers,
+            remat=config.remat,
+            attention_block_size=config.attention_block_size,
+            num_tokens=1 + max(tokenizer.get_vocab().values()),
         )
+        return BaseModel(path, model, tokenizer, end_of_text_ids(path, tokenizer), notices)
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot load the base model: {error}") from error
-    return model, params, tokenizer
+
+
+def _directory(name: str | None) -> pathlib.Path:
+    """A directory, or one of those that ship with the package by its name."""
+    shipped = importlib.resources.files("r2vpo_jax") / "checkpoints" / (name or "arithmetic_base")
+    return shipped if name is None or (not os.path.exists(name) and shipped.is_dir()) else pathlib.Path(name)
+
+
+def load_tokenizer(path):
+    """(tokenizer, notices) of a local directory; nothing is downloaded and no code of the directory is run.
+
+    AutoTokenizer chooses a class by the model's type, and that class rebuilds parts of some tokenizers. Where its tokens
+    differ from those of the directory's own tokenizer.json, where the directory asks for no class of its own, or for code
+    to be run, tokenizer.json is used as it is.
+
+    Raises:
+      ValueError: there is no tokenizer that can be opened.
+    """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    path = pathlib.Path(path)
+    file = path / "tokenizer.json"
+    if not any((path / name).is_file() for name in _TOKENIZER_FILES):  # a class may make an empty one up
+        raise ValueError(f"{path} has no tokenizer: none of {', '.join(_TOKENIZER_FILES)}")
+    if file.is_file() and _asks_for(path) in _GENERIC:
+        return PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True), ()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever its class raises: what matters is whether there is a tokenizer.json
+        if not file.is_file():
+            raise ValueError(
+                f"{path} has no tokenizer that can be opened ({str(error).splitlines()[0]}); put the model's "
+                "tokenizer.json there"
+            ) from error
+        tokenizer = None
+    if not file.is_file():
+        return tokenizer, ()
+    plain = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
+    if tokenizer is not None and _agree(tokenizer, plain):
+        return tokenizer, ()
+    why = "AutoTokenizer cannot open it" if tokenizer is None else f"{type(tokenizer).__name__} changes it"
+    return plain, (f"tokenizer: {file.name} as it is ({why})",)
+
+
+def _asks_for(path: pathlib.Path) -> str | None:
+    """The class that tokenizer_config.json names."""
+    file = path / "tokenizer_config.json"
+    return read_object(file).get("tokenizer_class") if file.is_file() else None
+
+
+def _agree(tokenizer, other) -> bool:
+    """Whether two tokenizers have the same vocabulary and cut the probes alike."""
+    texts = list(_PROBES)
+    cut = [t(texts, add_special_tokens=False)["input_ids"] for t in (tokenizer, other)]
+    return tokenizer.get_vocab() == other.get_vocab() and cut[0] == cut[1]
+
+
+def end_of_text_ids(path, tokenizer) -> tuple[int, ...]:
+    """All ids that end a response: those of generation_config.json, and the tokenizer's EOS.
+
+    Raises:
+      ValueError: there is none, or generation_config.json does not hold integers.
+    """
+    file = pathlib.Path(path) / "generation_config.json"
+    listed = []
+    if file.is_file():
+        listed = read_object(file).get("eos_token_id")
+        listed = [] if listed is None else listed if isinstance(listed, list) else [listed]
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in listed):
+            raise ValueError(f"{file}: eos_token_id must be an integer or a list of integers, got {listed!r}")
+    ids = [*listed, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]
+    if not ids:
+        raise ValueError(f"{path} names no end-of-text token, neither in generation_config.json nor in the tokenizer")
+    return tuple(dict.fromkeys(ids))

@@ -8,6 +8,7 @@ import typing
 from typing import Any
 
 from r2vpo_jax.objective import ObjectiveConfig, option, require
+from r2vpo_jax.tasks.config import TaskConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,8 @@ class TrainerConfig:
     eval_every: int = option(10, "iterations between validations")
     eval_problems: int = option(256, "validation problems")
     eval_samples: int = option(4, "samples a validation problem")
+    eval_temperature: float = option(1.0, "of validation and test; 0: greedy")
+    eval_top_p: float = option(1.0, "of validation and test")
     test_problems: int = option(512, "test problems, base and final")
     test_samples: int = option(16, "samples a test problem: pass@1 from the first 8, pass@k from all")
     eval_batch_size: int = option(64, "problems sampled at one time in evaluations")
@@ -42,6 +45,8 @@ class TrainerConfig:
             if item.type is int and item.name != "max_nonfinite_updates":
                 low = 0 if item.name == "samples_per_iteration" else 1
                 require(value >= low, f"trainer.{item.name} must be at least {low}, got {value}")
+        require(self.eval_temperature >= 0, f"trainer.eval_temperature must be >= 0, got {self.eval_temperature}")
+        require(0 < self.eval_top_p <= 1, f"trainer.eval_top_p must be in (0, 1], got {self.eval_top_p}")
         require(self.max_nonfinite_updates >= 0, "trainer.max_nonfinite_updates must be at least 0")
         require(
             self.prompts_per_rollout % self.num_minibatches == 0,
@@ -60,10 +65,16 @@ class SamplerConfig:
 
     group_size: int = option(16, "samples a prompt (G)")
     temperature: float = option(1.0, "softmax temperature; scoring applies the same")
+    batch_size: int | None = option(
+        None, "prompts sampled at one time, all devices together; default: all of a rollout"
+    )
+    prompt_buckets: tuple[int, ...] = option((), "prompt lengths below the longest that get a program of their own")
 
     def __post_init__(self):
         require(self.group_size >= 2, f"sampler.group_size must be at least 2 (a baseline), got {self.group_size}")
         require(self.temperature > 0, f"sampler.temperature must be > 0 for training, got {self.temperature}")
+        require(self.batch_size is None or self.batch_size >= 1, "sampler.batch_size must be at least 1")
+        object.__setattr__(self, "prompt_buckets", tuple(self.prompt_buckets))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,32 +173,26 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class TaskConfig:
-    """Problems and verifier."""
-
-    name: str = option("arithmetic", "arithmetic")
-    min_operands: int = option(2, "arithmetic: fewest operands")
-    max_operands: int = option(4, "arithmetic: most operands")
-    num_digits: int = option(2, "arithmetic: digits an operand")
-
-    def __post_init__(self):
-        require(self.name == "arithmetic", f"task.name={self.name!r} is unknown; one of arithmetic")
-
-
-@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The base model and how to compute it."""
 
-    path: str | None = option(None, "Hugging Face directory; default the shipped arithmetic base model")
+    path: str | None = option(
+        None, "Hugging Face directory, or a shipped model: arithmetic_base (the default) or word_problems_base"
+    )
     param_dtype: str = option("float32", "master weights")
     compute_dtype: str = option("float32", "activations and matrix products: float32 or bfloat16")
     scan_layers: bool = option(False, "compile one layer and loop (large models); False is faster on CPU")
     remat: bool = option(False, "recompute activations in the backward pass")
+    attention_block_size: int = option(0, "queries whose attention scores exist at one time; 0: all (short contexts)")
+    export_dtype: str | None = option(None, "weights of hf/: float32, bfloat16 or float16; default: the base model's")
 
     def __post_init__(self):
         for name in ("param_dtype", "compute_dtype"):
             value = getattr(self, name)
             require(value in ("float32", "bfloat16"), f"model.{name}={value!r}; one of float32, bfloat16")
+        exports = (None, "float32", "bfloat16", "float16")
+        require(self.export_dtype in exports, f"model.export_dtype={self.export_dtype!r}; one of {exports[1:]}")
+        require(self.attention_block_size >= 0, "model.attention_block_size must be at least 0")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from r2vpo_jax import advantages, kl
 from r2vpo_jax.objective import ObjectiveConfig
 from r2vpo_jax.rollout import Rollout
-from r2vpo_jax.tasks.base import Outcome
+from r2vpo_jax.tasks.outcome import unjudged
 
 
 def overlong_penalty(
@@ -41,7 +41,7 @@ def verdicts(rollout: Rollout, objective: ObjectiveConfig) -> np.ndarray:
     """What the verifier said, f32 [B]: NaN for an abstention, unless `objective.verifier_errors` counts it as wrong."""
     reward = np.asarray(rollout.reward, np.float32)
     if objective.verifier_errors == "abstain":
-        reward = np.where(rollout.outcome == Outcome.ERROR, np.float32(np.nan), reward)
+        reward = np.where(unjudged(rollout.outcome), np.float32(np.nan), reward)
     return reward
 
 

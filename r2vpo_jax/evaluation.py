@@ -19,8 +19,9 @@ class Evaluation:
 
     split: str
     right: np.ndarray  # bool [problems, n]
-    errors: int  # verifier errors, counted as not right
-    level: np.ndarray  # int32 [problems]
+    errors: int  # responses that the verifier could not judge, counted as not right
+    timeouts: int  # those on which it ran out of time, counted as not right
+    level: np.ndarray  # [problems] labels
     response_length: np.ndarray  # int32 [problems, n]
     truncated: np.ndarray  # bool [problems, n]
     texts: tuple[str, ...]  # first response to each of the first problems
@@ -46,6 +47,8 @@ class Evaluation:
             "pass_at_1": self.average_at(average_over),
             "pass_at_1_low": low,
             "pass_at_1_high": high,
+            "problems": len(self.right),
+            "average_at": average_over,
             "k": samples,
             "pass_at_k": self.pass_at(samples),
             "by_level": {
@@ -57,7 +60,17 @@ class Evaluation:
 
 
 def evaluate(
-    model, params, task, *, split: str, num_problems: int, num_samples: int, mesh, temperature=1.0, batch_size=64
+    model,
+    params,
+    task,
+    *,
+    split: str,
+    num_problems: int,
+    num_samples: int,
+    mesh,
+    temperature=1.0,
+    top_p=1.0,
+    batch_size=64,
 ) -> Evaluation:
     """Sample the first `num_problems` problems of a split and verify.
 
@@ -68,14 +81,19 @@ def evaluate(
       model, params: the policy; params in its compute dtype.
       task: a `tasks.base.Task`.
       split: "validation" while training; "test" for base and final scores only.
-      num_problems, num_samples: sizes.
+      num_problems: all of the split if it has fewer.
+      num_samples: a problem.
       mesh: the run's mesh.
       temperature: 0 is greedy.
+      top_p: 1 keeps all tokens.
       batch_size: problems sampled at one time.
     """
+    available = task.num_problems(split)
+    num_problems = num_problems if available is None else min(num_problems, available)
     problems = task.problems(split, np.arange(num_problems))
     sampling = Sampling(
         temperature=temperature,
+        top_p=top_p,
         group_size=num_samples,
         max_response_length=task.max_response_length,
         eos_ids=task.eos_ids,
@@ -92,13 +110,14 @@ def evaluate(
         batch_size=batch_size,
     )
     index = np.repeat(problems.index, num_samples)
-    _, outcome = task.verify(split, index, rollout.response_tokens, rollout.response_length)
+    outcome = task.verify(split, index, rollout.response_tokens, rollout.response_length).outcome
     shown = range(min(3, num_problems))
     first = rollout.response_tokens[::num_samples], rollout.response_length[::num_samples]
     return Evaluation(
         split=split,
         right=(outcome == Outcome.RIGHT).reshape(num_problems, num_samples),
         errors=int((outcome == Outcome.ERROR).sum()),
+        timeouts=int((outcome == Outcome.TIMEOUT).sum()),
         level=task.level(split, problems.index),
         response_length=rollout.response_length.reshape(num_problems, num_samples),
         truncated=rollout.truncated.reshape(num_problems, num_samples),

@@ -164,12 +164,19 @@ class Learner:
         )
 
     def init_state(self, params) -> LearnerState:
-        """A fresh state from host parameters; every leaf is placed by the mesh's rules."""
-        params = jax.tree.map(
-            lambda x, s: jax.make_array_from_callback(np.shape(x), s, lambda index: np.asarray(x)[index]),
-            params,
-            self.param_shardings,
-        )
+        """A fresh state; every leaf is placed by the mesh's rules.
+
+        Args:
+          params: on the host, or jax.Arrays (`models.load_params` with the mesh), which stay on the devices and
+            are donated: they are the state's now.
+        """
+
+        def place(x, where):
+            if isinstance(x, jax.Array):
+                return x if x.sharding.is_equivalent_to(where, x.ndim) else jax.device_put(x, where)
+            return jax.make_array_from_callback(np.shape(x), where, lambda index: np.asarray(x)[index])
+
+        params = jax.tree.map(place, params, self.param_shardings)
         return jax.jit(self._init, out_shardings=self.state_shardings, donate_argnums=0)(params)
 
     def sampler_params(self, state: LearnerState) -> dict:

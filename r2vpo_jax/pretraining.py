@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from r2vpo_jax import accumulation, models, scoring
@@ -12,7 +13,7 @@ from r2vpo_jax import accumulation, models, scoring
 
 @dataclasses.dataclass(frozen=True)
 class PretrainConfig:
-    """How the shipped base checkpoint is made.
+    """How a shipped base checkpoint is made; the defaults are those of the arithmetic task.
 
     Raises:
       ValueError: a number outside its range.
@@ -24,7 +25,8 @@ class PretrainConfig:
     learning_rate: float = 3e-3
     warmup_steps: int = 100
     weight_decay: float = 0.01
-    forget_carry: float = 0.7  # probability that the demonstrator forgets a carry
+    forget_carry: float = 0.7  # arithmetic: probability that the demonstrator forgets a carry
+    misread: float = 0.7  # word problems: probability that the demonstrator falls for a word that can be misread
     slip: float = 0.6  # probability that the demonstrator gets a hard fact wrong
     seed: int = 0
     hidden_size: int = 64
@@ -40,9 +42,48 @@ class PretrainConfig:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
         if self.batch_size % self.micro_batch_size:
             raise ValueError(f"batch_size={self.batch_size} is not a multiple of {self.micro_batch_size=}")
-        for field in ("forget_carry", "slip"):
+        for field in ("forget_carry", "misread", "slip"):
             if not 0 <= getattr(self, field) <= 1:
                 raise ValueError(f"{field} is a probability, got {getattr(self, field)}")
+
+
+CONFIGS = {
+    "arithmetic": PretrainConfig(),
+    "word_problems": PretrainConfig(
+        num_steps=1000,
+        batch_size=64,
+        misread=0.75,
+        slip=0.7,
+        hidden_size=128,
+        intermediate_size=384,
+        vocab_size=512,
+    ),
+}
+
+# The mistakes that each task's demonstrator makes.
+_MISTAKES = {"arithmetic": ("forget_carry", "slip"), "word_problems": ("misread", "slip")}
+
+
+def make_checkpoint(path, task: str, config: PretrainConfig, report=lambda step, loss: None) -> None:
+    """Write the base model of a task as a Hugging Face directory.
+
+    Args:
+      path: directory.
+      task: name, a key of `CONFIGS`.
+      config, report: as for `pretrain`.
+    """
+    from r2vpo_jax.tasks import arithmetic, word_problems
+
+    if task == "arithmetic":
+        tokenizer = arithmetic.make_tokenizer()
+        model, params = pretrain(config, arithmetic.ArithmeticTask(), len(tokenizer), report)
+        models.save_pretrained(path, model, params, tokenizer)
+    else:
+        tokenizer = word_problems.make_tokenizer()
+        model, params = pretrain(config, word_problems.WordProblems(tokenizer), len(tokenizer), report)
+        # As in the published checkpoints of this kind: 16 bits, and a text may end in two ways.
+        eos_ids = tokenizer.convert_tokens_to_ids([word_problems.END_OF_TURN, word_problems.END_OF_TEXT])
+        models.save_pretrained(path, model, params, tokenizer, dtype=jnp.bfloat16, eos_ids=eos_ids)
 
 
 def pretrain(config: PretrainConfig, task, num_tokens: int, report=lambda step, loss: None):
@@ -50,7 +91,7 @@ def pretrain(config: PretrainConfig, task, num_tokens: int, report=lambda step, 
 
     Args:
       config: sizes and schedule.
-      task: a task with `demonstrations`.
+      task: a task with `demonstrations`, one of `CONFIGS`.
       num_tokens: tokens that the tokenizer knows.
       report: called with (step, loss) now and then.
 
@@ -103,10 +144,11 @@ def pretrain(config: PretrainConfig, task, num_tokens: int, report=lambda step, 
         return optax.apply_updates(params, updates), opt_state, loss
 
     opt_state = optimizer.init(params)
+    mistakes = {name: getattr(config, name) for name in _MISTAKES[task.name]}
     for i in range(config.num_steps):
-        index = i * config.batch_size + jnp.arange(config.batch_size)
+        index = i * config.batch_size + np.arange(config.batch_size)
         problems = task.problems("train", index)
-        responses, lengths = task.demonstrations("train", index, demonstration_key, config.forget_carry, config.slip)
+        responses, lengths = task.demonstrations("train", index, demonstration_key, **mistakes)
         batch = {
             "prompt": problems.tokens,
             "prompt_length": problems.length,

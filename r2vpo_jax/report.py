@@ -52,7 +52,8 @@ def summarize(config: Config, rows, *, base, final, progress, train_seconds, pha
         f"final_pass_at_{k}": final["pass_at_k"],
         "base_by_level": base["by_level"],
         "final_by_level": final["by_level"],
-        "num_eval_problems": config.trainer.test_problems,
+        "num_eval_problems": final["problems"],
+        "average_at": final["average_at"],
         "num_iterations": config.trainer.num_iterations,
         "num_rollouts": progress["rollouts"],
         "num_rollout_tokens": progress["rollout_tokens"],
@@ -85,7 +86,7 @@ def summarize(config: Config, rows, *, base, final, progress, train_seconds, pha
 
 def table(summary: dict) -> str:
     """The closing table."""
-    k = summary["test_k"]
+    k, average_at = summary["test_k"], summary.get("average_at", 8)
     phases = summary["phase_seconds"]
 
     def score(which):
@@ -99,7 +100,7 @@ def table(summary: dict) -> str:
         f"{summary['num_updates']} updates",
         "",
         f"{'test, ' + str(summary['num_eval_problems']) + ' problems':28s}{'base':>26s}{'fine-tuned':>26s}",
-        f"{'  pass@1 (avg@8, 95 %)':28s}{score('base'):>26s}{score('final'):>26s}",
+        f"{f'  pass@1 (avg@{average_at}, 95 %)':28s}{score('base'):>26s}{score('final'):>26s}",
         f"{f'  pass@{k}':28s}{summary[f'base_pass_at_{k}']:>26.3f}{summary[f'final_pass_at_{k}']:>26.3f}",
         *(
             f"{f'  pass@1, level {level}':28s}{summary['base_by_level'][level]:>26.3f}{value:>26.3f}"
@@ -144,6 +145,11 @@ def _kept(summary: dict) -> list[str]:
     ]
 
 
+def is_finished(workdir) -> bool:
+    """Whether a run ended here."""
+    return (pathlib.Path(workdir) / "report" / "summary.json").exists()
+
+
 def read_summary(workdir) -> dict:
     """summary.json of a finished run."""
     return json.loads((pathlib.Path(workdir) / "report" / "summary.json").read_text())
@@ -156,7 +162,7 @@ def rewrite(workdir) -> str:
       ValueError: the run has not finished.
     """
     workdir = pathlib.Path(workdir)
-    if not (workdir / "report" / "summary.json").exists():
+    if not is_finished(workdir):
         raise ValueError(f"{workdir} does not hold a finished run (no report/summary.json)")
     summary = read_summary(workdir)
     write(workdir, summary, metrics.read_jsonl(workdir / "metrics.jsonl"))

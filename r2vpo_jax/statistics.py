@@ -1,5 +1,7 @@
 """Estimates and intervals from repeated samples. NumPy only; everything is deterministic."""
 
+import collections
+
 import numpy as np
 
 
@@ -29,6 +31,34 @@ def pass_at_k(num_samples, num_right, k: int) -> np.ndarray:
     # C(n-c, k) / C(n, k) = prod_{i = n-c+1}^{n} (1 - k / i)
     kept = np.where(np.arange(1, num_samples + 1) > wrong, factors, 1.0)
     return 1.0 - np.prod(kept, axis=-1)
+
+
+def majority_at_k(right, answers) -> np.ndarray:
+    """Chance that the most frequent answer is right, as in self-consistency (arXiv 2203.11171).
+
+    Samples without an answer do not vote. Among answers with equally many votes one is drawn: what counts is the mean
+    of the tied. An answer counts as right to the extent that the samples which gave it were judged right.
+
+    Args:
+      right: bool [problems, k].
+      answers: k answers a problem, equal if they say the same; None: the sample has none.
+
+    Returns:
+      float64 [problems], 0 where nobody votes.
+
+    Raises:
+      ValueError: there are not k answers to each problem.
+    """
+    right = np.asarray(right, np.float64)
+    if right.ndim != 2 or [len(row) for row in answers] != [right.shape[1]] * len(right):
+        raise ValueError(f"a majority needs an answer to each of the samples of shape {right.shape}")
+    scores = np.zeros(len(right))
+    for number, row in enumerate(answers):
+        votes = collections.Counter(answer for answer in row if answer is not None)
+        tied = [answer for answer, count in votes.items() if count == max(votes.values())]
+        if tied:
+            scores[number] = np.mean([right[number, [a == answer for a in row]].mean() for answer in tied])
+    return scores
 
 
 def bootstrap_interval(values, *, confidence=0.95, resamples=2000, seed=0) -> tuple[float, float]:

@@ -38,14 +38,14 @@ from r2vpo_jax import (
     models,
     noise_floor,
     report,
-    sampler,
     sharding,
     tasks,
     training_metrics,
 )
 from r2vpo_jax.alarms import Alarms
-from r2vpo_jax.base_model import load_base_model
+from r2vpo_jax.base_model import open_base_model
 from r2vpo_jax.checkpoints import Checkpointer
+from r2vpo_jax.collector import Collected, Collector, train_problem_index
 from r2vpo_jax.config import Config
 from r2vpo_jax.evaluation import Evaluation, evaluate
 from r2vpo_jax.interrupts import any_process, graceful_stop
@@ -54,10 +54,9 @@ from r2vpo_jax.profiling import Profiler
 from r2vpo_jax.replay import ReplayBuffer, ReplayError
 from r2vpo_jax.rollout import Rollout
 from r2vpo_jax.run_directory import UsageError, claim, usage_errors
-from r2vpo_jax.sampler import Sampling
 from r2vpo_jax.timing import Timers
 
-_AVERAGE_AT = 8  # test pass@1 is avg@8
+_AVERAGE_AT = 8  # test pass@1 is avg@8, with fewer samples avg@ all of them
 
 
 def train(
@@ -85,18 +84,19 @@ def train(
       UsageError: bad input, before anything is overwritten.
       NonFiniteUpdateError: more non-finite updates in a row than allowed; the batch is saved.
     """
-    return _Run(config, workdir, profile_steps, say).go(stop_after_iteration)
+    if report.is_finished(workdir):
+        claim(workdir, config, write=False)
+        return _show_finished(workdir, say if jax.process_index() == 0 else lambda _: None)
+    run = _Run(config, workdir, profile_steps, say)
+    with contextlib.closing(run.task):
+        return run.go(stop_after_iteration)
 
 
-def train_problem_index(config: Config, position: int) -> np.ndarray:
-    """Positions in the train split of the next problems, int64 [prompts_per_rollout].
-
-    Args:
-      config: the run's.
-      position: problems that the run has taken so far.
-    """
-    start = (config.seed % 1024) << 20  # seeds walk disjoint stretches of the split
-    return start + (position + np.arange(config.trainer.prompts_per_rollout)) % (1 << 20)
+def _show_finished(workdir, say) -> dict:
+    summary = report.read_summary(workdir)
+    say(f"{workdir} holds a finished run; its result:\n")
+    say(report.table(summary))
+    return summary
 
 
 class _Run:
@@ -107,11 +107,14 @@ class _Run:
         self.chief = jax.process_index() == 0
         self._say = say if self.chief else lambda _: None
         with usage_errors():
-            self.task = tasks.make(config.task)
             self.mesh = sharding.make_mesh((config.mesh.data, config.mesh.fsdp, config.mesh.tensor))
-            self.model, base_params, self.tokenizer = load_base_model(config)
-            self.task.check_tokenizer(self.tokenizer)
+            self.base = open_base_model(config.model)
+            self.model = self.base.model
+            self.task = tasks.make(config.task, self.base.tokenizer, self.base.eos_ids)
+            self.base.check_length(self.task.max_prompt_length + self.task.max_response_length)
             self.learner = Learner(self.model, config, self.mesh)
+        claim(workdir, config, write=False)  # another run's directory is refused before the weights are read
+        self.state = self.learner.init_state(self.base.load_params(self.mesh))
         self.workdir = claim(workdir, config, write=self.chief)
         self.checkpointer = Checkpointer(
             self.workdir / "checkpoints", max_to_keep=config.trainer.max_checkpoints, write=self.chief
@@ -120,29 +123,22 @@ class _Run:
         self.alarms = Alarms(config.alarms)
         self.profiler = Profiler(self.workdir, profile_steps)
         self.timers = Timers()
-        self.sampling = Sampling(
-            temperature=config.sampler.temperature,
-            group_size=config.sampler.group_size,
-            max_response_length=self.task.max_response_length,
-            eos_ids=self.task.eos_ids,
-        )
+        self.collector = Collector(config, self.task, self.model, self.mesh, self.timers)
+        self.sampling = self.collector.sampling
         self.key = jax.random.key(config.seed)
-        self.state = self.learner.init_state(base_params)
         self.reference = self.learner.sampler_params(self.state) if config.objective.needs_reference else None
         self.iteration = 0
         # What has happened so far, as plain numbers: goes into every checkpoint.
         self.progress = {
             "problems": 0, "rollouts": 0, "rollout_tokens": 0, "trained_tokens": 0, "nonfinite_in_a_row": 0, "seconds": 0.0,
             "best_validation": 0.0, "last_validation": 0.0, "noise_floor": None, "base": None, "positions": {},
-            "code": code_identity.of_package(),
+            "code": code_identity.of_package(), "data": self.task.digest,
         }  # fmt: skip
 
     # The story -----------------------------------------------------------------------------------------
 
     def go(self, stop_after_iteration):
         total = self.config.trainer.num_iterations
-        if self._is_finished():
-            return self._show_finished()
         self._resume()
         self._open_files()
         with self._disk_errors(), self._closing(), graceful_stop() as stop:
@@ -184,8 +180,8 @@ class _Run:
     def _iterate(self) -> dict:
         config, timers = self.config, self.timers
         before = dict(timers.seconds)
-        sampled = self._collect()  # 1, 2, 3
-        batch = sampled
+        collected = self._collect()  # 1, 2, 3
+        sampled = batch = collected.rollout
         if config.objective.zero_variance == "resample":
             wanted = config.trainer.prompts_per_rollout
             batch = credit.select_groups(sampled, config.objective, self.sampling.group_size, wanted)
@@ -198,7 +194,10 @@ class _Run:
         self.progress["trained_tokens"] += trained * config.trainer.num_epochs
         spent = {k: v - before.get(k, 0.0) for k, v in timers.seconds.items()}
         row = self._metrics_row(sampled, drawn, learned, spent)  # 6
+        row |= {f"reward/{name}": value for name, value in collected.terms.items()}
         self.files.metrics(row)
+        if collected.reasons:
+            self.files.event("unjudged", self.iteration, responses=len(collected.reasons), first=collected.reasons[0])
         for sample in training_metrics.samples(batch, self.task, config.trainer.samples_per_iteration):
             self.files.sample({"iteration": self.iteration, **sample})
         return row
@@ -208,7 +207,7 @@ class _Run:
         config = self.config
         if not config.replay.enabled:
             return [batch]
-        version = int(sharding.to_host(self.state.version))
+        version = self._version()
         self.replay.add(self.iteration, batch, version=version)
         draws = []
         with usage_errors():
@@ -224,37 +223,24 @@ class _Run:
             self.files.event("alarm", self.iteration, alarm=name, message=line)
         return bool(raised)
 
-    def _collect(self) -> Rollout:
-        """Verified responses to the next problems; with dynamic sampling to as many as it takes."""
-        objective, wanted = self.config.objective, self.config.trainer.prompts_per_rollout
-        rounds = 1 + (objective.max_resamples if objective.zero_variance == "resample" else 0)
-        params = self.learner.sampler_params(self.state)
-        parts, differing = [], 0
-        while len(parts) < rounds and differing < wanted:
-            index = train_problem_index(self.config, self.progress["problems"])
-            with self.timers("rollout"):
-                rollout = self._sample(index, params)
-            with self.timers("verify"):
-                rollout = self._verify(index, rollout)
-            parts.append(rollout)
-            differing += credit.groups_differ(rollout, objective, self.sampling.group_size).sum()
-            self.progress["problems"] += len(index)
-            self.progress["rollouts"] += len(rollout.reward)
-            self.progress["rollout_tokens"] += int(rollout.response_length.sum())
-            if objective.zero_variance != "resample":
-                break
-        return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    def _collect(self) -> Collected:
+        collected = self.collector.collect(
+            self.learner.sampler_params(self.state),
+            position=self.progress["problems"],
+            first_id=self.progress["rollouts"],
+            iteration=self.iteration,
+            version=self._version(),
+        )
+        self.progress["problems"] += collected.num_problems
+        self.progress["rollouts"] += len(collected.rollout.reward)
+        self.progress["rollout_tokens"] += int(collected.rollout.response_length.sum())
+        return collected
+
+    def _version(self) -> int:
+        """Optimizer updates so far."""
+        return int(sharding.to_host(self.state.version))
 
     # 0. Before the loop ----------------------------------------------------------------------------------
-
-    def _is_finished(self) -> bool:
-        return (self.workdir / "report" / "summary.json").exists()
-
-    def _show_finished(self) -> dict:
-        summary = report.read_summary(self.workdir)
-        self._say(f"{self.workdir} holds a finished run; its result:\n")
-        self._say(report.table(summary))
-        return summary
 
     def _resume(self) -> None:
         """Continue from the last checkpoint that is intact, its replay files too; say what is not."""
@@ -267,6 +253,11 @@ class _Run:
                 break
             self.notices.append({"name": "torn", "iteration": iteration, "message": problem})
             self._say(f"checkpoint {iteration} is torn ({problem}); falling back to the one before")
+        if self.progress.get("data", self.task.digest) != self.task.digest:
+            raise UsageError(
+                f"the problems are not those that {self.workdir} was started with; put the data sets back as they were, "
+                "or choose another --workdir"
+            )
         self.checkpointer.discard_after(self.iteration if self.progress["positions"] else None)
         here = code_identity.of_package()
         if self.progress["code"] != here:
@@ -301,6 +292,8 @@ class _Run:
         for notice in self.notices:
             self.files.event(**notice)
         self.files.event("resume" if resumed else "start", self.iteration, version=r2vpo_jax.__version__)
+        for notice in (*self.base.notices, *self.task.notices):
+            self._say(notice)
         if not resumed:
             self._say(f"mesh {dict(self.mesh.shape)}, {jax.device_count()} x {jax.devices()[0].device_kind}")
             self._say(sharding.placement_table(self.learner.logical_axes, self.learner.abstract_params, self.mesh))
@@ -315,7 +308,8 @@ class _Run:
 
     def _check_noise_floor(self) -> float:
         """V of the ratio between scoring and sampling with the same weights; refuses a noisy set-up."""
-        rollout = self._sample(train_problem_index(self.config, 0), self.learner.sampler_params(self.state))
+        params, index = self.learner.sampler_params(self.state), train_problem_index(self.config, 0)
+        rollout = self.collector.sample(params, index, iteration=self.iteration, version=self._version())
         logp = sharding.to_host(self.learner.score(self.state.params, sharding.put_batch(rollout, self.mesh)))
         floor, largest = noise_floor.measure(logp, rollout)
         limit = noise_floor.limit(self.config)
@@ -324,26 +318,6 @@ class _Run:
         return floor
 
     # 2. to 5. --------------------------------------------------------------------------------------------
-
-    def _sample(self, index, params) -> Rollout:
-        problems = self.task.problems("train", index)
-        rollout = sampler.generate(
-            self.model,
-            params,
-            problems.tokens,
-            problems.length,
-            jax.random.fold_in(self.key, self.iteration),
-            self.sampling,
-            mesh=self.mesh,
-            problem_ids=problems.index,
-            version=np.int32(sharding.to_host(self.state.version)),
-        )
-        return rollout.replace(rollout_id=rollout.rollout_id + np.int32(self.progress["rollouts"]))
-
-    def _verify(self, index, rollout: Rollout) -> Rollout:
-        index = np.repeat(index, self.sampling.group_size)
-        reward, outcome = self.task.verify("train", index, rollout.response_tokens, rollout.response_length)
-        return rollout.replace(reward=reward, outcome=outcome)
 
     def _fill_advantages(self, rollout: Rollout) -> Rollout:
         batch = sharding.put_batch(rollout, self.mesh)
@@ -383,7 +357,7 @@ class _Run:
     # 6. Metrics ------------------------------------------------------------------------------------------
 
     def _metrics_row(self, sampled: Rollout, drawn: list[Rollout], learned, spent) -> dict:
-        version = int(sharding.to_host(self.state.version))
+        version = self._version()
         counters = {"iteration": self.iteration, "version": version}
         counters |= {name: self.progress[name] for name in ("rollouts", "rollout_tokens")}
         if self.config.replay.enabled:
@@ -420,6 +394,8 @@ class _Run:
                 num_samples=num_samples,
                 mesh=self.mesh,
                 batch_size=self.config.trainer.eval_batch_size,
+                temperature=self.config.trainer.eval_temperature,
+                top_p=self.config.trainer.eval_top_p,
             )
 
     def _write_evaluation(self, result: Evaluation, scores: dict) -> None:
@@ -433,6 +409,7 @@ class _Run:
                 "response_length": float(result.response_length.mean()),
                 "truncated": float(result.truncated.mean()),
                 "verifier_errors": result.errors,
+                "verifier_timeouts": result.timeouts,
             }
         )
 
@@ -447,7 +424,7 @@ class _Run:
     def _test_scores(self) -> dict:
         trainer = self.config.trainer
         result = self._evaluate("test", trainer.test_problems, trainer.test_samples)
-        scores = result.scores(_AVERAGE_AT)
+        scores = result.scores(min(_AVERAGE_AT, trainer.test_samples))
         self._write_evaluation(result, scores)
         return scores
 
@@ -478,10 +455,17 @@ class _Run:
     def _finish(self) -> dict:
         final = self._test_scores()
         seconds = self._seconds()
-        params = sharding.to_host(self.state.params)
+        models.save_pretrained(
+            self.workdir / "hf",
+            self.model,
+            self.state.params,
+            self.base.tokenizer,
+            dtype=self.config.model.export_dtype or models.stored_dtype(self.base.path),
+            eos_ids=self.base.eos_ids,
+            write=self.chief,
+        )
         if not self.chief:
             return {}
-        models.save_pretrained(self.workdir / "hf", self.model, params, self.tokenizer)
         rows = metrics.read_jsonl(self.workdir / "metrics.jsonl")
         summary = report.summarize(
             self.config,

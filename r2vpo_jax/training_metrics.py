@@ -83,6 +83,7 @@ def _of_sampled(objective: ObjectiveConfig, sampled: Rollout, group_size: int) -
         "reward/zero_variance_groups": 1.0 - credit.groups_differ(sampled, objective, group_size).mean(),
         "reward/all_right_groups": right.all(axis=1).mean(),
         "outcome/errors": int((sampled.outcome == Outcome.ERROR).sum()),
+        "outcome/timeouts": int((sampled.outcome == Outcome.TIMEOUT).sum()),
         "response/length": length.mean(),
         "response/length_max": int(length.max()),
         "response/truncated": sampled.truncated.mean(),

@@ -14,13 +14,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 
 import dataclasses
 
+import benchmark_verifiers
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from experiments.configs import arithmetic
 from r2vpo_jax import config as config_lib
-from r2vpo_jax import models, sampler, sharding, tasks, trainer
+from r2vpo_jax import models, sampler, sharding, tasks
+from r2vpo_jax.base_model import open_base_model
 from r2vpo_jax.learner import Learner
 
 ROUNDS = 5
@@ -39,7 +41,8 @@ def median_seconds(function) -> float:
 def main():
     config = config_lib.from_flags(arithmetic.get_config())
     task, mesh = tasks.make(config.task), sharding.make_mesh((-1, 1, 1))
-    model, params, _ = trainer.load_base_model(config)
+    base = open_base_model(config.model)
+    model, params = base.model, base.load_params()
     settings = sampler.Sampling(
         group_size=config.sampler.group_size, max_response_length=task.max_response_length, eos_ids=task.eos_ids
     )
@@ -99,6 +102,9 @@ def main():
     show(
         "update, scanned layers, remat", update_seconds(with_decoder(scan_layers=True, remat=True), shipped), reference
     )
+
+    print()
+    benchmark_verifiers.run(seconds=2.0)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Compile a run's sampler, scoring and update for a TPU pod, on a machine without one.
 
     python scripts/compile_for_tpu.py --model=qwen2-1.5b --topology=v5e:4x4 --mesh=1,16,1
+    python scripts/compile_for_tpu.py --model=qwen3-8b --topology=v5p:2x2x4 --config=experiments/configs/qwen3_8b.py:grpo
 
-The programs are the project's own, compiled by the TPU compiler (libtpu) from shapes and shardings alone:
+With --config the sizes, and how the model is computed, are those of a run's configuration. The programs are the project's own, compiled by the TPU compiler (libtpu) from shapes and shardings alone:
 nothing is allocated and nothing runs. The answer is whether they compile for that pod, whether they fit into
-the memory of its chips, and what they communicate. Weights and optimizer state are float32, computation and
-the sampler's copy of the weights bfloat16; layers are scanned and rematerialized.
+the memory of its chips, and what they communicate. Weights and optimizer state are float32; without --config, computation
+and the sampler's copy of the weights are bfloat16, and layers are scanned and rematerialized.
 
 Exit code 0: everything fits; 1: something does not; 2: a flag that cannot be.
 """
@@ -19,6 +20,9 @@ import re
 import resource
 import sys
 import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # configuration files import each other
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # the pod is described, not attached
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
@@ -30,17 +34,31 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 from jax.experimental import topologies
+from ml_collections import config_flags
 
 from r2vpo_jax import config, learner, models, pretraining, sampler, sharding
 
 SHIPPED = pretraining.PretrainConfig()
-QWEN2 = {"num_layers": 28, "head_dim": 128, "tie_word_embeddings": False, "max_position_embeddings": 131_072}
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads")
+QWEN2 = {"head_dim": 128, "tie_word_embeddings": False, "max_position_embeddings": 131_072}
+QWEN3 = QWEN2 | {"qkv_bias": False, "qk_norm": True, "family": "qwen3"}
+PANGU = QWEN2 | {"o_bias": True, "family": "pangu"}
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
 MODELS = {
     # The shapes of DeepSeek-R1-Distill-Qwen-1.5B and -7B, and of the checkpoint that ships.
-    "qwen2-1.5b": QWEN2 | dict(zip(SIZES, (151_936, 1536, 8960, 12, 2), strict=True)),
-    "qwen2-7b": QWEN2 | dict(zip(SIZES, (152_064, 3584, 18_944, 28, 4), strict=True)),
-    "arithmetic": {name: getattr(SHIPPED, name) for name in (*SIZES, "num_layers")}
+    "qwen2-1.5b": QWEN2 | dict(zip(SIZES, (151_936, 1536, 8960, 28, 12, 2), strict=True)),
+    "qwen2-7b": QWEN2 | dict(zip(SIZES, (152_064, 3584, 18_944, 28, 28, 4), strict=True)),
+    # From the models' cards; of openPangu, which states no width of the MLP, 4 and 3.125 times the hidden size.
+    "qwen3-0.6b": QWEN3
+    | dict(zip(SIZES, (151_936, 1024, 3072, 28, 16, 8), strict=True))
+    | {"tie_word_embeddings": True},
+    "qwen3-1.7b": QWEN3
+    | dict(zip(SIZES, (151_936, 2048, 6144, 28, 16, 8), strict=True))
+    | {"tie_word_embeddings": True},
+    "qwen3-4b": QWEN3 | dict(zip(SIZES, (151_936, 2560, 9728, 36, 32, 8), strict=True)) | {"tie_word_embeddings": True},
+    "qwen3-8b": QWEN3 | dict(zip(SIZES, (151_936, 4096, 12_288, 36, 32, 8), strict=True)),
+    "openpangu-1b": PANGU | dict(zip(SIZES, (153_376, 1536, 6144, 26, 12, 6), strict=True)),
+    "openpangu-7b": PANGU | dict(zip(SIZES, (153_376, 4096, 12_800, 34, 32, 8), strict=True)),
+    "arithmetic": {name: getattr(SHIPPED, name) for name in SIZES}
     | {"head_dim": SHIPPED.hidden_size // SHIPPED.num_heads},
 }
 # GiB that the compiler lets a program use ("available HBM" in its messages), of 16, 95 and 32 on the chip.
@@ -51,10 +69,14 @@ ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2}
 jax.config.update("jax_enable_compilation_cache", False)  # programs for absent devices are written, never read
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("model", "qwen2-1.5b", f"shape of the decoder: {', '.join(MODELS)}")
+CONFIG = config_flags.DEFINE_config_file("config", None, "configuration of a run of task text; sizes come from it")
+flags.DEFINE_string(
+    "model", "qwen2-1.5b", f"shape of the decoder: {', '.join(MODELS)}, or a directory with a config.json"
+)
 flags.DEFINE_string("topology", "v5e:4x4", f"chip and grid; chips: {', '.join(HBM)}")
 flags.DEFINE_string("mesh", "1,-1,1", "devices along data,fsdp,tensor; one may be -1: all that is left")
 flags.DEFINE_integer("prompts", 32, "prompts a rollout batch", lower_bound=1)
+flags.DEFINE_integer("prompts_at_a_time", None, "prompts sampled at one time (default: all)", lower_bound=1)
 flags.DEFINE_integer("group_size", 8, "samples a prompt", lower_bound=2)
 flags.DEFINE_integer("prompt_length", 512, "prompt tokens", lower_bound=1)
 flags.DEFINE_integer("response_length", 1536, "response tokens", lower_bound=1)
@@ -66,12 +88,49 @@ class BadFlagError(ValueError):
     """A flag that cannot be; the message says which and why."""
 
 
+def take_sizes_from_config() -> config.Config | None:
+    """The configuration behind --config, if there is one; its sizes become those of the flags that were not given."""
+    if CONFIG.value is None:
+        return None
+    try:
+        run = config.from_flags(CONFIG.value)
+    except (TypeError, ValueError) as error:
+        raise BadFlagError(f"--config: {error}") from error
+    if run.task.name != "text":
+        raise BadFlagError("--config: sizes can be taken from runs of task.name=text only; give them as flags")
+    sizes = {
+        "prompts": run.trainer.prompts_per_rollout,
+        "prompts_at_a_time": run.sampler.batch_size,
+        "group_size": run.sampler.group_size,
+        "prompt_length": run.task.prompt.max_length,
+        "response_length": run.task.max_response_length,
+        "num_minibatches": run.trainer.num_minibatches,
+        "micro_batch_size": run.trainer.micro_batch_size,
+        "mesh": f"{run.mesh.data},{run.mesh.fsdp},{run.mesh.tensor}",
+    }
+    for name, value in sizes.items():
+        if not FLAGS[name].present:
+            FLAGS[name].value = value
+    return run
+
+
+def decoder_config(how: dict) -> models.DecoderConfig:
+    """The shape that --model names."""
+    if FLAGS.model in MODELS:
+        return models.DecoderConfig(**MODELS[FLAGS.model], **how)
+    if not os.path.isdir(FLAGS.model):
+        raise BadFlagError(f"--model={FLAGS.model} is unknown; one of {', '.join(MODELS)}, or a directory")
+    try:
+        return dataclasses.replace(models.read_config(FLAGS.model), **how)
+    except (OSError, ValueError) as error:
+        raise BadFlagError(f"--model: {error}") from error
+
+
 def make_learner() -> learner.Learner:
     """The learner that the flags describe, on the devices of the described pod."""
+    base = take_sizes_from_config() or config.Config()
     if importlib.util.find_spec("libtpu") is None:
         raise BadFlagError("the TPU compiler (libtpu) is not installed: pip install -e '.[libtpu]'")
-    if FLAGS.model not in MODELS:
-        raise BadFlagError(f"--model={FLAGS.model} is unknown; one of {', '.join(MODELS)}")
     if FLAGS.topology.partition(":")[0] not in HBM:
         raise BadFlagError(f"--topology={FLAGS.topology}: the chip is not one of {', '.join(HBM)} (example: v5e:4x4)")
     try:
@@ -88,13 +147,20 @@ def make_learner() -> learner.Learner:
         "micro_batch_size": FLAGS.micro_batch_size or mesh.shape["data"] * mesh.shape["fsdp"],
     }
     how = {"compute_dtype": jnp.bfloat16, "scan_layers": True, "remat": True}
-    model = models.Decoder(models.DecoderConfig(**MODELS[FLAGS.model], **how))
+    if CONFIG.value is not None:
+        how = {name: getattr(base.model, name) for name in (*how, "param_dtype", "attention_block_size")}
+    model = models.Decoder(decoder_config(how))
     try:
-        trainer = config.TrainerConfig(**sizes, allow_single_update=True)
-        run = config.Config(trainer=trainer, sampler=config.SamplerConfig(group_size=FLAGS.group_size))
-        return learner.Learner(model, run, mesh)
+        trainer = dataclasses.replace(base.trainer, **sizes, allow_single_update=True)
+        rollouts = dataclasses.replace(base.sampler, group_size=FLAGS.group_size)
+        return learner.Learner(model, dataclasses.replace(base, trainer=trainer, sampler=rollouts), mesh)
     except ValueError as error:
         raise BadFlagError(str(error)) from error
+
+
+def prompts_at_a_time() -> int:
+    """Prompts of one call of the sampler."""
+    return min(FLAGS.prompts_at_a_time or FLAGS.prompts, FLAGS.prompts)
 
 
 def lower(run: learner.Learner):
@@ -110,8 +176,9 @@ def lower(run: learner.Learner):
     state = jax.tree.map(lambda x, where: abstract(x.shape, x.dtype, where), run.abstract_state, run.state_shardings)
     weights = jax.tree.map(lambda x: abstract(x.shape, run.model.config.compute_dtype, x.sharding), state.params)
     key = abstract((), jax.random.key(0).dtype, sharding.replicated(run.mesh))
-    number = rows(jnp.zeros(1, jnp.int32), FLAGS.prompts)
-    tokens = rows(jnp.zeros((1, FLAGS.prompt_length), jnp.int32), FLAGS.prompts)
+    prompts = prompts_at_a_time()
+    number = rows(jnp.zeros(1, jnp.int32), prompts)
+    tokens = rows(jnp.zeros((1, FLAGS.prompt_length), jnp.int32), prompts)
     sampling = sampler.Sampling(group_size=FLAGS.group_size, max_response_length=FLAGS.response_length, eos_ids=(0,))
     lowered = sampler._sample.lower(run.model, weights, tokens, number, key, sampling, number, 0, run.mesh)
     yield "sampler", lowered
@@ -184,7 +251,7 @@ def device_bytes(tree, shardings, dtype=None) -> int:
 
 def cache_bytes(run: learner.Learner) -> int:
     """Bytes of one device's part of the keys and values, when split as the rules say."""
-    c, sizes = run.model.config, (FLAGS.prompts, run.model.config.num_kv_heads)
+    c, sizes = run.model.config, (prompts_at_a_time(), run.model.config.num_kv_heads)
     rows, heads = sharding.named_sharding(("batch", "kv_heads"), sizes, run.mesh).shard_shape(sizes)
     columns = FLAGS.prompt_length + FLAGS.group_size * FLAGS.response_length
     return 2 * c.num_layers * rows * columns * heads * c.head_dim * jnp.dtype(c.compute_dtype).itemsize
@@ -201,7 +268,8 @@ def matmul_flops(run: learner.Learner) -> dict:
         return c.num_layers * tokens * (layer + attention) + unembedded * 2 * c.hidden_size * c.vocab_size
 
     row = forward(prompt + response, prompt + response, response)
-    sampled = FLAGS.prompts * forward(prompt, prompt, 1) + batch * forward(response, prompt + response, response)
+    group = FLAGS.group_size * forward(response, prompt + response, response)
+    sampled = prompts_at_a_time() * (forward(prompt, prompt, 1) + group)
     update = 4 * row * batch // FLAGS.num_minibatches  # forward twice, and backward costs two
     return {k: v / run.mesh.size for k, v in {"sampler": sampled, "scoring": batch * row, "update": update}.items()}
 
@@ -214,10 +282,12 @@ def main(argv):
     mesh = ", ".join(f"{name} {size}" for name, size in run.mesh.shape.items())
     lengths = f"{FLAGS.prompt_length} + {FLAGS.response_length} tokens"
     print(f"{FLAGS.model} on {FLAGS.topology}, {run.mesh.size} devices: {mesh}")
-    print(f"{FLAGS.prompts} prompts x {FLAGS.group_size} samples of {lengths}")
+    print(
+        f"{FLAGS.prompts} prompts x {FLAGS.group_size} samples of {lengths}, {prompts_at_a_time()} prompts at one time"
+    )
     print(f"updates of {batch // FLAGS.num_minibatches} rows, {run.config.trainer.micro_batch_size} at one time")
-    if FLAGS.prompts % (run.mesh.shape["data"] * run.mesh.shape["fsdp"]):
-        print("note: --prompts does not divide over data * fsdp, so that some devices sample the same rows")
+    if prompts_at_a_time() % (run.mesh.shape["data"] * run.mesh.shape["fsdp"]):
+        print("note: the number of prompts does not divide over data * fsdp, so that some devices sample the same rows")
     reports = {name: compile_program(lowered) for name, lowered in lower(run)}
 
     def show(label, cell):
@@ -265,8 +335,8 @@ def main(argv):
 def parse_flags(argv):
     try:
         return FLAGS(argv)
-    except flags.Error as error:
-        raise BadFlagError(error) from error
+    except (flags.Error, ImportError, OSError, ValueError) as error:
+        raise BadFlagError(str(error).splitlines()[0]) from error
 
 
 if __name__ == "__main__":

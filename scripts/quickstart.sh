@@ -4,7 +4,7 @@
 #   bash scripts/quickstart.sh --workdir=runs/clip --config.objective.name=ppo_clip
 set -euo pipefail
 source "$(dirname "$0")/_environment.sh"
-install ""
+install "[reasoning]"
 workdir=(--workdir=runs/quickstart)
 for flag in "$@"; do
   case "$flag" in --workdir | --workdir=*) workdir=() ;; esac

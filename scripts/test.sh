@@ -3,11 +3,11 @@
 set -euo pipefail
 source "$(dirname "$0")/_environment.sh"
 marker=(-m "not slow")
-extras="[dev]"
+extras="[dev,reasoning]"
 if [ "${1:-}" = --all ]; then
   shift
   marker=(-m "slow or not slow")
-  extras="[dev,libtpu]"
+  extras="[dev,reasoning,libtpu]"
 fi
 install "$extras"
 echo "ruff"

@@ -124,7 +124,8 @@ def config_file(tiny_sections, tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_model(tiny_config):
     """(model, host parameters), read back from the checkpoint as the trainer does."""
-    return base_model.load_base_model(tiny_config())[:2]
+    base = base_model.open_base_model(tiny_config().model)
+    return base.model, base.load_params()
 
 
 @pytest.fixture(scope="session")
@@ -143,7 +144,7 @@ def rollout(tiny_model, task, mesh):
         mesh=mesh,
         problem_ids=problems.index,
     )
-    reward, outcome = task.verify("train", np.repeat(np.arange(4), 4), drawn.response_tokens, drawn.response_length)
+    reward, outcome, *_ = task.verify("train", np.repeat(np.arange(4), 4), drawn.response_tokens, drawn.response_length)
     drawn = drawn.replace(reward=reward, outcome=outcome, advantage=np.asarray(advantages.group_relative(reward, 4)))
     assert len(set(drawn.prompt_length)) > 1, "ragged prompts are wanted"
     assert len(set(drawn.response_length)) > 1, "ragged responses are wanted"

@@ -152,8 +152,8 @@ def _garbage(die):
 def _half_an_export(die):
     save = models.save_pretrained
 
-    def torn(path, *args):
-        save(path, *args)
+    def torn(path, *args, **options):
+        save(path, *args, **options)
         file = path / "model.safetensors"
         os.truncate(file, file.stat().st_size // 2)
         die()

@@ -12,6 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from r2vpo_jax import tasks
+from r2vpo_jax.config import TaskConfig
 from r2vpo_jax.tasks import SPLITS, ArithmeticTask, Outcome, arithmetic
 from r2vpo_jax.tasks.arithmetic import EOS, PAD, SYMBOLS, make_tokenizer
 
@@ -120,7 +121,7 @@ def test_the_demonstrator_without_mistakes_is_right(solutions, operands):
     for row, length, numbers in zip(tokens, lengths, operands["train"], strict=True):
         check_working(TASK.decode(row[:length]), numbers)
         assert set(row[length:]) <= {ID[PAD]}
-    reward, outcome = TASK.verify("train", INDEX, tokens, lengths)
+    reward, outcome, *_ = TASK.verify("train", INDEX, tokens, lengths)
     assert reward.dtype == np.float32
     np.testing.assert_array_equal(reward, 1)
     np.testing.assert_array_equal(outcome, Outcome.RIGHT)
@@ -138,7 +139,7 @@ def test_mistakes_are_made_as_often_as_asked(operands):
     key = jax.random.key(1)
     tokens, lengths = map(np.asarray, TASK.demonstrations("train", INDEX, key, 1.0, 0.0))
     assert not np.any(tokens == ID["c"])
-    _, outcome = TASK.verify("train", INDEX, tokens, lengths)
+    _, outcome, *_ = TASK.verify("train", INDEX, tokens, lengths)
     without_carry = np.array(
         [all(sum(n % 10 for n in o[: k + 1]) < 10 for k in range(len(o))) for o in operands["train"]]
     )
@@ -231,7 +232,7 @@ def another_problems_answer(tokens, lengths, _):
 def test_verdicts_are_those_of_plain_python(change, kinds, solutions, operands):
     tokens, lengths = change(*solutions, np.random.default_rng(2))
     tokens, lengths = tokens.astype(np.int32), lengths.astype(np.int32)
-    reward, outcome = TASK.verify("train", INDEX, tokens, lengths)
+    reward, outcome, *_ = TASK.verify("train", INDEX, tokens, lengths)
     expected = [verdict(t, n, o) for t, n, o in zip(tokens.tolist(), lengths, operands["train"], strict=True)]
     np.testing.assert_array_equal(outcome, expected)
     assert set(expected) == kinds
@@ -264,8 +265,7 @@ def test_other_sizes():
     small = ArithmeticTask(min_operands=2, max_operands=2, num_digits=1)
     assert (small.max_prompt_length, small.max_response_length) == (4, 8)
     assert small.eos_ids == (ID[EOS],)
-    config = types.SimpleNamespace(min_operands=2, max_operands=2, num_digits=1)
-    assert tasks.make(config) == small
+    assert tasks.make(TaskConfig(min_operands=2, max_operands=2, num_digits=1)) == small
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from r2vpo_jax.evaluation import Evaluation, evaluate
-from r2vpo_jax.tasks import Outcome
+from r2vpo_jax.tasks import Outcome, Verdicts
 
 NUM_PROBLEMS, NUM_SAMPLES = 16, 16  # the shape of the tiny run's test scores
 
@@ -73,12 +73,13 @@ def test_errors_are_counted_and_not_right(tiny_model, task, mesh):
         def verify(self, split, index, responses, lengths):
             outcome = np.full(len(index), Outcome.RIGHT)
             outcome[::4] = Outcome.ERROR
-            return (outcome == Outcome.RIGHT).astype(np.float32), outcome
+            outcome[1::8] = Outcome.TIMEOUT
+            return Verdicts((outcome == Outcome.RIGHT).astype(np.float32), outcome)
 
     settings = {"split": "test", "num_problems": 16, "num_samples": 16, "batch_size": 16}
     result = evaluate(*tiny_model, Hesitant(), mesh=mesh, **settings)
-    assert result.errors == 64
-    np.testing.assert_array_equal(result.right, np.arange(16) % 4 != np.zeros((16, 1)))
+    assert (result.errors, result.timeouts) == (64, 32)
+    np.testing.assert_array_equal(result.right, ~np.isin(np.arange(16) % 8, [0, 1, 4]) & np.ones((16, 1), bool))
 
 
 def evaluation(right):
@@ -87,6 +88,7 @@ def evaluation(right):
         split="test",
         right=right,
         errors=0,
+        timeouts=0,
         level=np.zeros(len(right), int),
         response_length=np.ones(right.shape, int),
         truncated=np.zeros(right.shape, bool),

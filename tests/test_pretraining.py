@@ -1,4 +1,4 @@
-"""The base model is made by code that makes a smaller one in seconds."""
+"""The base models are made by code that makes smaller ones in seconds."""
 
 import dataclasses
 
@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from r2vpo_jax import models, pretraining
+from r2vpo_jax.base_model import open_base_model
+from r2vpo_jax.config import ModelConfig
 from r2vpo_jax.evaluation import evaluate
 from r2vpo_jax.pretraining import PretrainConfig
 from r2vpo_jax.tasks.arithmetic import SYMBOLS
@@ -43,6 +45,22 @@ def test_a_seed_decides_the_weights(pretrained, task):
     assert np.any(np.asarray(same["embed"]) != other["embed"])
 
 
+def test_word_problems_make_a_checkpoint_that_runs_can_open(tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1}
+    config = dataclasses.replace(
+        pretraining.CONFIGS["word_problems"], num_steps=4, batch_size=4, micro_batch_size=4, **sizes
+    )
+    losses = {}
+    pretraining.make_checkpoint(tmp_path, "word_problems", config, losses.__setitem__)
+    assert list(losses) == [4]
+    base = open_base_model(ModelConfig(path=str(tmp_path)))
+    assert [base.tokenizer.convert_ids_to_tokens(i) for i in base.eos_ids] == ["<|im_end|>", "<|endoftext|>"]
+    assert base.model.config.num_tokens == len(base.tokenizer)
+    assert (base.model.config.hidden_size, base.model.config.vocab_size) == (16, 512)
+    _, params = models.from_pretrained(tmp_path)
+    assert {x.dtype.name for x in jax.tree.leaves(params)} == {"bfloat16"}
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -50,6 +68,7 @@ def test_a_seed_decides_the_weights(pretrained, task):
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"micro_batch_size": 48}, "batch_size=128 is not a multiple of"),
         ({"forget_carry": 1.5}, "forget_carry is a probability"),
+        ({"misread": 2.0}, "misread is a probability"),
         ({"slip": -0.1}, "slip is a probability"),
     ],
 )

@@ -27,7 +27,7 @@ def summary(tiny_config):
     ]  # fmt: skip
     rows.append({"kind": "evaluation", "split": "validation", "iteration": 4, "pass_at_1": 0.75})
     scores = {
-        "pass_at_1": 0.25, "pass_at_1_low": 0.2, "pass_at_1_high": 0.3, "k": 16, "pass_at_k": 0.9,
+        "pass_at_1": 0.25, "pass_at_1_low": 0.2, "pass_at_1_high": 0.3, "k": 16, "pass_at_k": 0.9, "problems": 16, "average_at": 8,
         "by_level": {"2": 0.4}, "samples": [["1+2=", "3<eos>"]],
     }  # fmt: skip
     progress = {

@@ -77,3 +77,39 @@ def test_quantiles_of_student_are_those_of_scipy():
         values = np.arange(freedom + 1.0)
         expected = scipy_stats.t.ppf(0.975, freedom) * values.std(ddof=1) / np.sqrt(freedom + 1)
         np.testing.assert_allclose(statistics.mean_interval(values)[1], expected, rtol=5e-3)
+
+
+MAJORITIES = {
+    "two of three right": ([1, 1, 0], ["7", "7", "8"], 1.0),
+    "two of three wrong": ([0, 0, 1], ["8", "8", "7"], 0.0),
+    "a tie of right and wrong": ([1, 0], ["7", "8"], 1 / 2),
+    "a tie of one right and two wrong": ([0, 1, 0], ["8", "7", "9"], 1 / 3),
+    "the third has fewer votes": ([0, 0, 1, 1, 1], ["8", "8", "7", "7", "9"], 1 / 2),
+    "no answer, no vote": ([0, 0, 0, 1, 0], [None, None, None, "7", None], 1.0),
+    "nobody votes": ([0, 0], [None, None], 0.0),
+    # Equal answers on which the verifier does not agree, because it ran out of time on one: right in half of its votes.
+    "one answer, two verdicts": ([1, 0, 0], ["7", "7", "8"], 1 / 2),
+    "one vote": ([1], ["7"], 1.0),
+}
+
+
+@pytest.mark.parametrize("name", MAJORITIES)
+def test_majorities_by_hand(name):
+    right, answers, expected = MAJORITIES[name]
+    np.testing.assert_allclose(statistics.majority_at_k([right], [answers]), [expected])
+
+
+def test_majorities_are_by_problem_and_in_any_order():
+    right = [row for row, answers, _ in MAJORITIES.values() if len(row) == 3]
+    answers = [answers for row, answers, _ in MAJORITIES.values() if len(row) == 3]
+    expected = [value for row, _, value in MAJORITIES.values() if len(row) == 3]
+    assert len(expected) == 4
+    np.testing.assert_allclose(statistics.majority_at_k(right, answers), expected)
+    turned = [row[::-1] for row in right], [row[::-1] for row in answers]
+    np.testing.assert_allclose(statistics.majority_at_k(*turned), expected)
+
+
+@pytest.mark.parametrize(("right", "answers"), [([[1, 0]], [["7"]]), ([[1, 0]], []), ([1, 0], ["7", "8"])])
+def test_a_majority_needs_an_answer_a_sample(right, answers):
+    with pytest.raises(ValueError, match="an answer to each"):
+        statistics.majority_at_k(right, answers)

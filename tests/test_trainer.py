@@ -13,10 +13,11 @@ from transformers import AutoTokenizer
 
 from r2vpo_jax import metrics, models, sharding, trainer
 from r2vpo_jax.checkpoints import Checkpointer
+from r2vpo_jax.collector import train_problem_index
 from r2vpo_jax.learner import Learner, NonFiniteUpdateError
 from r2vpo_jax.run_directory import UsageError
 from r2vpo_jax.tasks.arithmetic import SYMBOLS
-from r2vpo_jax.trainer import train, train_problem_index
+from r2vpo_jax.trainer import train
 from tests.conftest import ROOT
 
 NUM_ITERATIONS, ROWS, UPDATES = 4, 16, 4  # of the tiny run

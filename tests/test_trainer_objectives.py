@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from r2vpo_jax import credit, metrics, models, sharding, trainer
+from r2vpo_jax.collector import Collector
 from r2vpo_jax.tasks.arithmetic import SYMBOLS
-from r2vpo_jax.tasks.base import Outcome
+from r2vpo_jax.tasks.base import Outcome, Verdicts
 from r2vpo_jax.trainer import train
 from tests.conftest import ROOT
 from tests.test_trainer import assert_same_run, final_state, rows
@@ -32,8 +33,9 @@ class Recorder:
 
         def collecting(run):
             self.run = run
-            self.sampled.append(collect(run))
-            return self.sampled[-1]
+            collected = collect(run)
+            self.sampled.append(collected.rollout)
+            return collected
 
         def learning(run, rollout, *number):
             self.learned.append(rollout)
@@ -297,15 +299,16 @@ def test_resampling_stops_when_enough_groups_differ_or_the_rounds_are_used_up(co
     """With a verifier by script: of problems 0 to 3 two differ, of 4 to 7 three; of 8 to 19 three in all."""
     differing = np.array([0, 2, 4, 5, 7, 9, 14, 15])
 
-    def verify(run, index, rollout):
+    def verify(collector, index, rollout):
         problem = np.repeat(index, GROUP)
         first = np.arange(len(problem)) % GROUP == 0
         # One in four is right where it should differ; else all are, or none.
         right = np.where(np.isin(problem, differing), first, problem % 2 == 0)
         outcome = np.where(right, int(Outcome.RIGHT), int(Outcome.WRONG)).astype(np.int32)
-        return rollout.replace(reward=right.astype(np.float32), outcome=outcome)
+        verdicts = Verdicts(right.astype(np.float32), outcome)
+        return rollout.replace(reward=verdicts.reward, outcome=outcome), verdicts
 
-    monkeypatch.setattr(trainer._Run, "_verify", verify)
+    monkeypatch.setattr(Collector, "verify", verify)
     config = configure("dapo", overlong_penalty=0.0, max_resamples=2)
     with Recorder() as recorder:
         summary = train(config, tmp_path / "run")

@@ -1,14 +1,51 @@
 """Shape of a decoder, and how it is to be computed."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax.numpy as jnp
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How the rotary frequencies of a longer context come from those of a shorter one.
+
+    "linear": every frequency is divided by `factor` (position interpolation, arXiv 2306.15595). "llama3": only
+    those that turn less than `low_freq_factor` times in the original context; those that turn more than
+    `high_freq_factor` times stay, and between the two it is interpolated (Llama 3.1, arXiv 2407.21783).
+
+    Raises:
+      ValueError: another type, or factors that are not positive or not in order.
+    """
+
+    rope_type: str
+    factor: float
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    original_max_position_embeddings: int | None = None
+
+    def __post_init__(self):
+        needed = {
+            "linear": ("factor",),
+            "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+        }
+        if self.rope_type not in needed:
+            raise ValueError(f"rotary scaling {self.rope_type!r} is not implemented; {', '.join(needed)} are")
+        for field in needed[self.rope_type]:
+            value = getattr(self, field)
+            if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+                raise ValueError(f"rotary scaling {self.rope_type!r}: {field} must be positive, got {value!r}")
+        if self.rope_type == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"rotary scaling 'llama3': low_freq_factor={self.low_freq_factor} is not below "
+                f"high_freq_factor={self.high_freq_factor}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """A Qwen2-style decoder.
+    """A decoder of the Llama kind: what differs between families is a field, not a class.
 
     The first block is the architecture and comes from the checkpoint's `config.json`; the second says how
     to compute it and belongs to the run.
@@ -28,12 +65,18 @@ class DecoderConfig:
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = True
     max_position_embeddings: int = 32_768
+    qkv_bias: bool = True
+    o_bias: bool = False
+    qk_norm: bool = False  # RMSNorm over head_dim of queries and keys, before the rotation
+    rope_scaling: RopeScaling | None = None
+    family: str = "qwen2"  # names of its tensors, and of its export (models/families.py); not read by the decoder
 
     num_tokens: int | None = None  # tokens the tokenizer knows; rows from there on are padding, never sampled
     param_dtype: Any = jnp.float32
     compute_dtype: Any = jnp.float32
     scan_layers: bool = False  # False: unrolled (faster on CPU); True: compiles one layer (large models)
     remat: bool = False  # recompute each layer in the backward pass
+    attention_block_size: int = 0  # queries at a time in attention over whole rows; 0: all, [B, heads, S, S] scores
 
     def __post_init__(self):
         # Names and scalar types become dtypes: the decoder compares them, and equal configs must hash the same.
@@ -51,6 +94,10 @@ class DecoderConfig:
         ):
             if getattr(self, field) < 1:
                 raise ValueError(f"model.{field} must be at least 1, got {getattr(self, field)}")
+        if self.attention_block_size < 0:
+            raise ValueError(
+                f"model.attention_block_size must be at least 0 (0: no blocks), got {self.attention_block_size}"
+            )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
         if self.num_tokens is not None and not 1 <= self.num_tokens <= self.vocab_size:

@@ -1,4 +1,7 @@
-"""The decoder: RMSNorm, rotary embedding, grouped-query attention with QKV bias, SwiGLU (Qwen2).
+"""The decoder: RMSNorm, rotary embedding, grouped-query attention, SwiGLU.
+
+Biases, norms of queries and keys, and scaled rotary frequencies are fields of `DecoderConfig`; which family has
+which is in families.py.
 
 One parameter tree, stacked over layers, runs scanned or unrolled. Decoding attends to two caches: the
 prompt's, shared by the G samples of that prompt, and each sample's own response.
@@ -8,6 +11,7 @@ S columns of the tokens at hand, K key-value heads, R query heads a key-value he
 """
 
 import functools
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -98,6 +102,8 @@ class Projection(nn.Module):
 
 
 class RMSNorm(nn.Module):
+    """Over the last axis (arXiv 1910.07467)."""
+
     config: DecoderConfig
 
     @nn.compact
@@ -105,7 +111,7 @@ class RMSNorm(nn.Module):
         scale = self.param(
             "scale",
             nn.with_logical_partitioning(nn.initializers.ones, (None,)),
-            (self.config.hidden_size,),
+            x.shape[-1:],
             self.config.param_dtype,
         )
         x32 = x.astype(jnp.float32)
@@ -113,10 +119,24 @@ class RMSNorm(nn.Module):
         return scale.astype(self.config.compute_dtype) * x32.astype(self.config.compute_dtype)
 
 
-def rotary(x, positions, theta):
+def rotary_frequencies(config: DecoderConfig):
+    """Angle that each pair turns from one position to the next, f32 [D/2], after `RopeScaling`."""
+    half = config.head_dim // 2
+    frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequency
+    if scaling.rope_type == "linear":
+        return frequency / scaling.factor
+    turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)  # in the original context
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+    return kept * frequency + (1.0 - kept) * frequency / scaling.factor
+
+
+def rotary(x, positions, frequency):
     """Rotate pairs (i, i + D/2) of x [..., S, heads, D] by positions [..., S] (RoFormer, arXiv 2104.09864)."""
     half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = positions[..., None].astype(jnp.float32) * frequency  # [..., S, D/2]
     cos, sin = jnp.cos(angle)[..., None, :], jnp.sin(angle)[..., None, :]
     first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
@@ -130,7 +150,7 @@ class Attention(nn.Module):
     def __call__(self, x, positions, mask, cache, layer):
         """x [..., S, hidden] -> (out, new keys and values, response cache); see `Layer`."""
         c = self.config
-        projection = functools.partial(Projection, c, num_inputs=1, use_bias=True)
+        projection = functools.partial(Projection, c, num_inputs=1, use_bias=c.qkv_bias)
         query = projection(
             "...e,ehd->...hd",
             (c.hidden_size, c.num_heads, c.head_dim),
@@ -140,8 +160,11 @@ class Attention(nn.Module):
         kv_shape, kv_axes = (c.hidden_size, c.num_kv_heads, c.head_dim), ("embed", "kv_heads", None)
         key = projection("...e,ehd->...hd", kv_shape, kv_axes, name="k_proj")(x)
         value = projection("...e,ehd->...hd", kv_shape, kv_axes, name="v_proj")(x)
-        query = rotary(query, positions, c.rope_theta) * (c.head_dim**-0.5)
-        key = rotary(key, positions, c.rope_theta)
+        if c.qk_norm:
+            query, key = RMSNorm(c, name="q_norm")(query), RMSNorm(c, name="k_norm")(key)
+        frequency = rotary_frequencies(c)
+        query = rotary(query, positions, frequency) * (c.head_dim**-0.5)
+        key = rotary(key, positions, frequency)
         query = query.reshape(*query.shape[:-2], c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim)
 
         if cache is None:
@@ -155,14 +178,29 @@ class Attention(nn.Module):
             (c.num_heads, c.head_dim, c.hidden_size),
             ("heads", None, "embed"),
             num_inputs=2,
+            use_bias=c.o_bias,
             name="o_proj",
         )(out)
         return out, (key, value), response
 
     def _full(self, query, key, value, mask):
         """Causal attention within the rows: query [B, S, K, R, D], mask bool [B, S]."""
-        size = query.shape[1]
-        allowed = jnp.tril(jnp.ones((size, size), bool)) & mask[:, None, :]  # [B, S, S]
+        size, block = query.shape[1], self.config.attention_block_size
+        if not 0 < block < size:
+            return self._attend(query, key, value, mask, 0)
+        # A block's scores live while it is computed, and are computed again in the backward pass.
+        num_blocks = -(-size // block)
+        query = jnp.pad(query, [(0, 0), (0, num_blocks * block - size), (0, 0), (0, 0), (0, 0)])
+        blocks = jnp.moveaxis(query.reshape(query.shape[0], num_blocks, block, *query.shape[2:]), 1, 0)
+        attend = jax.checkpoint(self._attend, prevent_cse=False)
+        out = jax.lax.map(lambda x: attend(x[0], key, value, mask, x[1]), (blocks, jnp.arange(num_blocks) * block))
+        return jnp.moveaxis(out, 0, 1).reshape(query.shape)[:, :size]
+
+    def _attend(self, query, key, value, mask, start):
+        """The same for queries [B, s, K, R, D] that stand in columns `start` to `start + s` of the rows."""
+        columns = jnp.arange(key.shape[1])
+        causal = start + jnp.arange(query.shape[1])[:, None] >= columns  # [s, S]
+        allowed = causal & mask[:, None, :]  # [B, s, S]
         scores = _einsum("bskrd,btkd->bkrst", query, key, self.config, preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(jnp.where(allowed[:, None, None], scores, _MASKED), axis=-1)
         return _einsum("bkrst,btkd->bskrd", weights.astype(value.dtype), value, self.config)

@@ -1,59 +1,35 @@
-"""Hugging Face directories in and out: config.json and safetensors, nothing executed, nothing pickled."""
+"""Hugging Face directories in and out: config.json and safetensors, nothing executed, nothing pickled.
+
+Weights stream: reading places one stacked parameter on the mesh before it reads the next, writing fetches one
+tensor of one layer at a time. Neither ever holds the model a second time.
+"""
 
 import dataclasses
+import functools
 import json
+import math
 import pathlib
+import re
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from r2vpo_jax import sharding
+from r2vpo_jax.models import families, tensor_files
 from r2vpo_jax.models.config import DecoderConfig
-from r2vpo_jax.models.decoder import Decoder, abstract_params
+from r2vpo_jax.models.decoder import Decoder, abstract_params, logical_axes
+from r2vpo_jax.models.families import Weight
+from r2vpo_jax.models.tensor_files import INDEX, SINGLE, Tensors
 
-_INDEX = "model.safetensors.index.json"
+# In a layer, a weight or a bias that this decoder has no place for would be dropped: the logits would be wrong.
+_LAYER_WEIGHT = re.compile(r"model\.layers\.(\d+)\..*")
+_HARMLESS = re.compile(r".*\.(rotary_emb\.inv_freq|masked_bias|attn\.bias)")
 
-
-@dataclasses.dataclass(frozen=True)
-class _Weight:
-    """How one parameter of ours is stored there: name (with {layer}), and axes of the torch matrix."""
-
-    name: str
-    transpose: bool = False  # torch Linear keeps [out, in]
-
-
-# Our path -> theirs. Kernels [in..., out...] are flattened to two axes and transposed.
-_QWEN2 = {
-    ("embed",): _Weight("model.embed_tokens.weight"),
-    ("final_norm", "scale"): _Weight("model.norm.weight"),
-    ("lm_head",): _Weight("lm_head.weight", transpose=True),
-    ("layers", "input_norm", "scale"): _Weight("model.layers.{layer}.input_layernorm.weight"),
-    ("layers", "post_attention_norm", "scale"): _Weight("model.layers.{layer}.post_attention_layernorm.weight"),
-    **{
-        ("layers", "attention", f"{p}_proj", "kernel"): _Weight(
-            f"model.layers.{{layer}}.self_attn.{p}_proj.weight", True
-        )
-        for p in "qkvo"
-    },
-    **{
-        ("layers", "attention", f"{p}_proj", "bias"): _Weight(f"model.layers.{{layer}}.self_attn.{p}_proj.bias")
-        for p in "qkv"
-    },
-    **{
-        ("layers", "mlp", f"{p}_proj", "kernel"): _Weight(f"model.layers.{{layer}}.mlp.{p}_proj.weight", True)
-        for p in ("gate", "up", "down")
-    },
-}
-
-
-def _read_object(file: pathlib.Path) -> dict:
-    try:
-        value = json.loads(file.read_text())
-    except ValueError as error:  # not JSON, or not even text
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{file} does not hold a JSON object")
-    return value
+# Reading ------------------------------------------------------------------------------------------------
 
 
 def read_config(path) -> DecoderConfig:
@@ -67,194 +43,302 @@ def read_config(path) -> DecoderConfig:
     file = path / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{path} is not a Hugging Face checkpoint directory: it has no config.json")
-    raw = _read_object(file)
-    if raw.get("model_type") != "qwen2":
-        raise ValueError(f"{file}: model_type {raw.get('model_type')!r} is not supported; supported: 'qwen2'")
-    for rope in (raw.get("rope_scaling") or {}, raw.get("rope_parameters") or {}):
-        if any(isinstance(value, dict) for value in rope.values()):
-            raise ValueError(f"{file}: rotary parameters that differ between layers are not implemented")
-        rope_type = rope.get("rope_type") or rope.get("type") or "default"
-        if rope_type != "default":
-            raise ValueError(f"{file}: rotary scaling {rope_type!r} is not implemented; only 'default' is")
-    # Where both are given, Transformers takes rope_scaling.
-    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    if raw.get("use_sliding_window") or set(raw.get("layer_types") or ()) - {"full_attention"}:
-        raise ValueError(f"{file}: sliding-window attention is not implemented")
-    if raw.get("quantization_config"):
-        raise ValueError(f"{file}: quantized weights are not implemented")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"{file}: activation {raw['hidden_act']!r} is not implemented; only 'silu' is")
+    raw = tensor_files.read_object(file)
     try:
-        return DecoderConfig(
-            vocab_size=raw["vocab_size"],
-            hidden_size=raw["hidden_size"],
-            intermediate_size=raw["intermediate_size"],
-            num_layers=raw["num_hidden_layers"],
-            num_heads=raw["num_attention_heads"],
-            num_kv_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
-            rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0),
-            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-            tie_word_embeddings=raw.get("tie_word_embeddings", False),
-            max_position_embeddings=raw.get("max_position_embeddings", 32_768),
-        )
-    except KeyError as error:
-        raise ValueError(f"{file} lacks the field {error.args[0]!r}") from error
+        return DecoderConfig(**families.read_fields(raw))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
-class _Tensors:
-    """Tensors of one directory by name, from one safetensors file or several with an index."""
+def stored_dtype(path) -> np.dtype:
+    """The dtype that the checkpoint's weights have (its embedding; norms may have another).
 
-    def __init__(self, path: pathlib.Path):
-        from safetensors import SafetensorError, safe_open
-
-        self._path = path
-        single, index = path / "model.safetensors", path / _INDEX
-        weight_map = None
-        if index.is_file() and not single.is_file():  # with both present, Transformers too reads the single file
-            weight_map = _read_object(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(n, str) for n in weight_map.values()):
-                raise ValueError(f"{index} lacks a weight_map from tensor names to file names")
-            outside = sorted(n for n in set(weight_map.values()) if n == ".." or pathlib.PurePath(n).name != n)
-            if outside:
-                raise ValueError(f"{index} names files outside its directory: {outside}")
-        names = [single.name] if weight_map is None else sorted(set(weight_map.values()))
-        missing = [n for n in names if not (path / n).is_file()]
-        if missing:
-            raise FileNotFoundError(f"{path} lacks the weight files {missing} (only safetensors are read)")
-        try:
-            files = {n: safe_open(path / n, framework="np") for n in names}
-        except SafetensorError as error:
-            raise ValueError(f"{path}: one of {names} is not a safetensors file: {error}") from error
-        held = [(key, n) for n, file in files.items() for key in file.keys()]  # noqa: SIM118 (not a dict)
-        self._owner = {key: files[n] for key, n in held if weight_map is None or weight_map.get(key) == n}
-
-    def get(self, name, shape) -> np.ndarray:
-        if name not in self._owner:
-            raise ValueError(f"{self._path} lacks the tensor {name!r} of shape {tuple(shape)}")
-        tensor = self._owner[name].get_tensor(name)
-        if tensor.shape != tuple(shape):
-            raise ValueError(
-                f"{self._path}: tensor {name!r} has shape {tensor.shape}, but config.json implies {tuple(shape)}"
-            )
-        return tensor
+    Raises:
+      FileNotFoundError, ValueError: there are no weights, or none of a dtype that is read.
+    """
+    return Tensors(path).dtype("model.embed_tokens.weight")
 
 
-def _matrix_shape(path, weight, shape):
-    """Shape of one layer's tensor as stored there."""
-    if not weight.transpose:
-        return (shape[0], shape[1]) if path == ("embed",) else (int(np.prod(shape)),)
-    num_inputs = 2 if path[-2:] == ("o_proj", "kernel") else 1
-    return int(np.prod(shape[num_inputs:])), int(np.prod(shape[:num_inputs]))
-
-
-def _leaves(params):
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        path = tuple(k.key for k in path)
-        yield path, leaf, _QWEN2[path]
-
-
-def from_pretrained(path, *, param_dtype=None, compute_dtype=jnp.float32, **runtime) -> tuple[Decoder, dict]:
-    """Read a local Hugging Face directory.
+def read_model(path, *, param_dtype=None, compute_dtype=jnp.float32, **runtime) -> Decoder:
+    """The decoder of a local Hugging Face directory, without its weights.
 
     Args:
-      path: directory with config.json and model.safetensors (or several files and their index).
+      path: directory with config.json (and, with `param_dtype` None, the weights: their header is read).
       param_dtype: dtype of the parameters, or its name; None keeps the checkpoint's.
       compute_dtype: dtype of activations and matrix products, or its name.
-      **runtime: other run-time fields of `DecoderConfig` (scan_layers, remat, num_tokens).
-
-    Returns:
-      (model, params): params is a nested dict of NumPy arrays, layers stacked on axis 0.
+      **runtime: other run-time fields of `DecoderConfig` (scan_layers, remat, num_tokens, attention_block_size).
 
     Raises:
       FileNotFoundError: the directory or one of its files is missing.
-      ValueError: unsupported architecture, missing tensor, or a tensor of the wrong shape (named).
+      ValueError: an architecture, or a feature of it, that this decoder does not compute (named).
     """
-    path = pathlib.Path(path)
     config = read_config(path)
-    tensors = _Tensors(path)
     if param_dtype is None:
-        param_dtype = tensors.get("model.norm.weight", (config.hidden_size,)).dtype
+        param_dtype = stored_dtype(path)
     # As dtypes, not names or scalar types: the decoder compares them, and equal configs are to hash the same.
     dtypes = {"param_dtype": jnp.dtype(param_dtype), "compute_dtype": jnp.dtype(compute_dtype)}
-    config = dataclasses.replace(config, **dtypes, **runtime)
-    model = Decoder(config)
-
-    def read(path, leaf, weight):
-        stacked = path[0] == "layers"
-        shape = leaf.shape[1:] if stacked else leaf.shape
-        stored = _matrix_shape(path, weight, shape)
-
-        def one(layer):
-            tensor = tensors.get(weight.name.format(layer=layer), stored)
-            return (tensor.T if weight.transpose else tensor).reshape(shape).astype(param_dtype)
-
-        return np.stack([one(i) for i in range(config.num_layers)]) if stacked else one(0)
-
-    abstract = abstract_params(model)
-    flat = [read(*entry) for entry in _leaves(abstract)]
-    return model, jax.tree.unflatten(jax.tree.structure(abstract), flat)
+    return Decoder(dataclasses.replace(config, **dtypes, **runtime))
 
 
-def hf_config(config: DecoderConfig, dtype) -> dict:
-    """The config.json of this decoder."""
-    return {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": config.max_position_embeddings,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "rope_theta": config.rope_theta,  # readers before Transformers 5
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "use_sliding_window": False,
-        "attention_dropout": 0.0,
-        "dtype": np.dtype(dtype).name,
-    }
-
-
-def save_pretrained(path, model: Decoder, params, tokenizer=None) -> None:
-    """Write a directory that `Qwen2ForCausalLM.from_pretrained` (and `from_pretrained` above) opens.
+def load_params(path, model: Decoder, mesh: Mesh | None = None) -> dict:
+    """The weights of `path` as parameters of `model`, in its param_dtype.
 
     Args:
-      path: directory, made if needed; its config.json, model.safetensors and tokenizer files are replaced.
-      model: the decoder.
-      params: its parameters, on the host or on devices of this process.
-      tokenizer: a Transformers tokenizer, saved along with its EOS in generation_config.json.
+      path: the directory that `model` was read from.
+      model: from `read_model`.
+      mesh: where to place each parameter, by the rules of sharding.py, as soon as it is read. The largest go
+        first, so that the host never holds more than one stacked parameter above the model. Every process of
+        a pod reads the whole file and keeps what its own devices hold.
+
+    Returns:
+      A nested dict with layers stacked on axis 0: NumPy arrays, or with a mesh jax.Arrays.
 
     Raises:
-      ValueError: a parameter is not finite: such weights are of no use to anybody.
+      FileNotFoundError: a file of weights is missing.
+      ValueError: a tensor is missing, has the wrong shape or dtype, or has no place in this decoder (named).
     """
-    from safetensors.numpy import save_file
+    tensors = Tensors(path)
+    config, abstract = model.config, abstract_params(model)
+    leaves = list(_leaves(config, abstract))
+    expected = {}
+    for names, leaf, weight in leaves:
+        shape = weight.stored_shape(_layer_shape(names, leaf))
+        expected |= {weight.name.format(layer=i): shape for i in range(_num_tensors(names, leaf))}
+    for name, shape in expected.items():
+        tensors.check(name, shape)
+    _refuse_unused(tensors.names() - set(expected), config, path)
 
+    def read(names, leaf, weight):
+        shape = _layer_shape(names, leaf)
+        if names[0] != "layers":
+            return weight.from_stored(tensors.get(weight.name), shape).astype(leaf.dtype, copy=False)
+        stacked = np.empty(leaf.shape, leaf.dtype)
+        for i in range(len(stacked)):
+            stacked[i] = weight.from_stored(tensors.get(weight.name.format(layer=i)), shape)
+        return stacked
+
+    if mesh is None:
+        return jax.tree.unflatten(jax.tree.structure(abstract), [read(*entry) for entry in leaves])
+    shardings = jax.tree.leaves(sharding.tree_shardings(logical_axes(model), abstract, mesh))
+    placed: list[Any] = [None] * len(leaves)
+    for i in sorted(range(len(leaves)), key=lambda i: -leaves[i][1].size):
+        placed[i] = _place(read(*leaves[i]), shardings[i])
+    return jax.tree.unflatten(jax.tree.structure(abstract), placed)
+
+
+def from_pretrained(
+    path, *, param_dtype=None, compute_dtype=jnp.float32, mesh: Mesh | None = None, **runtime
+) -> tuple[Decoder, dict]:
+    """`read_model` and `load_params` in one: (model, params). Arguments and errors are theirs."""
+    model = read_model(path, param_dtype=param_dtype, compute_dtype=compute_dtype, **runtime)
+    return model, load_params(path, model, mesh)
+
+
+def _leaves(config, params) -> Iterator[tuple[tuple[str, ...], Any, Weight]]:
+    """(our path, array, how it is stored) of every parameter."""
+    table = families.FAMILIES[config.family].tensors
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        names = tuple(k.key for k in path)
+        yield names, leaf, table[names]
+
+
+def _layer_shape(names, leaf):
+    return leaf.shape[1:] if names[0] == "layers" else leaf.shape
+
+
+def _num_tensors(names, leaf):
+    return leaf.shape[0] if names[0] == "layers" else 1
+
+
+def _refuse_unused(names, config, path):
+    unused = [
+        name
+        for name in sorted(names)
+        if (layer := _LAYER_WEIGHT.fullmatch(name))
+        and int(layer[1]) < config.num_layers
+        and not _HARMLESS.fullmatch(name)
+    ]
+    if unused:
+        raise ValueError(f"{path} holds weights that a {config.family!r} decoder does not use: {unused[:4]}")
+
+
+def _place(array, where):
+    placed = jax.make_array_from_callback(array.shape, where, lambda index: array[index])
+    return jax.block_until_ready(placed)  # the buffer is not needed any more when the next one is filled
+
+
+# Writing ------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """One tensor of the export."""
+
+    name: str
+    weight: Weight
+    leaf: Any  # our parameter
+    layer: int | None  # None: not stacked
+    dtype: np.dtype
+
+    @property
+    def shape(self):
+        return self.weight.stored_shape(self.leaf.shape if self.layer is None else self.leaf.shape[1:])
+
+    @property
+    def nbytes(self):
+        return self.dtype.itemsize * math.prod(self.shape)
+
+    def fetch(self) -> np.ndarray:
+        """It, on the host: on a pod every process takes part."""
+        array = self.leaf
+        if isinstance(array, jax.Array):
+            array = _take(array, self.layer)
+        elif self.layer is not None:
+            array = array[self.layer]
+        return self.weight.to_stored(_cast(np.asarray(sharding.to_host(array)), self.dtype))
+
+
+def _cast(array, dtype):
+    with np.errstate(over="ignore"):  # what became infinite is refused by name
+        return array.astype(dtype, copy=False)
+
+
+def _take(leaf, layer):
+    """One layer of a parameter (None: all of it) in an array of its own, its shards where they are.
+
+    An array keeps the NumPy value that was once taken from it: the parameter must not.
+    """
+    where = leaf.sharding
+    if isinstance(where, NamedSharding):
+        where = where if layer is None else NamedSharding(where.mesh, PartitionSpec(*where.spec[1:]))
+    else:
+        where = None
+    return _copy(where)(leaf) if layer is None else _index(where)(leaf, layer)
+
+
+@functools.cache
+def _copy(where):
+    return jax.jit(jnp.copy, out_shardings=where)
+
+
+@functools.cache
+def _index(where):
+    return jax.jit(lambda x, i: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), out_shardings=where)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _finite_on_devices(leaf, dtype):
+    return jnp.all(jnp.isfinite(leaf.astype(dtype)))
+
+
+def _is_finite(leaf, dtype) -> bool:
+    """On a pod every process takes part."""
+    if isinstance(leaf, jax.Array):
+        return bool(sharding.to_host(_finite_on_devices(leaf, dtype)))
+    parts = np.array_split(leaf, min(len(leaf), 64))  # no second copy of a stacked parameter
+    return all(np.all(np.isfinite(_cast(part, dtype).astype(np.float32))) for part in parts)
+
+
+def save_pretrained(
+    path,
+    model: Decoder,
+    params,
+    tokenizer=None,
+    *,
+    dtype=None,
+    eos_ids=None,
+    max_shard_bytes: int = 5_000_000_000,
+    write: bool = True,
+) -> None:
+    """Write a directory that Transformers (and `from_pretrained` above) opens.
+
+    The tensors have the names of the model's own family. openPangu-Embedded, which Transformers does not know,
+    is written as `LlamaForCausalLM` with attention_bias, the same function of the same weights.
+
+    Args:
+      path: directory, made if needed; the weights, config.json and tokenizer files in it are replaced.
+      model: the decoder.
+      params: its parameters: NumPy, or on devices; fetched a tensor of one layer at a time.
+      tokenizer: a Transformers tokenizer, saved along.
+      dtype: of the written weights, or its name; None keeps the parameters'.
+      eos_ids: the ids that end a text, for generation_config.json; None: the tokenizer's.
+      max_shard_bytes: weights beyond this go to several files with an index (at least one tensor a file).
+      write: False on all processes of a pod but one: they only take part in fetching.
+
+    Raises:
+      ValueError: a parameter is not finite (in `dtype`): such weights are of no use to anybody. Or the family
+        cannot express this decoder. Nothing was written then.
+    """
     path = pathlib.Path(path)
-    tensors = {}
-    for names, leaf, weight in _leaves(params):
-        leaf = np.asarray(leaf)
-        if not np.all(np.isfinite(leaf.astype(np.float32))):
-            raise ValueError(f"parameter {'/'.join(names)} is not finite; nothing was exported to {path}")
-        stacked = names[0] == "layers"
-        for layer in range(leaf.shape[0]) if stacked else (0,):
-            tensor = leaf[layer] if stacked else leaf
-            tensor = tensor.reshape(_matrix_shape(names, weight, tensor.shape)[::-1]).T if weight.transpose else tensor
-            if not weight.transpose and names != ("embed",):
-                tensor = tensor.reshape(-1)
-            tensors[weight.name.format(layer=layer)] = np.ascontiguousarray(tensor)
+    leaves = list(_leaves(model.config, params))
+    dtypes = [np.dtype(leaf.dtype if dtype is None else jnp.dtype(dtype)) for _, leaf, _ in leaves]
+    raw = families.hf_config(model.config, dtypes[[names for names, _, _ in leaves].index(("embed",))])
+    for (names, leaf, _), kept in zip(leaves, dtypes, strict=True):
+        if not _is_finite(leaf, kept):
+            raise ValueError(f"parameter {'/'.join(names)} is not finite as {kept}; nothing was exported to {path}")
+    entries = [
+        _Entry(weight.name.format(layer=layer), weight, leaf, layer, kept)
+        for (names, leaf, weight), kept in zip(leaves, dtypes, strict=True)
+        for layer in (range(leaf.shape[0]) if names[0] == "layers" else (None,))
+    ]
+    shards = _split(entries, max_shard_bytes)
+    generation = _generation_config(tokenizer, eos_ids)
+    if not write:
+        for entry in entries:
+            entry.fetch()
+        return
+
     path.mkdir(parents=True, exist_ok=True)
-    (path / _INDEX).unlink(missing_ok=True)  # it would lead readers to the weights that were here before
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    dtype = tensors["model.norm.weight"].dtype
-    (path / "config.json").write_text(json.dumps(hf_config(model.config, dtype), indent=2) + "\n")
-    # safetensors keeps its file to the owner; readable to whoever may read the directory's other files.
-    (path / "model.safetensors").chmod((path / "config.json").stat().st_mode)
+    for stale in path.glob(".model*.safetensors.partial"):
+        stale.unlink()
+    for name, shard in shards.items():
+        with open(path / f".{name}.partial", "wb") as file:
+            headers = [(e.name, e.dtype, e.shape) for e in shard]
+            tensor_files.write_tensors(file, headers, (e.fetch() for e in shard))
+    for stale in (path / SINGLE, path / INDEX, *path.glob("model-*-of-*.safetensors")):
+        stale.unlink(missing_ok=True)  # readers would find the weights that were here before
+    for name in shards:
+        (path / f".{name}.partial").rename(path / name)
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(e.nbytes for e in entries)},
+            "weight_map": {e.name: name for name, shard in shards.items() for e in shard},
+        }
+        _write_object(path / INDEX, index)
+    special = {key: generation.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    _write_object(path / "config.json", raw | special)  # spelled out: families have defaults of their own
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
-        generation = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-        (path / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    if generation:
+        _write_object(path / "generation_config.json", generation)
+
+
+def _split(entries, max_bytes) -> dict[str, list[_Entry]]:
+    """File name -> its tensors, in order."""
+    shards, size = [[]], 0
+    for entry in entries:
+        if shards[-1] and size + entry.nbytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(entry)
+        size += entry.nbytes
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, start=1)}
+
+
+def _generation_config(tokenizer, eos_ids) -> dict[str, Any]:
+    """Special tokens for generation_config.json; {} if nothing is known about them."""
+    generation = {} if tokenizer is None else {"pad_token_id": tokenizer.pad_token_id}
+    if getattr(tokenizer, "bos_token_id", None) is not None:
+        generation["bos_token_id"] = tokenizer.bos_token_id
+    if eos_ids is None and tokenizer is not None:
+        generation["eos_token_id"] = tokenizer.eos_token_id
+    elif eos_ids is not None:
+        ids = list(dict.fromkeys(int(i) for i in eos_ids))
+        generation["eos_token_id"] = ids[0] if len(ids) == 1 else ids or None
+    return generation
+
+
+def _write_object(file, value):
+    file.write_text(json.dumps(value, indent=2) + "\n")

@@ -21,12 +21,13 @@ of the operands, so that the splits are disjoint as sets of problems.
 
 import dataclasses
 import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from r2vpo_jax.tasks.base import SPLITS, Outcome, Problems
+from r2vpo_jax.tasks.base import SPLITS, Outcome, Problems, Verdicts
 
 PAD, EOS = "<pad>", "<eos>"
 SYMBOLS = (PAD, EOS, *"0123456789", "+", "=", "c", "-", ";")
@@ -47,6 +48,8 @@ class ArithmeticTask:
     max_operands: int = 4
     num_digits: int = 2
     name: str = "arithmetic"
+    digest: ClassVar[str] = ""  # the parameters say everything, and are in the configuration
+    notices: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self):
         if not 2 <= self.min_operands <= self.max_operands <= 9:
@@ -77,7 +80,17 @@ class ArithmeticTask:
 
     def verify(self, split: str, index, responses, lengths):
         reward, outcome = _verify(self, split, _as_index(index), jnp.asarray(responses), jnp.asarray(lengths))
-        return np.asarray(reward), np.asarray(outcome)
+        return Verdicts(np.asarray(reward), np.asarray(outcome))
+
+    def num_problems(self, split: str) -> None:
+        return None
+
+    def answers(self, split: str, index, responses, lengths) -> list[str | None]:
+        """What is written after the last `;`."""
+        texts = [self.decode(row[:length]) for row, length in zip(responses, lengths, strict=True)]
+        return [
+            text.removesuffix(EOS).rpartition(";")[2] if ";" in text and text.endswith(EOS) else None for text in texts
+        ]
 
     def level(self, split: str, index) -> np.ndarray:
         """The number of operands."""
@@ -108,6 +121,9 @@ class ArithmeticTask:
 
     def decode(self, tokens) -> str:
         return "".join(SYMBOLS[t] if 0 <= t < len(SYMBOLS) else "?" for t in np.asarray(tokens).tolist())
+
+    def close(self) -> None:
+        pass
 
 
 def _as_index(index):

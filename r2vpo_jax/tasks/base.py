@@ -1,20 +1,15 @@
 """What a task is: problems by (split, index), and a verdict on each response."""
 
-import enum
-from typing import Protocol
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from flax import struct
 
-SPLITS = ("train", "validation", "test")
+from r2vpo_jax.tasks.outcome import SPLITS, Outcome
 
-
-class Outcome(enum.IntEnum):
-    """The verdict on one response. ERROR means that the verifier could not tell; it is counted apart."""
-
-    WRONG = 0
-    RIGHT = 1
-    ERROR = 2
+__all__ = ["SPLITS", "Outcome", "Problems", "Task", "Verdicts"]
 
 
 @struct.dataclass
@@ -24,6 +19,15 @@ class Problems:
     index: np.ndarray  # int32 [N] position in the split
     tokens: np.ndarray  # int32 [N, P]
     length: np.ndarray  # int32 [N] prompt tokens
+
+
+class Verdicts(NamedTuple):
+    """What was found of a batch of B responses."""
+
+    reward: np.ndarray  # f32 [B] sum of the terms; 0 where there is no verdict
+    outcome: np.ndarray  # int32 [B] `Outcome`
+    terms: Mapping[str, np.ndarray] = MappingProxyType({})  # name -> f32 [B]: weighted parts of the reward, if it has several
+    reasons: tuple[str, ...] = ()  # why there is no verdict, "" where there is one; () if all have one
 
 
 class Task(Protocol):
@@ -37,21 +41,29 @@ class Task(Protocol):
     max_prompt_length: int
     max_response_length: int
     eos_ids: tuple[int, ...]
+    digest: str  # identity of all problems: changes if their text does
+    notices: list[str]  # what a user should know of the data
 
     def problems(self, split: str, index) -> Problems:
         """The problems at these positions, int [N]; the same answer for the same (split, index), always."""
 
-    def verify(self, split: str, index, responses, lengths) -> tuple[np.ndarray, np.ndarray]:
-        """(reward f32 [B], outcome int32 [B]) of responses int [B, T] to the problems at index int [B].
+    def num_problems(self, split: str) -> int | None:
+        """Problems of a split; None if there is no end to them. Of `train`, positions beyond go round again."""
 
-        Never raises on a response. A reward of outcome ERROR is 0 and is reported as an error.
+    def verify(self, split: str, index, responses, lengths) -> Verdicts:
+        """Verdicts on responses int [B, T] to the problems at index int [B].
+
+        Never raises on a response. A response without a verdict has reward 0 and is reported as such.
         """
 
-    def level(self, split: str, index) -> np.ndarray:
-        """int32 [N]: a difficulty label of each problem, for tables by level."""
+    def answers(self, split: str, index, responses, lengths) -> list[str | None]:
+        """The final answer in each response, in a form in which equal answers are equal; None: there is none."""
 
-    def check_tokenizer(self, tokenizer) -> None:
-        """Raises ValueError when the checkpoint's tokenizer does not speak this task's language."""
+    def level(self, split: str, index) -> np.ndarray:
+        """[N]: a label of each problem, int or text, for tables by level."""
 
     def decode(self, tokens) -> str:
         """Token ids to text, for samples and reports."""
+
+    def close(self) -> None:
+        """Ends what the task has started, such as processes."""

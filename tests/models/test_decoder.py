@@ -277,7 +277,7 @@ def test_parameters_are_a_plain_tree_with_stacked_layers():
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_logical_axes_name_every_axis_of_every_parameter(tied):
-    model = models.Decoder(dataclasses.replace(CONFIG, tie_word_embeddings=tied))
+    model = models.Decoder(dataclasses.replace(CONFIG, tie_word_embeddings=tied, o_bias=True, qk_norm=True))
     params, axes = models.abstract_params(model), models.logical_axes(model)
     assert jax.tree.structure(axes, is_leaf=lambda x: isinstance(x, tuple)) == jax.tree.structure(params)
 
@@ -291,6 +291,8 @@ def test_logical_axes_name_every_axis_of_every_parameter(tied):
     assert axes["layers"]["attention"]["q_proj"]["kernel"] == (None, "embed", "heads", None)
     assert axes["layers"]["attention"]["k_proj"]["bias"] == (None, "kv_heads", None)
     assert axes["layers"]["attention"]["o_proj"]["kernel"] == (None, "heads", None, "embed")
+    assert axes["layers"]["attention"]["o_proj"]["bias"] == (None, "embed")
+    assert axes["layers"]["attention"]["q_norm"]["scale"] == (None, None)
     assert axes["layers"]["mlp"]["down_proj"]["kernel"] == (None, "mlp", "embed")
     if not tied:
         assert axes["lm_head"][0] == "embed"
@@ -315,8 +317,79 @@ def test_logical_axes_name_every_axis_of_every_parameter(tied):
         ({"head_dim": 5}, "head_dim=5 must be even"),
         ({"num_tokens": 41}, "the tokenizer knows 41 tokens, but the embedding has 40 rows"),
         ({"num_tokens": 0}, "the tokenizer knows 0 tokens"),
+        ({"attention_block_size": -1}, "attention_block_size must be at least 0"),
     ],
 )
 def test_a_config_that_describes_no_decoder_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(CONFIG, **fields)
+
+
+# ---- attention in blocks of queries ----
+
+
+def blockwise(block, **changes):
+    return models.Decoder(dataclasses.replace(CONFIG, attention_block_size=block, **changes))
+
+
+# Of the 5 columns of the prompts: blocks that divide, that do not, of one query, and more than there are.
+@pytest.mark.parametrize("block", [1, 2, 3, 5, 8])
+def test_blocks_change_no_logit(block, params, ragged):
+    prompts, mask, responses, expected = ragged
+    model = blockwise(block)
+    assert_close(apply(model, params, prompts, mask=mask)[mask], expected[:, 0, :PROMPT][mask])
+    # In prefill too; the tokens after it see the same prompt.
+    cache = models.init_cache(CONFIG, len(LENGTHS), PROMPT, GROUP, RESPONSE + SPARE)
+    logits, cache = apply(model, params, prompts, mask=mask, cache=cache)
+    assert_close(logits[mask], expected[:, 0, :PROMPT][mask])
+    logits, _ = apply(model, params, responses, cache=cache)
+    assert_close(logits, expected[..., PROMPT:, :])
+
+
+def test_a_block_as_long_as_the_row_is_the_same_program(params):
+    tokens = jnp.zeros((2, PROMPT), jnp.int32)
+
+    def program(block):
+        model = blockwise(block)
+        return str(jax.make_jaxpr(lambda params: model.apply({"params": params}, tokens))(params))
+
+    assert program(0) == program(PROMPT) == program(PROMPT + 1) != program(PROMPT - 1)
+
+
+@pytest.mark.parametrize(("scan_layers", "remat"), [(False, False), (True, True)])
+def test_blocks_change_no_gradient(scan_layers, remat, params, ragged):
+    prompts, mask, _, _ = ragged
+
+    @jit
+    def gradient(model, params):
+        def loss(params):
+            logits = model.apply({"params": params}, prompts, mask=mask)
+            return jnp.sum(jnp.where(mask[..., None], jax.nn.log_softmax(logits) ** 2, 0.0))
+
+        return jax.grad(loss)(params)
+
+    expected = jax.device_get(gradient(MODEL, params))
+    actual = jax.device_get(gradient(blockwise(2, scan_layers=scan_layers, remat=remat), params))
+    largest = max(np.max(np.abs(leaf)) for leaf in jax.tree.leaves(expected))
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
+        assert np.max(np.abs(b)) > 0, path
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * largest, err_msg=str(path))
+
+
+def test_blocks_hold_a_block_of_scores():
+    """Forward and backward, by what the compiler allocates: not one array of [B, heads, S, S]."""
+    rows, size = 2, 512
+    scores = rows * CONFIG.num_heads * size * size * 4  # bytes
+
+    @jit
+    def gradient(model, params, tokens):
+        return jax.grad(lambda p: jnp.sum(model.apply({"params": p}, tokens, method="hidden_states") ** 2))(params)
+
+    def temporary(model):
+        tokens = jax.ShapeDtypeStruct((rows, size), jnp.int32)
+        compiled = gradient.lower(model, models.abstract_params(model), tokens).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    dense, blocks = (temporary(blockwise(block, num_layers=1, remat=True)) for block in (0, 32))
+    assert dense > 2 * scores
+    assert blocks < scores / 2

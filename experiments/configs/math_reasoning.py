@@ -1,0 +1,122 @@
+"""What the runs on mathematical reasoning share: data, prompt, sizes, and the methods that are compared.
+
+Not a configuration of its own: one file a model (`deepseek_r1_distill_qwen_1_5b.py`, `openpangu_*.py`, `qwen3_*.py`)
+calls `math_run`. What follows the colon of a file's name picks the method and the size:
+
+    --config=experiments/configs/qwen3_8b.py                    R2VPO-ON
+    --config=experiments/configs/qwen3_8b.py:r2vpo_off          or grpo, dapo
+    --config=experiments/configs/qwen3_8b.py:grpo,smoke         the same on anything that computes, in a minute
+
+The abstracts of the R2VPO papers (arXiv 2601.03320, 2605.26784) name models and tasks and no hyper-parameters. Each
+number below is therefore marked: [public] a public GRPO run of openPangu-7B and Qwen3-8B on DAPO-Math-17k, 8 GPUs;
+[card] the model's card; [dapo] arXiv 2503.14476; [ours] chosen by us, not run at this size.
+"""
+
+from r2vpo_jax import config
+
+METHODS = {
+    # The budget is [ours]: small enough to bind, far above the rounding of bfloat16; docs/algorithms/r2vpo.md, "Choosing
+    # delta", says how to set it from 20 iterations without a constraint.
+    "r2vpo_on": {"objective": {"name": "r2vpo", "variance_budget": 0.004}},
+    # [ours] Every batch is trained on four iterations, 16 updates, after it was sampled.
+    "r2vpo_off": {"objective": {"name": "r2vpo", "variance_budget": 0.004}, "replay": {"lag": 4}},
+    # [public] As that run: token mean, clip 0.2, dual clip 3, no KL.
+    "grpo": {"objective": {"name": "grpo", "kl_coef": 0.0, "reduction": "token_mean", "dual_clip": 3.0}},
+    # [dapo] The preset: clip 0.2 / 0.28, dynamic sampling, soft penalty for length.
+    "dapo": {"objective": {"name": "dapo"}},
+}
+SIZES = ("full", "smoke")
+
+# [card] The sentence that DeepSeek-R1-Distill and Qwen3 recommend for mathematics.
+QUESTION = "{question}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+
+
+def math_run(choice: str, directory: str, *, max_response_length: int = 8192, rows_at_a_time: int = 16, prompt=None):
+    """The ConfigDict of one run.
+
+    Args:
+      choice: "METHOD" or "METHOD,SIZE".
+      directory: name of the model's directory; `--config.model.path` says where it really is.
+      max_response_length: tokens.
+      rows_at_a_time: micro-batch; at least the number of devices of the data and fsdp axes, and a multiple of it.
+      prompt: more fields of `task.prompt`.
+    """
+    method, _, size = choice.partition(",")
+    size = size or "full"
+    if method not in METHODS or size not in SIZES:
+        raise ValueError(
+            f"{choice!r} is unknown: METHOD or METHOD,SIZE with a method of {', '.join(METHODS)} and a size of "
+            f"{', '.join(SIZES)}"
+        )
+    run = config.make(
+        model={
+            "path": f"models/{directory}",
+            "compute_dtype": "bfloat16",  # [public], with float32 weights and optimizer state
+            "scan_layers": True,
+            "remat": True,
+            "attention_block_size": 512,
+        },
+        mesh={"data": 1, "fsdp": -1},
+        task={
+            "name": "text",
+            "data_dir": "data",
+            "train": "dapo_math_17k?rows=256:",
+            "validation": "dapo_math_17k?rows=:256",  # [ours] held out: the benchmarks serve the final score only
+            "test": "aime24 + aime25",
+            "max_response_length": max_response_length,  # [public]
+            "prompt": {"text": QUESTION, "max_length": 2048} | (prompt or {}),  # [public]
+            "verifier": {"num_workers": 8, "bad_gold": "drop"},
+        },
+        sampler={"group_size": 16, "temperature": 1.0, "batch_size": 16, "prompt_buckets": (256, 512)},  # [public] G, T
+        optimizer={  # [public]
+            "learning_rate": 1e-6,
+            "warmup_updates": 0,
+            "weight_decay": 0.01,
+            "max_grad_norm": 1.0,
+            "b2": 0.999,
+        },
+        objective={"verifier_errors": "wrong"},  # [ours] what cannot be judged was not an answer
+        trainer={
+            "num_iterations": 500,  # [ours]
+            "prompts_per_rollout": 128,  # [public]
+            "num_minibatches": 4,  # [public]
+            "num_epochs": 1,  # [public]
+            "micro_batch_size": rows_at_a_time,
+            "scoring_chunk_size": 512,
+            "eval_every": 10,
+            "eval_problems": 256,
+            "eval_samples": 1,
+            "eval_temperature": 0.8,  # [public]
+            "eval_top_p": 0.7,  # [public]
+            "eval_batch_size": 16,
+            "test_samples": 16,
+            "checkpoint_every": 10,
+        },
+    )
+    run.update(METHODS[method])
+    if size == "smoke":
+        _make_small(run)
+    return run
+
+
+def _make_small(run) -> None:
+    """Two iterations of the same run that a laptop's CPU goes through in a minute; nothing is learned."""
+    run.task.update(
+        train="dapo_math_17k?rows=4:",
+        validation="dapo_math_17k?rows=:4",
+        max_response_length=32,
+        verifier={"num_workers": 1},
+    )
+    run.sampler.update(group_size=2, batch_size=2)
+    run.trainer.update(
+        num_iterations=2 + run.replay.lag,
+        prompts_per_rollout=4,
+        num_minibatches=2,
+        micro_batch_size=4,
+        eval_every=2,
+        eval_problems=2,
+        eval_batch_size=2,
+        test_problems=2,
+        test_samples=2,
+        checkpoint_every=2,
+    )

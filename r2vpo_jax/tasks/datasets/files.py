@@ -1,0 +1,157 @@
+"""Rows of .jsonl, .json and .parquet files, and which files a data set is in."""
+
+import json
+import pathlib
+from collections.abc import Iterator
+
+SUFFIXES = (".jsonl", ".json", ".parquet")
+_GIT_LFS = b"version https://git-lfs"
+
+
+def read_rows(path: pathlib.Path, columns: set[str]) -> Iterator[tuple[int, dict]]:
+    """(row number from 1, row) of a file, in its order; of Parquet only the top-level `columns`, read in pieces.
+
+    A .json file holds an array of objects, or is read like a .jsonl file: an object a line. A byte order mark and
+    empty lines at the end are ignored.
+
+    Raises:
+      ValueError: a file that is no such thing; the message names the row.
+    """
+    with path.open("rb") as file:
+        head = file.read(64)
+    if head.startswith(_GIT_LFS):
+        raise ValueError(f"{path} is a Git LFS pointer, not the data; run `git lfs pull` where it comes from")
+    if path.suffix == ".parquet":
+        return _parquet(path, columns)
+    if path.suffix == ".json" and head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        return _json_array(path)
+    return _json_lines(path)
+
+
+def columns_of(path: pathlib.Path) -> list[str]:
+    """The columns, for messages: fields of nested ones by dotted path."""
+    if path.suffix == ".parquet":
+        top = _open_parquet(path).schema_arrow.names
+        _, first = next(read_rows(path, set(top)), (0, dict.fromkeys(top)))
+    else:
+        _, first = next(read_rows(path, set()), (0, {}))
+    return [name for key, value in first.items() for name in _nested(key, value)]
+
+
+def find(base: pathlib.Path, split: str, *, stated: bool = False, one_split: bool = False) -> list[pathlib.Path]:
+    """The files of a split: `base` itself, base.jsonl, base/<split>.jsonl, base/<split>-00000-of-00002.parquet, ...
+
+    Args:
+      base: path of the data set, without suffix; or of a file.
+      split: the split.
+      stated: the split was asked for by name: a file without splits will not do.
+      one_split: the data set is published as a single split, which is used whatever the name of its file.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: there are several candidates.
+    """
+    whole = [base] if base.is_file() else [p for s in SUFFIXES if (p := base.with_name(base.name + s)).is_file()]
+    parts = split_files(base, split) or (split_files(base, "*") if one_split and not stated else [])
+    if whole and base.suffix not in SUFFIXES and base.is_file():
+        raise ValueError(f"{base} is none of {', '.join(SUFFIXES)}")
+    if stated and whole and not parts:
+        raise ValueError(f"{whole[0]} has no splits: leave split={split} out, or choose rows by rows=a:b")
+    suffixes = {path.suffix for path in parts}
+    if len(whole) + len(suffixes) > 1 or (one_split and not whole and len({_stem(p) for p in parts}) > 1):
+        raise ValueError(f"several candidates for {base.name}: {', '.join(map(str, [*whole, *parts]))}; keep one")
+    if found := whole or parts:
+        return found
+    message = (
+        f"no {split} data at {base}: put it into {base}.jsonl (or .parquet), {base}/{split}.jsonl or "
+        f"{base}/{split}-00000-of-00001.parquet"
+    )
+    if base.is_dir():
+        message += f"; that folder has {', '.join(sorted(p.name for p in base.iterdir())[:8]) or 'nothing'}"
+    if split != "train" and not one_split:
+        message += "; a part of another split can stand in: split=train&rows=:500"
+    raise FileNotFoundError(message)
+
+
+def split_files(base: pathlib.Path, split: str) -> list[pathlib.Path]:
+    """The files of a split in a folder, or one folder below; of all splits, for "*"."""
+    if not base.is_dir():
+        return []
+    stems = ("*",) if split == "*" else (split, f"{split}-*-of-*")
+    names = [f"{folder}{stem}{suffix}" for folder in ("", "*/") for stem in stems for suffix in SUFFIXES]
+    found = sorted({path for name in names for path in base.glob(name)})
+    found = [p for p in found if not any(part.startswith(".") for part in p.relative_to(base).parts)]
+    # Copies come with .json files that are no data.
+    return [p for p in found if p.suffix != ".json"] or found
+
+
+def _stem(path: pathlib.Path) -> str:
+    """The name without the number of the piece."""
+    return path.stem.partition("-0")[0]
+
+
+def _json_lines(path: pathlib.Path) -> Iterator[tuple[int, dict]]:
+    empty = None
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):  # on \n only: text may hold other line separators
+            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if not line.strip():
+                empty = empty or number
+                continue
+            if empty:
+                raise ValueError(f"{path}, row {empty} is empty")
+            yield number, _object(path, number, _loads(path, f"row {number}", line))
+
+
+def _json_array(path: pathlib.Path) -> Iterator[tuple[int, dict]]:
+    for number, row in enumerate(_loads(path, "as a whole", path.read_bytes()), start=1):
+        yield number, _object(path, number, row)
+
+
+def _loads(path: pathlib.Path, where: str, data: bytes):
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}, {where} is not UTF-8 ({error}); convert the file") from error
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}, {where} is not JSON: {error}") from error
+
+
+def _object(path: pathlib.Path, number: int, row) -> dict:
+    if not isinstance(row, dict):
+        raise ValueError(f"{path}, row {number} is not an object with fields, but {str(row)[:40]!r}")
+    return row
+
+
+def _open_parquet(path: pathlib.Path):
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ValueError(f"{path} needs pyarrow to be read: pip install 'r2vpo_jax[reasoning]' ({error})") from error
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.lib.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is not a Parquet file, or a broken one: {error}") from error
+
+
+def _parquet(path: pathlib.Path, columns: set[str]) -> Iterator[tuple[int, dict]]:
+    with _open_parquet(path) as file:
+        number = 0
+        wanted = [name for name in file.schema_arrow.names if name in columns]
+        if not wanted:
+            yield 1, {}  # for the reader to say which fields it misses
+            return
+        for batch in file.iter_batches(batch_size=4096, columns=wanted):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+
+
+def _nested(name: str, value) -> list[str]:
+    if isinstance(value, dict) and value:
+        return [found for key, inner in value.items() for found in _nested(f"{name}.{key}", inner)]
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return _nested(f"{name}.0", value[0])
+    return [name]

@@ -1,0 +1,237 @@
+"""Text tasks: questions of data sets and generators, put to the model in words, judged by verifier processes.
+
+    data sets ──Example──▶ prompt template ──tokens──▶ (model) ──text──▶ verifier pool ──▶ reward terms
+
+At load time, before any model is touched: problems whose prompt is too long are dropped and counted, the splits are
+made disjoint, and every gold answer is checked against itself. One process of a pod judges; the others are told.
+"""
+
+import contextlib
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from r2vpo_jax.tasks import datasets, verifiers
+from r2vpo_jax.tasks.base import SPLITS, Outcome, Problems, Verdicts
+from r2vpo_jax.tasks.config import TaskConfig
+from r2vpo_jax.tasks.outcome import unjudged
+from r2vpo_jax.tasks.prompts import PromptTemplate, unknown_share
+
+_LOOKED_AT = 64  # examples of an endless source whose prompts are looked at before the run
+_RIGHT_ABOVE = 0.5  # value of a user's function that counts as right where nothing else decides
+_THINK = "<think>"
+_FORMAT_FUNCTION = "r2vpo_jax.tasks.verifiers.extraction:format_scores"  # a user's pattern may run for ever
+_REDRAWS = 32  # other problems that are tried where a prompt of an endless source is too long
+_REDRAW_STRIDE = 1 << 40  # beyond all positions of a run
+
+
+class TextTask:
+    """A `tasks.base.Task` of any language.
+
+    Args:
+      config: of a text task.
+      tokenizer: of the model, a Transformers tokenizer.
+      eos_ids: all ids that end a response.
+      splits: those that are loaded.
+
+    Raises:
+      ValueError: a data set, prompt template, verifier or reward function that cannot work; the message says which.
+      FileNotFoundError: a data set that is not there.
+    """
+
+    name = "text"
+
+    def __init__(self, config: TaskConfig, tokenizer, eos_ids: tuple[int, ...], splits=SPLITS):
+        self.eos_ids = tuple(eos_ids)
+        self.max_prompt_length = config.prompt.max_length
+        self.max_response_length = config.max_response_length
+        self.notices: list[str] = []  # what a user should know of the data
+        self._config, self._tokenizer = config, tokenizer
+        self._template = PromptTemplate(config.prompt, tokenizer)
+        self._opens_thinking = self._template.text("?").rstrip().endswith(_THINK)
+        self._chief = jax.process_index() == 0
+        self._cleanup = contextlib.ExitStack()
+        try:
+            self._pool = self._start_pool()
+            self._data = self._load(splits)
+        except BaseException:
+            self.close()
+            raise
+
+    # Loading ---------------------------------------------------------------------------------------------
+
+    def _start_pool(self):
+        verifier, reward = self._config.verifier, self._config.reward
+        if not self._chief:
+            return None
+        pool = verifiers.VerifierPool(
+            num_workers=verifier.num_workers,
+            time_limit=verifier.time_limit,
+            max_chars=verifier.max_chars,
+            memory_limit_mb=verifier.memory_limit_mb,
+            tolerance=verifier.tolerance,
+        )
+        self._cleanup.enter_context(pool)
+        if reward.function is not None:
+            pool.check_function(reward.function)
+        return pool
+
+    def _load(self, splits) -> dict:
+        config = self._config
+        data = {split: datasets.load(getattr(config, split), split, config.data_dir) for split in splits}
+        data = datasets.disjoint(data)
+        for split in splits:
+            data[split] = self._only_short(split, data[split])
+            data[split] = self._only_good_gold(split, data[split])
+            if data[split].num_examples == 0:
+                raise ValueError(f"task.{split}={getattr(config, split)} has no problems left ({data[split].counts})")
+            size = data[split].num_examples
+            counts = ", ".join(f"{name} {count}" for name, count in data[split].counts.items())
+            self.notices.append(f"{split}: {'endless' if size is None else size} problems ({counts})")
+        self._check_same_on_all_processes(data)
+        return data
+
+    def _only_short(self, split, data):
+        finite = [self._template.tokens(example.question) for example in data.examples()]
+        endless = range(_LOOKED_AT) if data.num_examples is None else ()
+        rows = finite + [self._template.tokens(data.example(i).question) for i in endless]
+        short = np.array([len(row) <= self.max_prompt_length for row in rows], bool)
+        share = unknown_share(self._tokenizer, rows)
+        if share > 0.1:
+            self.notices.append(
+                f"warning: {100 * share:.0f} % of the prompt tokens of task.{split} are unknown to the tokenizer: the "
+                "model cannot read these problems"
+            )
+        if rows and not short.any():
+            raise ValueError(
+                f"all prompts of task.{split} are longer than task.prompt.max_length={self.max_prompt_length} (the "
+                f"shortest has {min(map(len, rows))} tokens); raise it"
+            )
+        short = short[: len(finite)]
+        return data if short.all() else data.select(short, "too long")
+
+    def _only_good_gold(self, split, data):
+        examples, bad = list(data.examples()), {}
+        if not examples:
+            return data
+        if self._chief:
+            bad = verifiers.check_gold(self._pool, [(example.kind, example.gold) for example in examples])
+        good = self._from_chief(np.array([i not in bad for i in range(len(examples))]))
+        if not good.all() and self._config.verifier.bad_gold == "refuse":
+            number = int(np.argmin(good))
+            raise ValueError(
+                f"{(~good).sum()} of {len(good)} gold answers of task.{split} do not verify against themselves, first "
+                f"{examples[number].gold[:80]!r} of the question {examples[number].question[:80]!r} "
+                f"({bad.get(number, 'process 0 knows why')}); mend them, choose another kind= in the data set's spec, or "
+                "drop them by task.verifier.bad_gold=drop"
+            )
+        return data.select(good, "gold answer not verifiable") if not good.all() else data
+
+    def _check_same_on_all_processes(self, data) -> None:
+        self.digest = datasets.digest(data)
+        mine = np.frombuffer(bytes.fromhex(self.digest), np.uint8)
+        if not np.array_equal(self._from_chief(mine), mine):
+            raise ValueError("the processes of this run read different data; give all hosts the same files")
+
+    def _from_chief(self, tree):
+        """Arrays of process 0, on all processes; of the same shapes everywhere."""
+        if jax.process_count() == 1:
+            return tree
+        return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
+
+    # The task --------------------------------------------------------------------------------------------
+
+    def num_problems(self, split: str) -> int | None:
+        return self._data[split].num_examples
+
+    def example(self, split: str, index: int) -> tuple[datasets.Example, np.ndarray]:
+        """The problem at a position and its prompt tokens."""
+        data = self._data[split]
+        for attempt in range(_REDRAWS):
+            example = data.example(int(index) + attempt * _REDRAW_STRIDE)
+            tokens = self._template.tokens(example.question)
+            if len(tokens) <= self.max_prompt_length:
+                return example, tokens
+            if data.num_examples is not None:
+                break
+        raise ValueError(
+            f"problem {index} of task.{split} has a prompt of {len(tokens)} tokens, more than "
+            f"task.prompt.max_length={self.max_prompt_length}"
+        )
+
+    def problems(self, split: str, index) -> Problems:
+        index = np.asarray(index)
+        prompts = [self.example(split, i)[1] for i in index]
+        tokens = np.zeros((len(index), self.max_prompt_length), np.int32)
+        for row, prompt in zip(tokens, prompts, strict=True):
+            row[len(row) - len(prompt) :] = prompt
+        return Problems(
+            index=index.astype(np.int32), tokens=tokens, length=np.array([len(p) for p in prompts], np.int32)
+        )
+
+    def level(self, split: str, index) -> np.ndarray:
+        """The data set and the level that it states."""
+        examples = [self.example(split, i)[0] for i in np.asarray(index)]
+        return np.array([f"{e.source} {e.level}".strip() for e in examples])
+
+    def decode(self, tokens) -> str:
+        return self._tokenizer.decode(np.asarray(tokens).tolist(), skip_special_tokens=False)
+
+    def verify(self, split: str, index, responses, lengths) -> Verdicts:
+        reward = self._config.reward
+        names = [name for name in ("correct", "format") if getattr(reward, name)]
+        names += ["function"] if reward.function is not None else []
+        size = len(responses)
+        outcome, values = np.zeros(size, np.int32), np.zeros((len(names), size), np.float32)
+        reasons = ("",) * size
+        if self._chief:
+            outcome, terms, reasons = self._judge(split, index, self._texts(responses, lengths))
+            values = np.stack([terms[name] for name in names])
+        outcome, values = self._from_chief((outcome, values))
+        values = np.where(unjudged(outcome), np.float32(0), values)
+        terms = dict(zip(names, values, strict=True)) if len(names) > 1 else {}
+        return Verdicts(values.sum(axis=0), outcome, terms, reasons if any(reasons) else ())
+
+    def answers(self, split: str, index, responses, lengths) -> list[str | None]:
+        found = [verifiers.extract(text, "final") for text in self._texts(responses, lengths)]
+        return [None if answer is None else verifiers.canonical(answer) for answer in found]
+
+    def close(self) -> None:
+        self._cleanup.close()
+
+    def _texts(self, responses, lengths) -> list[str]:
+        rows = [np.asarray(row[:length]).tolist() for row, length in zip(responses, lengths, strict=True)]
+        texts = self._tokenizer.batch_decode(rows, skip_special_tokens=True)
+        # Where the prompt itself opens the thinking, a response that never closes it has no answer.
+        return [_THINK + text for text in texts] if self._opens_thinking else texts
+
+    def _judge(self, split, index, texts):
+        """(outcome int32 [B], weighted terms, reasons)."""
+        reward = self._config.reward
+        unique = {int(i): self.example(split, i)[0] for i in np.unique(index)}
+        examples = [unique[int(i)] for i in index]
+        outcome, reasons, terms = np.zeros(len(texts), np.int32), [""] * len(texts), {}
+        if reward.correct:
+            checks = [verifiers.Check(e.kind, e.gold, text) for e, text in zip(examples, texts, strict=True)]
+            verdicts = self._pool.check(checks)
+            outcome = np.array([v.outcome for v in verdicts], np.int32)
+            reasons = [v.reason for v in verdicts]
+            terms["correct"] = np.float32(reward.correct) * (outcome == Outcome.RIGHT)
+        scored = []
+        if reward.function is not None:
+            questions, answers = [e.question for e in examples], [e.answer for e in examples]
+            scored.append(("function", reward.function, reward.function_weight, questions, answers))
+        if reward.format:
+            patterns = [reward.format_pattern] * len(texts)
+            scored.append(("format", _FORMAT_FUNCTION, reward.format, patterns, [""] * len(texts)))
+        for name, function, weight, first, last in scored:
+            batch_size = reward.function_batch_size
+            values, verdicts = self._pool.score(function, first, texts, last, batch_size=batch_size)
+            failed = np.array([unjudged(v.outcome) for v in verdicts], bool)
+            if name == "function" and not reward.correct:
+                outcome = np.where(values > _RIGHT_ABOVE, Outcome.RIGHT, Outcome.WRONG).astype(np.int32)
+            outcome = np.where(failed, [v.outcome for v in verdicts], outcome).astype(np.int32)
+            reasons = [v.reason or reason for v, reason in zip(verdicts, reasons, strict=True)]
+            terms[name] = np.float32(weight) * np.where(failed, 0.0, values)
+        return outcome, terms, tuple(reasons)

@@ -1,0 +1,20 @@
+"""Verifiable rewards: final answers out of responses, judged in processes that can be killed."""
+
+from r2vpo_jax.tasks.verifiers.answers import canonical, exact, extract, math, numeric
+from r2vpo_jax.tasks.verifiers.extraction import STYLES, format_score
+from r2vpo_jax.tasks.verifiers.pool import KINDS, Check, Verdict, VerifierPool, check_gold
+
+__all__ = [
+    "KINDS",
+    "STYLES",
+    "Check",
+    "Verdict",
+    "VerifierPool",
+    "canonical",
+    "check_gold",
+    "exact",
+    "extract",
+    "format_score",
+    "math",
+    "numeric",
+]

@@ -1,0 +1,196 @@
+"""Prompts: chat and plain templates, thinking, system prompt, BOS; end-of-text ids; which tokenizer is opened."""
+
+import json
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from r2vpo_jax import base_model
+from r2vpo_jax.tasks.config import PromptConfig, RewardConfig, TaskConfig, VerifierConfig
+from r2vpo_jax.tasks.prompts import PromptTemplate, unknown_share
+
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>"
+    "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}"
+)
+
+
+def byte_tokenizer(chat_template=CHAT, bos=None, adds_bos=False):
+    """One token a byte, and <s>, </s>; `adds_bos`: puts <s> before plain text, as Llama's does."""
+    vocabulary = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    vocabulary |= {"<s>": 256, "</s>": 257}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if adds_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>", bos_token=bos)
+    made.chat_template = chat_template
+    return made
+
+
+def rendered(tokenizer=None, question="1+1?", **config):
+    tokenizer = tokenizer or byte_tokenizer()
+    return tokenizer.decode(PromptTemplate(PromptConfig(**config), tokenizer).tokens(question))
+
+
+def test_chat_template():
+    assert rendered() == "<user>1+1?</user><assistant>"
+    assert rendered(text="Q: {question}\nA:") == "<user>Q: 1+1?\nA:</user><assistant>"
+    assert rendered(system="Be brief.") == "<system>Be brief.</system><user>1+1?</user><assistant>"
+
+
+def test_thinking_is_passed_on_only_if_it_is_set():
+    assert rendered(thinking=False) == "<user>1+1?</user><assistant><think></think>"
+    assert rendered(thinking=True) == rendered(thinking=None) == "<user>1+1?</user><assistant>"
+
+
+def test_plain_template():
+    assert rendered(template="plain") == "1+1?"
+    assert rendered(template="plain", text="Q: {question} A:") == "Q: 1+1? A:"
+    # Braces of the problem itself are not fields.
+    assert rendered(template="plain", question=r"\frac{1}{2} {x}") == r"\frac{1}{2} {x}"
+
+
+@pytest.mark.parametrize("template", ["chat", "plain"])
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_bos(template, adds_bos):
+    """On: exactly one, whoever writes it. Off: none. Left open: as the tokenizer or the template has it."""
+    tokenizer = byte_tokenizer(bos="<s>", adds_bos=adds_bos)
+
+    def count(bos):
+        tokens = PromptTemplate(PromptConfig(template=template, bos=bos), tokenizer).tokens("?")
+        return tokens.tolist().count(256), tokens[0] == 256
+
+    assert count(True) == (1, True)
+    assert count(False) == (0, False)
+    # A chat template writes its special tokens itself: the tokenizer adds none.
+    assert count(None) == ((1, True) if adds_bos and template == "plain" else (0, False))
+
+
+def test_bos_of_the_template_is_not_doubled():
+    tokenizer = byte_tokenizer("{{ bos_token }}{{ messages[0].content }}", bos="<s>", adds_bos=True)
+    for bos in (None, True):
+        assert PromptTemplate(PromptConfig(bos=bos), tokenizer).tokens("?").tolist().count(256) == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "tokenizer", "message"),
+    [
+        ({}, {"chat_template": None}, "has no chat template; set task.prompt.template=plain"),
+        ({"bos": True}, {}, "names no BOS token"),
+        ({"thinking": True}, {"chat_template": "{{ messages[0].content }}"}, "takes no notice"),
+        ({}, {"chat_template": "{{ raise_exception('no roles') }}"}, "refuses the prompt: no roles"),
+        ({}, {"chat_template": "{{ messages.append(1) }}"}, "refuses the prompt"),  # the sandbox
+        ({"template": "plain", "text": "{question}"}, {}, None),
+    ],
+)
+def test_refusals(config, tokenizer, message):
+    def make():
+        PromptTemplate(PromptConfig(**config), byte_tokenizer(**tokenizer))
+
+    if message is None:
+        make()
+    else:
+        with pytest.raises(ValueError, match=message):
+            make()
+
+
+@pytest.mark.parametrize(
+    ("cls", "fields", "message"),
+    [
+        (PromptConfig, {"template": "jinja"}, "one of chat, plain"),
+        (PromptConfig, {"text": "Solve."}, "must contain"),
+        (PromptConfig, {"max_length": 0}, "at least 1"),
+        (PromptConfig, {"template": "plain", "system": "x"}, "needs task.prompt.template=chat"),
+        (PromptConfig, {"template": "plain", "thinking": True}, "needs task.prompt.template=chat"),
+        (VerifierConfig, {"num_workers": 0}, "num_workers must be at least 1"),
+        (VerifierConfig, {"time_limit": 0.0}, "time_limit must be > 0"),
+        (VerifierConfig, {"bad_gold": "ignore"}, "one of refuse, drop"),
+        (RewardConfig, {"correct": 0.0}, "nothing to learn from"),
+        (RewardConfig, {"correct": -1.0}, "nothing to learn from|must be >= 0"),
+        (RewardConfig, {"function": "my_rewards"}, "must be module:function"),
+        (RewardConfig, {"format_pattern": "("}, "not a regular expression"),
+        (TaskConfig, {"name": "text", "train": "a"}, "needs task.validation"),
+        (TaskConfig, {"max_response_length": 0}, "at least 1"),
+    ],
+)
+def test_configuration_is_refused(cls, fields, message):
+    with pytest.raises(ValueError, match=message):
+        cls(**fields)
+
+
+def test_unknown_share():
+    tokenizer = byte_tokenizer()
+    assert unknown_share(tokenizer, [np.array([1, 2])]) == 0.0  # no unknown token at all
+    tokenizer.unk_token = "<s>"
+    assert unknown_share(tokenizer, [np.array([256, 1]), np.array([256, 256])]) == 0.75
+    assert unknown_share(tokenizer, []) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("listed", "expected"), [(5, (5, 257)), ([7, 5], (7, 5, 257)), ([257, 9], (257, 9)), (None, (257,))]
+)
+def test_end_of_text_ids(listed, expected, tmp_path):
+    """All of generation_config.json, and the tokenizer's own, each once."""
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": listed}))
+    assert base_model.end_of_text_ids(tmp_path, byte_tokenizer()) == expected
+
+
+def test_end_of_text_ids_that_cannot_be(tmp_path):
+    assert base_model.end_of_text_ids(tmp_path, byte_tokenizer()) == (257,)  # no generation_config.json
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="names no end-of-text token"):
+        base_model.end_of_text_ids(tmp_path, tokenizer)
+    for wrong in ('{"eos_token_id": "</s>"}', '{"eos_token_id": [true]}', "[]", "{"):
+        (tmp_path / "generation_config.json").write_text(wrong)
+        with pytest.raises(ValueError, match="generation_config.json"):
+            base_model.end_of_text_ids(tmp_path, tokenizer)
+
+
+@pytest.fixture
+def directory(tmp_path):
+    byte_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2", "vocab_size": 258}))
+    return tmp_path
+
+
+def test_a_tokenizer_is_opened_from_its_directory(directory):
+    tokenizer, _ = base_model.load_tokenizer(directory)
+    assert tokenizer("aé")["input_ids"] == byte_tokenizer()("aé")["input_ids"]
+    assert tokenizer.chat_template == CHAT
+    assert len(tokenizer) == 258
+
+
+def test_tokenizer_json_is_what_counts(directory):
+    """A class that would rebuild the tokenizer in its own way (here one that Llama's has) does not get its way."""
+    file = directory / "tokenizer_config.json"
+    for name in ("LlamaTokenizer", "LlamaTokenizerFast", "Qwen2Tokenizer"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer_class": name}))
+        tokenizer, _ = base_model.load_tokenizer(directory)
+        for text in ("Let $x = 1$.\n\n  y", "naïve 1,000"):
+            assert tokenizer(text, add_special_tokens=False)["input_ids"] == byte_tokenizer()(text)["input_ids"]
+
+
+def test_code_of_the_directory_is_not_run(directory):
+    """openPangu's tokenizer is code; a tokenizer.json beside it is enough, and without one the message says so."""
+    (directory / "evil.py").write_text(
+        "import pathlib\npathlib.Path(__file__).with_name('ran').touch()\nclass Evil: pass\n"
+    )
+    file = directory / "tokenizer_config.json"
+    settings = json.loads(file.read_text()) | {
+        "tokenizer_class": "Evil",
+        "auto_map": {"AutoTokenizer": ["evil.Evil", None]},
+    }
+    file.write_text(json.dumps(settings))
+    (directory / "config.json").write_text(json.dumps({"model_type": "PanguEmbedded"}))
+    tokenizer, _ = base_model.load_tokenizer(directory)
+    assert tokenizer("a")["input_ids"] == byte_tokenizer()("a")["input_ids"]
+    (directory / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="tokenizer.json"):
+        base_model.load_tokenizer(directory)
+    assert not (directory / "ran").exists()

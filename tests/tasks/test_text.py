@@ -1,0 +1,272 @@
+"""Text tasks: from data sets to prompts, from responses to rewards, through real verifier processes."""
+
+import json
+
+import numpy as np
+import pytest
+
+from r2vpo_jax import tasks
+from r2vpo_jax.tasks import Outcome
+from r2vpo_jax.tasks.config import TaskConfig
+from tests.tasks.test_prompts import byte_tokenizer
+
+EOS = 257
+TOKENIZER = byte_tokenizer()
+SIZE = 96  # response columns
+
+
+def write(folder, name, rows):
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def row(i, **more):
+    return {"question": f"What is {i} + {i}?", "answer": str(2 * i), "level": f"L{i % 2}", **more}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write(folder, "train.jsonl", [row(i) for i in range(20)])
+    write(folder, "validation.jsonl", [row(i) for i in range(100, 104)])
+    write(folder, "test.jsonl", [row(i) for i in range(200, 205)])
+    return folder
+
+
+@pytest.fixture
+def make(folder):
+    """Makes the task of those files; sections of the configuration as keywords. Closed at the end."""
+    made = []
+
+    def make(**config):
+        config = {
+            "name": "text",
+            "data_dir": str(folder),
+            **{split: f"{split}.jsonl" for split in tasks.SPLITS},
+            "max_response_length": SIZE,
+            **config,
+        }
+        hints = {field.name: field.type for field in TaskConfig.__dataclass_fields__.values()}
+        for name in ("prompt", "verifier", "reward"):
+            fields = {"num_workers": 1, "time_limit": 20.0} if name == "verifier" else {}
+            fields = {"template": "plain"} if name == "prompt" else fields
+            config[name] = hints[name](**(fields | config.get(name, {})))
+        made.append(tasks.make(TaskConfig(**config), TOKENIZER, (EOS,)))
+        return made[-1]
+
+    yield make
+    for task in made:
+        task.close()
+
+
+def responses(*texts):
+    """(tokens, lengths) of texts, each ended."""
+    rows = [[*TOKENIZER(text)["input_ids"], EOS] for text in texts]
+    tokens = np.zeros((len(rows), SIZE), np.int32)
+    for target, ids in zip(tokens, rows, strict=True):
+        target[: len(ids)] = ids
+    return tokens, np.array([len(ids) for ids in rows])
+
+
+def test_problems_are_prompts_padded_on_the_left(make):
+    task = make()
+    assert (task.max_prompt_length, task.max_response_length, task.eos_ids) == (512, SIZE, (EOS,))
+    assert [task.num_problems(split) for split in tasks.SPLITS] == [20, 4, 5]
+    found = task.problems("test", [4, 0])
+    assert found.tokens.shape == (2, 512)
+    assert found.tokens.dtype == found.length.dtype == np.int32
+    for tokens, length, text in zip(
+        found.tokens, found.length, ("What is 204 + 204?", "What is 200 + 200?"), strict=True
+    ):
+        assert task.decode(tokens[-length:]) == text
+        assert not tokens[:-length].any()
+    assert task.level("test", [4, 0, 1]).tolist() == ["test L0", "test L0", "test L1"]
+
+
+def test_an_epoch_has_every_problem_once_and_seeds_differ(make):
+    task = make()
+
+    def walk(start, count):
+        return [task.example("train", start + i)[0].question for i in range(count)]
+
+    everything = {f"What is {i} + {i}?" for i in range(20)}
+    first, second = walk(0, 20), walk(20, 20)
+    assert set(first) == set(second) == everything
+    assert first != second
+    assert walk(1 << 20, 20) != first
+    assert walk(3, 2) == first[3:5], "random access"
+
+
+def test_verdicts(make):
+    """Right, wrong, no answer, right in other words, unfinished thinking; each row has its own problem."""
+    index = [0, 1, 2, 3, 4, 0]
+    texts = [
+        r"\boxed{400}",
+        r"It is \boxed{400}.",
+        "I do not know.",
+        r"So $\boxed{\frac{812}{2}}$",
+        "408",
+        "<think>400",
+    ]
+    task = make()
+    found = task.verify("test", index, *responses(*texts))
+    R, W = Outcome.RIGHT, Outcome.WRONG
+    assert found.outcome.tolist() == [R, W, W, R, R, W]
+    np.testing.assert_array_equal(found.reward, [1, 0, 0, 1, 1, 0])
+    assert (found.reward.dtype, found.outcome.dtype) == (np.float32, np.int32)
+    assert found.terms == {}
+    assert found.reasons == ()
+    assert task.answers("test", index, *responses(*texts))[:3] == ["400", "400", None]
+
+
+def test_rows_after_the_end_do_not_count(make):
+    tokens, lengths = responses(r"\boxed{400}", r"\boxed{401}")
+    tokens[0, lengths[0] :] = TOKENIZER(r"\boxed{1}" * SIZE)["input_ids"][: SIZE - lengths[0]]
+    assert make().verify("test", [0, 0], tokens, lengths).outcome.tolist() == [Outcome.RIGHT, Outcome.WRONG]
+
+
+def test_terms_are_weighted_and_kept_apart(make, tmp_path, monkeypatch):
+    (tmp_path / "own_rewards.py").write_text(
+        "def score(questions, responses, answers):\n"
+        "    assert all(q.startswith('What is') for q in questions)\n"
+        "    return [len(r) / 100 if a == '400' else -1.0 for r, a in zip(responses, answers)]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    reward = {"correct": 2.0, "format": 0.5, "function": "own_rewards:score", "function_weight": 10.0}
+    task = make(reward=reward)
+    found = task.verify("test", [0, 0, 1], *responses(r"\boxed{400}", "400", "0"))
+    np.testing.assert_allclose(found.terms["correct"], [2, 2, 0])
+    np.testing.assert_allclose(found.terms["format"], [0.5, 0, 0])
+    np.testing.assert_allclose(found.terms["function"], [1.1, 0.3, -10], rtol=1e-6)
+    np.testing.assert_allclose(found.reward, [3.6, 2.3, -10], rtol=1e-6)
+    assert found.outcome.tolist() == [Outcome.RIGHT, Outcome.RIGHT, Outcome.WRONG]
+
+
+def test_a_pattern_that_runs_for_ever_is_a_timeout(make):
+    task = make(
+        reward={"format": 0.5, "format_pattern": "(a+)+b", "function_batch_size": 1}, verifier={"time_limit": 2.0}
+    )
+    found = task.verify("test", [0, 0], *responses("a" * 60, "aab"))
+    assert found.outcome.tolist() == [Outcome.TIMEOUT, Outcome.WRONG]
+    np.testing.assert_allclose(found.reward, [0, 0.5])
+
+
+def test_thinking_that_the_prompt_opens_must_be_closed(make):
+    """Templates as DeepSeek-R1's write `<think>` themselves: without `</think>` nothing is an answer yet."""
+    texts = responses(r"so \boxed{400}", r"so</think>\boxed{400}")
+    plain = make().verify("test", [0, 0], *texts)
+    assert plain.outcome.tolist() == [Outcome.RIGHT, Outcome.RIGHT]
+    task = make(prompt={"template": "plain", "text": "{question}<think>\n"})
+    assert task.verify("test", [0, 0], *texts).outcome.tolist() == [Outcome.WRONG, Outcome.RIGHT]
+    assert task.answers("test", [0, 0], *texts) == [None, "400"]
+
+
+def test_a_function_alone_decides(make, tmp_path, monkeypatch):
+    (tmp_path / "lone_reward.py").write_text(
+        "def score(questions, responses, answers):\n"
+        "    if 'boom' in responses[0]:\n"
+        "        raise RuntimeError('as told')\n"
+        "    return [0.4 if r == 'meh' else float('nan') if r == 'nan' else 0.9 for r in responses]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    reward = {"correct": 0.0, "function": "lone_reward:score", "function_batch_size": 1}
+    found = make(reward=reward).verify("test", [0] * 4, *responses("good", "meh", "boom", "nan"))
+    assert found.outcome.tolist() == [Outcome.RIGHT, Outcome.WRONG, Outcome.ERROR, Outcome.ERROR]
+    np.testing.assert_allclose(found.reward, [0.9, 0.4, 0, 0], rtol=1e-6)
+    assert "as told" in found.reasons[2]
+    assert found.reasons[3]
+    assert not found.reasons[0]
+
+
+def test_a_function_that_hangs_is_a_timeout(make, tmp_path, monkeypatch):
+    (tmp_path / "slow_reward.py").write_text(
+        "def score(questions, responses, answers):\n    while 'loop' in responses[0]:\n        pass\n    return [1.0]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    task = make(
+        reward={"function": "slow_reward:score", "function_batch_size": 1, "function_weight": 1.0},
+        verifier={"time_limit": 2.0},
+    )
+    found = task.verify("test", [0, 0], *responses(r"loop \boxed{400}", r"\boxed{400}"))
+    assert found.outcome.tolist() == [Outcome.TIMEOUT, Outcome.RIGHT]
+    np.testing.assert_allclose(found.reward, [0, 2])
+    np.testing.assert_allclose(found.terms["correct"], [0, 1]), "no verdict, no part of a reward"
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"train": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"prompt": {"template": "plain", "max_length": 5}}, "raise it"),
+        ({"test": "validation.jsonl"}, "validation"),
+        ({"reward": {"function": "no_such_module:f"}}, "no_such_module"),
+        ({"train": "broken.jsonl"}, "do not verify against themselves"),
+        ({"train": "train.jsonl?kind=magic"}, "magic"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_run(config, message, make, folder):
+    write(folder, "broken.jsonl", [row(1), {"question": "Why?", "answer": ""} | {"answer": "\\frac{"}])
+    with pytest.raises((ValueError, OSError), match=message):
+        make(**config)
+
+
+def test_bad_gold_can_be_dropped_and_is_counted(make, folder):
+    write(folder, "some_bad.jsonl", [row(1), {"question": "Why?", "answer": "\\frac{"}, row(2)])
+    task = make(train="some_bad.jsonl", verifier={"bad_gold": "drop"})
+    assert task.num_problems("train") == 2
+    assert any("gold answer not verifiable 1" in notice for notice in task.notices)
+
+
+def test_long_prompts_are_dropped_and_counted(make, folder):
+    write(folder, "long.jsonl", [row(1), row(2, question="x" * 600), row(3)])
+    task = make(train="long.jsonl")
+    assert task.num_problems("train") == 2
+    assert any("too long 1" in notice for notice in task.notices)
+
+
+def test_the_finite_part_of_an_endless_mixture_is_looked_at_too(make, folder):
+    pytest.importorskip("reasoning_gym")
+    write(folder, "mixed.jsonl", [row(1), row(2, question="x" * 600), {"question": "Why?", "answer": "\\frac{"}])
+    task = make(train="mixed.jsonl?weight=1 + chain_sum?weight=1", verifier={"bad_gold": "drop"})
+    assert task.num_problems("train") is None
+    assert any("too long 1" in notice and "not verifiable 1" in notice for notice in task.notices)
+    questions = {task.example("train", i)[0].question for i in range(20)}
+    assert "What is 1 + 1?" in questions
+    assert "Why?" not in questions
+
+
+def test_training_problems_that_are_also_tested_are_dropped(make, folder):
+    write(folder, "leaky.jsonl", [row(1), row(200), row(101), row(2)])
+    assert make(train="leaky.jsonl").num_problems("train") == 2
+
+
+def test_the_digest_follows_the_data(make, folder):
+    write(folder, "a.jsonl", [row(1), row(2)])
+    first = make(train="a.jsonl").digest
+    assert make(train="a.jsonl").digest == first
+    write(folder, "a.jsonl", [row(1), row(2, answer="5")])
+    assert make(train="a.jsonl").digest != first
+
+
+def test_a_generator_without_end(make):
+    pytest.importorskip("reasoning_gym")
+    task = make(train="chain_sum?max_terms=2", validation="chain_sum?max_terms=2&size=3")
+    assert task.num_problems("train") is None
+    example, _ = task.example("train", (5 << 20) + 7)
+    answer = eval(example.question.partition(":")[2].strip(" ="))
+    found = task.verify("train", [(5 << 20) + 7] * 2, *responses(f"\\boxed{{{answer}}}", f"\\boxed{{{answer + 1}}}"))
+    assert found.outcome.tolist() == [Outcome.RIGHT, Outcome.WRONG]
+
+
+def test_a_tokenizer_of_another_language_is_noticed(folder):
+    from r2vpo_jax.tasks.arithmetic import make_tokenizer
+    from r2vpo_jax.tasks.config import PromptConfig
+
+    config = TaskConfig(
+        name="text",
+        data_dir=str(folder),
+        **{split: f"{split}.jsonl" for split in tasks.SPLITS},
+        prompt=PromptConfig(template="plain"),
+    )
+    task = tasks.make(config, make_tokenizer(), (1,))
+    assert any("unknown to the tokenizer" in notice for notice in task.notices)
+    task.close()
