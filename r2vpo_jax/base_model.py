@@ -58,7 +58,7 @@ def open_base_model(config: ModelConfig) -> BaseModel:
     Raises:
       UsageError: the directory or one of its files is missing, or asks for what is not implemented.
     """
-    path = _directory(config.path)
+    path, _ = find_directory(config.path)
     try:
         models.read_config(path)
         tokenizer, notices = load_tokenizer(path)
@@ -76,10 +76,12 @@ def open_base_model(config: ModelConfig) -> BaseModel:
         raise UsageError(f"cannot load the base model: {error}") from error
 
 
-def _directory(name: str | None) -> pathlib.Path:
-    """A directory, or one of those that ship with the package by its name."""
-    shipped = importlib.resources.files("r2vpo_jax") / "checkpoints" / (name or "arithmetic_base")
-    return shipped if name is None or (not os.path.exists(name) and shipped.is_dir()) else pathlib.Path(name)
+def find_directory(name: str | None) -> tuple[pathlib.Path, bool]:
+    """(directory, whether it ships with the package): a path, a shipped model's name, or None: the arithmetic one."""
+    shipped = pathlib.Path(str(importlib.resources.files("r2vpo_jax"))) / "checkpoints" / (name or "arithmetic_base")
+    if name is None or (not os.path.exists(name) and shipped.is_dir()):
+        return shipped, True
+    return pathlib.Path(name), False
 
 
 def load_tokenizer(path):

@@ -126,7 +126,7 @@ def run(main) -> None:
             print(f"error: {error}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
-            print("interrupted; the last checkpoint is intact", file=sys.stderr)
+            print("interrupted; what was saved is intact", file=sys.stderr)
             return 130
 
     for flag in (_PRINT_CONFIG, _DISTRIBUTED, _COORDINATOR, _NUM_PROCESSES, _PROCESS_ID):

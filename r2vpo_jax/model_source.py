@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import importlib.resources
 import json
 import pathlib
 
@@ -10,10 +9,9 @@ import jax
 import orbax.checkpoint as ocp
 
 from r2vpo_jax import models, report, sharding
-from r2vpo_jax.base_model import BaseModel
+from r2vpo_jax.base_model import BaseModel, find_directory
 from r2vpo_jax.checkpoints import Checkpointer
 
-_DEFAULT = "arithmetic_base"
 _READ_SUFFIXES = (".json", ".jinja", ".model", ".safetensors", ".txt")
 _WHOLE_BYTES = 64 << 20  # files up to this size are digested whole
 _BLOCKS, _BLOCK_BYTES = 1024, 64 << 10  # of larger ones, so many blocks, evenly spaced
@@ -90,11 +88,10 @@ def find(path: str | None, checkpoint: str | None = None) -> ModelSource:
       FileNotFoundError: there is no such directory.
       ValueError: it is neither; or the checkpoint does not exist, or is torn.
     """
-    shipped = pathlib.Path(str(importlib.resources.files("r2vpo_jax"))) / "checkpoints" / (path or _DEFAULT)
-    if path is None or (not pathlib.Path(path).exists() and shipped.is_dir()):
+    directory, shipped = find_directory(path)
+    if shipped:
         _refuse_checkpoint(checkpoint, "a shipped model")
-        return ModelSource(f"{shipped.name} (shipped)", shipped)
-    directory = pathlib.Path(path)
+        return ModelSource(f"{directory.name} (shipped)", directory)
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(f"{directory} is neither a Hugging Face directory nor a run: it has no config.json")
     config = json.loads((directory / "config.json").read_text())

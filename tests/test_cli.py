@@ -242,7 +242,7 @@ def test_ctrl_c_ends_with_a_checkpoint_and_the_run_goes_on(config_file, tmp_path
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
-    assert "SIGINT: stopping after this iteration" in errors
+    assert "SIGINT: stopping after the iteration" in errors
     assert "Traceback" not in errors
     done = [row["iteration"] for row in metrics.read_jsonl(file) if row["kind"] == "train"]
     assert 1 <= len(done) < 60

@@ -47,7 +47,26 @@ def finish(*processes):
     return outputs
 
 
-def test_two_processes_do_what_two_devices_do(config_file, tmp_path):
+@pytest.fixture(scope="module")
+def text_config_file(tmp_path_factory):
+    """A --config file of a run on text: process 0 judges, the other is told."""
+    path = tmp_path_factory.mktemp("config") / "text.py"
+    path.write_text(
+        "from experiments.configs import gsm8k_tiny\n\n\n"
+        "def get_config():\n"
+        "    config = gsm8k_tiny.get_config()\n"
+        "    config.sampler.group_size = 4\n"
+        "    config.task.update(max_response_length=48, reward={'format': 0.5, 'format_pattern': '.*####.*'})\n"
+        "    config.trainer.update(prompts_per_rollout=4, num_minibatches=2, num_epochs=1, micro_batch_size=4,\n"
+        "        eval_every=3, eval_problems=8, test_problems=8, test_samples=2, checkpoint_every=3)\n"
+        "    return config\n"
+    )
+    return path
+
+
+@pytest.mark.parametrize("which", ["config_file", "text_config_file"])
+def test_two_processes_do_what_two_devices_do(which, request, tmp_path):
+    config_file = request.getfixturevalue(which)
     address = f"--coordinator_address=127.0.0.1:{free_port()}"
     flags = "--distributed", address, "--num_processes=2"
     chief, other = finish(

@@ -307,7 +307,7 @@ def test_faults_sigterm_saves_and_exits_with_0(config_file, tiny_config, tmp_pat
     process.send_signal(signal.SIGTERM)
     output, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
-    assert "SIGTERM: stopping after this iteration" in errors
+    assert "SIGTERM: stopping after the iteration" in errors
     assert "Traceback" not in errors
     done = len([row for row in metrics.read_jsonl(file) if row["kind"] == "train"])
     assert 1 <= done < 60

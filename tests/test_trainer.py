@@ -255,7 +255,7 @@ def test_a_run_that_is_interrupted_ends_like_one_that_is_not(
         assert train(tiny_config(), workdir) is None
         assert signal.getsignal(signal.SIGINT) is before
     captured = capfd.readouterr()
-    assert "SIGINT: stopping after this iteration" in captured.err
+    assert "SIGINT: stopping after the iteration" in captured.err
     assert "stopped after iteration 2 of 4" in captured.out
     assert not (workdir / "report").exists()
 

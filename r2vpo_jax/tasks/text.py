@@ -88,7 +88,8 @@ class TextTask:
                 raise ValueError(f"task.{split}={getattr(config, split)} has no problems left ({data[split].counts})")
             size = data[split].num_examples
             counts = ", ".join(f"{name} {count}" for name, count in data[split].counts.items())
-            self.notices.append(f"{split}: {'endless' if size is None else size} problems ({counts})")
+            kind = "endless" if size is None else size
+            self.notices.append(f"{split}: {kind} problems" + (f" ({counts})" if counts else ""))
         self._check_same_on_all_processes(data)
         return data
 
