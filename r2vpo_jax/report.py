@@ -128,11 +128,15 @@ def table(summary: dict) -> str:
         "",
         "samples (problem | before | after)",
         *(
-            f"  {before[0]} | {before[1]} | {after[1]}"
+            f"  {_one_line(before[0])} | {_one_line(before[1])} | {_one_line(after[1])}"
             for before, after in zip(summary["samples_before"], summary["samples_after"], strict=True)
         ),
     ]
     return "\n".join(lines)
+
+
+def _one_line(text: str) -> str:
+    return text.replace("\n", "↵")
 
 
 def _kept(summary: dict) -> list[str]:
