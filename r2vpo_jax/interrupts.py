@@ -23,7 +23,10 @@ def graceful_stop():
         if stop.requested:
             raise KeyboardInterrupt
         stop.requested = True
-        print(f"\n{signal.Signals(signum).name}: stopping after the iteration or batch in hand (again: at once)", file=sys.stderr)
+        print(
+            f"\n{signal.Signals(signum).name}: stopping after the iteration or batch in hand (again: at once)",
+            file=sys.stderr,
+        )
 
     try:
         previous = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
