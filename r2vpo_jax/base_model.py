@@ -71,7 +71,10 @@ def open_base_model(config: ModelConfig) -> BaseModel:
             attention_block_size=config.attention_block_size,
             num_tokens=1 + max(tokenizer.get_vocab().values()),
         )
-        return BaseModel(path, model, tokenizer, end_of_text_ids(path, tokenizer), notices)
+        eos_ids = end_of_text_ids(path, tokenizer)
+        if not all(0 <= i < model.config.vocab_size for i in eos_ids):
+            raise ValueError(f"end-of-text ids {eos_ids}: the model has {model.config.vocab_size} tokens")
+        return BaseModel(path, model, tokenizer, eos_ids, notices)
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot load the base model: {error}") from error
 
@@ -102,23 +105,30 @@ def load_tokenizer(path):
     if not any((path / name).is_file() for name in _TOKENIZER_FILES):  # a class may make an empty one up
         raise ValueError(f"{path} has no tokenizer: none of {', '.join(_TOKENIZER_FILES)}")
     if file.is_file() and _asks_for(path) in _GENERIC:
-        return PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True), ()
+        return _open(PreTrainedTokenizerFast, path), ()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever its class raises: what matters is whether there is a tokenizer.json
+        tokenizer = _open(AutoTokenizer, path, trust_remote_code=False)
+    except ValueError:
         if not file.is_file():
-            raise ValueError(
-                f"{path} has no tokenizer that can be opened ({str(error).splitlines()[0]}); put the model's "
-                "tokenizer.json there"
-            ) from error
+            raise
         tokenizer = None
     if not file.is_file():
         return tokenizer, ()
-    plain = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
+    plain = _open(PreTrainedTokenizerFast, path)
     if tokenizer is not None and _agree(tokenizer, plain):
         return tokenizer, ()
     why = "AutoTokenizer cannot open it" if tokenizer is None else f"{type(tokenizer).__name__} changes it"
     return plain, (f"tokenizer: {file.name} as it is ({why})",)
+
+
+def _open(cls, path, **options):
+    try:
+        return cls.from_pretrained(path, local_files_only=True, **options)
+    except Exception as error:  # a hostile or torn file makes the libraries raise just about anything
+        raise ValueError(
+            f"the tokenizer of {path} cannot be opened ({type(error).__name__}: {str(error).strip().splitlines()[:1]}); "
+            "put the model's own tokenizer.json there"
+        ) from error
 
 
 def _asks_for(path: pathlib.Path) -> str | None:

@@ -28,7 +28,7 @@ class TrainerConfig:
     eval_top_p: float = option(1.0, "of validation and test")
     test_problems: int = option(512, "test problems, base and final")
     test_samples: int = option(16, "samples a test problem: pass@1 from the first 8, pass@k from all")
-    eval_batch_size: int = option(64, "problems sampled at one time in evaluations")
+    eval_batch_size: int = option(1024, "responses sampled at one time in evaluations, all devices together")
     checkpoint_every: int = option(20, "iterations between checkpoints")
     max_checkpoints: int = option(2, "checkpoints kept")
     samples_per_iteration: int = option(2, "responses written to samples.jsonl an iteration")

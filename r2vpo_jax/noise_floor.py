@@ -3,6 +3,8 @@
 If it is not, the constraint would act on noise, and the run is refused.
 """
 
+import math
+
 import numpy as np
 
 from r2vpo_jax.config import Config
@@ -14,6 +16,14 @@ def measure(logp: np.ndarray, rollout: Rollout) -> tuple[float, float]:
     """(E[(r-1)^2], largest |log r|) of log-probabilities [B, T] by the weights that sampled the rollout."""
     log_ratio = np.where(rollout.response_mask, logp - rollout.behavior_logp, 0.0)
     return float((np.expm1(log_ratio) ** 2).sum() / rollout.response_mask.sum()), float(np.abs(log_ratio).max())
+
+
+def num_prompts(config: Config) -> int:
+    """Prompts that it is measured on: those of one call of the sampler, filled up to whole micro-batches."""
+    group = config.sampler.group_size
+    whole = math.lcm(group, config.trainer.micro_batch_size) // group
+    at_once = config.sampler.batch_size or config.trainer.prompts_per_rollout
+    return min(whole * math.ceil(at_once / whole), config.trainer.prompts_per_rollout)
 
 
 def limit(config: Config) -> float:

@@ -106,14 +106,25 @@ class _Run:
         self.config = config
         self.chief = jax.process_index() == 0
         self._say = say if self.chief else lambda _: None
+        # The cheap first: what is refused here costs no reading of data, nor of weights.
+        claim(workdir, config, write=False)
         with usage_errors():
             self.mesh = sharding.make_mesh((config.mesh.data, config.mesh.fsdp, config.mesh.tensor))
             self.base = open_base_model(config.model)
             self.model = self.base.model
-            self.task = tasks.make(config.task, self.base.tokenizer, self.base.eos_ids)
-            self.base.check_length(self.task.max_prompt_length + self.task.max_response_length)
             self.learner = Learner(self.model, config, self.mesh)
-        claim(workdir, config, write=False)  # another run's directory is refused before the weights are read
+            self.task = tasks.make(config.task, self.base.tokenizer, self.base.eos_ids)
+        try:
+            self._load(workdir, profile_steps)
+        except BaseException:
+            self.task.close()
+            raise
+
+    def _load(self, workdir, profile_steps):
+        """The weights, and the parts that need the run directory or the task."""
+        config = self.config
+        with usage_errors():
+            self.base.check_length(self.task.max_prompt_length + self.task.max_response_length)
         self.state = self.learner.init_state(self.base.load_params(self.mesh))
         self.workdir = claim(workdir, config, write=self.chief)
         self.checkpointer = Checkpointer(
@@ -307,14 +318,19 @@ class _Run:
                 self.profiler.stop()
 
     def _check_noise_floor(self) -> float:
-        """V of the ratio between scoring and sampling with the same weights; refuses a noisy set-up."""
-        params, index = self.learner.sampler_params(self.state), train_problem_index(self.config, 0)
+        """Measures it; refuses a noisy set-up, but warns only of a run that is continued: it is the run that it was."""
+        params = self.learner.sampler_params(self.state)
+        index = train_problem_index(self.config, 0)[: noise_floor.num_prompts(self.config)]
         rollout = self.collector.sample(params, index, iteration=self.iteration, version=self._version())
         logp = sharding.to_host(self.learner.score(self.state.params, sharding.put_batch(rollout, self.mesh)))
         floor, largest = noise_floor.measure(logp, rollout)
         limit = noise_floor.limit(self.config)
         self._say(f"noise floor: E[(r-1)^2] = {floor:.2e}, max |log r| = {largest:.2e} (limit {limit:.0e})")
-        noise_floor.check(floor, self.config)
+        if self.progress["noise_floor"] is None:
+            noise_floor.check(floor, self.config)
+        elif not floor <= limit:
+            self._say("warning: the noise floor has risen above its limit since the run was started")
+            self.files.event("noise_floor", self.iteration, floor=floor, limit=limit)
         return floor
 
     # 2. to 5. --------------------------------------------------------------------------------------------
@@ -393,7 +409,7 @@ class _Run:
                 num_problems=num_problems,
                 num_samples=num_samples,
                 mesh=self.mesh,
-                batch_size=self.config.trainer.eval_batch_size,
+                batch_size=max(1, self.config.trainer.eval_batch_size // num_samples),
                 temperature=self.config.trainer.eval_temperature,
                 top_p=self.config.trainer.eval_top_p,
             )

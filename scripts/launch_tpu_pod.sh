@@ -3,11 +3,12 @@
 #
 #   bash scripts/launch_tpu_pod.sh NAME ZONE -- --config=experiments/configs/arithmetic.py --workdir=/shared/run --config.mesh.fsdp=-1 --config.mesh.data=1
 #
-# NAME is a TPU VM that exists. The checkout is copied to each host, installed once, and experiments/train.py is
-# started on all of them with --distributed.
+# NAME is a TPU VM that exists. The checkout is copied to each host, into ~/r2vpo_jax, installed once, and experiments/train.py
+# is started there on all of them with --distributed; MODULE=experiments.evaluate starts that. Weights and data must be on
+# every host at the same path, the --workdir on a disk that all of them see.
 set -euo pipefail
 if [ $# -lt 4 ] || [ "$3" != -- ]; then
-  sed -n 2,8p "$0" >&2
+  sed -n 2,9p "$0" >&2
   exit 2
 fi
 name=$1 zone=$2
@@ -22,6 +23,6 @@ gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command "
   set -e
   mkdir -p r2vpo_jax && tar -xzf r2vpo_jax.tar.gz -C r2vpo_jax && cd r2vpo_jax
   [ -x .venv/bin/python ] || python3 -m venv .venv
-  .venv/bin/python -m pip install --quiet -e '.[tpu]'
-  .venv/bin/python -m experiments.train --distributed $(printf '%q ' "$@")
+  .venv/bin/python -m pip install --quiet -e '.[tpu,reasoning]'
+  .venv/bin/python -m ${MODULE:-experiments.train} --distributed $(printf '%q ' "$@")
 "

@@ -86,7 +86,7 @@ def tiny_sections(tiny_checkpoint):
             "eval_every": 2,
             "eval_problems": 16,
             "eval_samples": 2,
-            "eval_batch_size": 16,
+            "eval_batch_size": 256,
             "test_problems": 16,
             "test_samples": 16,
             "checkpoint_every": 2,

@@ -119,7 +119,7 @@ QUICK = {
     "eval_every": 3,
     "eval_problems": 4,
     "eval_samples": 4,
-    "eval_batch_size": 4,
+    "eval_batch_size": 64,
     "test_problems": 4,
     "test_samples": 4,
 }

@@ -100,3 +100,32 @@ def test_two_processes_do_what_two_devices_do(which, request, tmp_path):
     before = (tmp_path / "two" / "metrics.jsonl").read_bytes()
     finish(*(start(config_file, tmp_path / "two", *flags, f"--process_id={i}", XLA_FLAGS="") for i in range(2)))
     assert (tmp_path / "two" / "metrics.jsonl").read_bytes() == before
+
+
+def test_processes_that_read_different_data_are_told(text_config_file, tmp_path):
+    """Process 1 has a file with one row less."""
+    rows = [json.dumps({"question": f"What is {i} + 1?", "answer": str(i + 1)}) for i in range(12)]
+    for i in range(2):
+        folder = tmp_path / f"data{i}"
+        folder.mkdir()
+        for number, split in enumerate(("train", "validation", "test")):
+            kept = rows[4 * number : 4 * number + 4 - (i if split == "train" else 0)]
+            (folder / f"{split}.jsonl").write_text("\n".join(kept) + "\n")
+    flags = "--distributed", f"--coordinator_address=127.0.0.1:{free_port()}", "--num_processes=2"
+    data = [f"--config.task.{split}={split}.jsonl" for split in ("train", "validation", "test")]
+    processes = [
+        start(
+            text_config_file,
+            tmp_path / "run",
+            *flags,
+            f"--process_id={i}",
+            *data,
+            f"--config.task.data_dir={tmp_path / f'data{i}'}",
+            XLA_FLAGS="",
+        )
+        for i in range(2)
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    for process, output in zip(processes, outputs, strict=True):
+        assert "the processes of this run read different data" in output
+        assert process.returncode == 2

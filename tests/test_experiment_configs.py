@@ -37,7 +37,7 @@ def test_published_runs(name, choice):
     assert run.task.prompt.bos is (True if "pangu" in name else None)
     assert run.task.prompt.thinking is (True if "qwen3" in name else None)
     assert (run.task.max_response_length, run.trainer.prompts_per_rollout, run.sampler.group_size) == (
-        (32, 4, 2) if choice.endswith("smoke") else (8192, 128, 16)
+        (32, 8, 4) if choice.endswith("smoke") else (8192, 128, 16)
     )
 
 

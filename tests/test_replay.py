@@ -496,7 +496,7 @@ QUICK = {
     # The same shapes as training batches: one sampler is compiled for all three splits.
     "eval_problems": 4,
     "eval_samples": 4,
-    "eval_batch_size": 4,
+    "eval_batch_size": 64,
     "test_problems": 4,
     "test_samples": 4,
 }

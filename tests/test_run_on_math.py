@@ -15,16 +15,18 @@ PAGE = ROOT / "docs" / "run_on_math.md"
 
 
 def blocks():
-    """(tag, commands) of each block of commands: tag is "", "real" or "rehearsal"."""
-    return re.findall(r"^```bash ?(\w*)\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    """(tag, commands) of each block of commands: tag is "", "real run" or "rehearsal"."""
+    found = re.findall(r"^```bash\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    tags = [re.match(r"# (real run|rehearsal)", text) for text in found]
+    return [(tag[1] if tag else "", text) for tag, text in zip(tags, found, strict=True)]
 
 
 def test_blocks_are_tagged_with_what_the_page_explains():
     tags = [tag for tag, _ in blocks()]
-    assert set(tags) == {"", "real", "rehearsal"}
+    assert set(tags) == {"", "real run", "rehearsal"}
     assert tags.count("") >= 5
     # Steps 2 and 3 have both: whoever follows one kind misses nothing of the other.
-    assert [tag for tag in tags[1:5]] == ["real", "rehearsal", "real", "rehearsal"]
+    assert tags[1:5] == ["real run", "rehearsal", "real run", "rehearsal"]
 
 
 def test_every_configuration_that_the_page_names_exists():
@@ -37,7 +39,7 @@ def test_the_page_works_to_the_end(tmp_path):
     for name in ("r2vpo_jax", "experiments", "scripts", "tests", "docs"):
         (tmp_path / name).symlink_to(ROOT / name)
     # The packages are those of this test run: installing needs a network.
-    commands = [text for tag, text in blocks() if tag != "real" and "pip install" not in text]
+    commands = [text for tag, text in blocks() if tag != "real run" and "pip install" not in text]
     script = "set -euo pipefail\n" + "\n".join(commands)
     binaries = pathlib.Path(sys.executable).parent
     environment = os.environ | {"PATH": f"{binaries}:{os.environ['PATH']}", "PYTHONPATH": str(tmp_path)}

@@ -324,6 +324,17 @@ def test_a_noisy_set_up_is_refused_before_training(tiny_config, tmp_path):
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
+def test_a_noise_floor_that_rises_later_ends_no_run(tiny_config, tmp_path, monkeypatch):
+    """A run that is continued is measured again, on the weights that it has now: said and written, not refused."""
+    assert train(tiny_config(), tmp_path / "run", stop_after_iteration=1) is None
+    said = []
+    monkeypatch.setattr(trainer.noise_floor, "measure", lambda *_: (float("nan"), 1.0))
+    assert train(tiny_config(), tmp_path / "run", stop_after_iteration=2, say=said.append) is None
+    assert any("the noise floor has risen" in line for line in said)
+    events = [event for event in rows(tmp_path / "run", "events") if event["event"] == "noise_floor"]
+    assert [(event["iteration"], event["floor"]) for event in events] == [(1, "nan")]
+
+
 def spoil_iteration(monkeypatch, number):
     """NaN at the first response token of one row of the last minibatch of an iteration (counted from 1)."""
     fill = trainer._Run._fill_advantages

@@ -1,14 +1,15 @@
 """The trainer on text: a shipped checkpoint, its tokenizer and chat template, a JSONL data set, Math-Verify."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from r2vpo_jax import config, metrics, models
+from r2vpo_jax import base_model, config, metrics, models
 from r2vpo_jax.base_model import end_of_text_ids
-from r2vpo_jax.run_directory import UsageError
+from r2vpo_jax.run_directory import UsageError, claim
 from r2vpo_jax.trainer import train
 
 PROBLEMS = 24
@@ -50,7 +51,7 @@ def make(data_dir):
                 "eval_every": 2,
                 "eval_problems": 4,
                 "eval_samples": 1,
-                "eval_batch_size": 4,
+                "eval_batch_size": 8,
                 "test_problems": 100,
                 "test_samples": 2,
                 "checkpoint_every": 1,
@@ -158,4 +159,35 @@ def test_too_long_for_the_model_is_refused(make, tmp_path):
     task = make_task(make, max_response_length=100_000)
     with pytest.raises(UsageError, match="the model has positions for"):
         train(make(task=task), tmp_path / "run", say=lambda _: None)
+    assert not (tmp_path / "run").exists()
+
+
+def test_cheap_refusals_come_before_the_data_are_read(make, tmp_path, monkeypatch):
+    """A directory of another run, a mesh that cannot be, an end of text outside of the vocabulary."""
+    from r2vpo_jax import trainer
+
+    monkeypatch.setattr(trainer.tasks, "make", lambda *_: pytest.fail("the data were read"))
+    claim(tmp_path / "run", make(trainer={"num_iterations": 3}))
+    with pytest.raises(UsageError, match="another configuration"):
+        train(make(), tmp_path / "run", say=lambda _: None)
+    with pytest.raises(UsageError, match="mesh shape"):
+        train(make(mesh={"data": 1, "fsdp": 64}), tmp_path / "mesh", say=lambda _: None)
+    base = tmp_path / "base"
+    shutil.copytree(base_model.find_directory("word_problems_base")[0], base)
+    (base / "generation_config.json").write_text('{"eos_token_id": [1, 99999]}')
+    with pytest.raises(UsageError, match="end-of-text ids"):
+        train(make(model={"path": str(base)}), tmp_path / "eos", say=lambda _: None)
+
+
+def test_a_task_is_closed_when_the_weights_cannot_be_read(make, tmp_path, monkeypatch):
+    from r2vpo_jax.tasks.text import TextTask
+
+    base, closed = tmp_path / "base", []
+    shutil.copytree(base_model.find_directory("word_problems_base")[0], base)
+    (base / "model.safetensors").write_bytes(b"torn")
+    close = TextTask.close
+    monkeypatch.setattr(TextTask, "close", lambda task: (closed.append(True), close(task)))
+    with pytest.raises(UsageError, match="cannot load the base model"):
+        train(make(model={"path": str(base)}), tmp_path / "run", say=lambda _: None)
+    assert closed
     assert not (tmp_path / "run").exists()

@@ -1,6 +1,6 @@
 """R2VPO on DeepSeek-R1-Distill-Qwen-1.5B: the smallest of the published runs.
 
-One host with 8 GPUs of 80 GB, or a v5p-16 slice. See math_reasoning.py for what follows the colon, and which numbers
+See math_reasoning.py for what follows the colon, and which numbers
 are whose; docs/run_on_math.md has every command.
 """
 

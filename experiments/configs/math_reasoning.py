@@ -15,15 +15,15 @@ number below is therefore marked: [public] a public GRPO run of openPangu-7B and
 from r2vpo_jax import config
 
 METHODS = {
-    # The budget is [ours]: small enough to bind, far above the rounding of bfloat16; docs/algorithms/r2vpo.md, "Choosing
-    # delta", says how to set it from 20 iterations without a constraint.
+    # The budget is [ours], a guess that has to be above the rounding of bfloat16, which the run measures first.
+    # docs/algorithms/r2vpo.md, "Choosing delta", says how to set it from 20 iterations without a constraint.
     "r2vpo_on": {"objective": {"name": "r2vpo", "variance_budget": 0.004}},
     # [ours] Every batch is trained on four iterations, 16 updates, after it was sampled.
     "r2vpo_off": {"objective": {"name": "r2vpo", "variance_budget": 0.004}, "replay": {"lag": 4}},
     # [public] As that run: token mean, clip 0.2, dual clip 3, no KL.
     "grpo": {"objective": {"name": "grpo", "kl_coef": 0.0, "reduction": "token_mean", "dual_clip": 3.0}},
-    # [dapo] The preset: clip 0.2 / 0.28, dynamic sampling, soft penalty for length.
-    "dapo": {"objective": {"name": "dapo"}},
+    # [dapo] The preset: clip 0.2 / 0.28, dynamic sampling, soft penalty for length. A bound on resampling is [ours].
+    "dapo": {"objective": {"name": "dapo", "max_resamples": 2}},
 }
 SIZES = ("full", "smoke")
 
@@ -31,14 +31,13 @@ SIZES = ("full", "smoke")
 QUESTION = "{question}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 
-def math_run(choice: str, directory: str, *, max_response_length: int = 8192, rows_at_a_time: int = 16, prompt=None):
+def math_run(choice: str, directory: str, *, prompts_at_a_time: int = 16, prompt=None):
     """The ConfigDict of one run.
 
     Args:
       choice: "METHOD" or "METHOD,SIZE".
       directory: name of the model's directory; `--config.model.path` says where it really is.
-      max_response_length: tokens.
-      rows_at_a_time: micro-batch; at least the number of devices of the data and fsdp axes, and a multiple of it.
+      prompts_at_a_time: of the sampler, 16 responses each, all devices together; bounds the memory.
       prompt: more fields of `task.prompt`.
     """
     method, _, size = choice.partition(",")
@@ -63,11 +62,11 @@ def math_run(choice: str, directory: str, *, max_response_length: int = 8192, ro
             "train": "dapo_math_17k?rows=256:",
             "validation": "dapo_math_17k?rows=:256",  # [ours] held out: the benchmarks serve the final score only
             "test": "aime24 + aime25",
-            "max_response_length": max_response_length,  # [public]
+            "max_response_length": 8192,  # [public]
             "prompt": {"text": QUESTION, "max_length": 2048} | (prompt or {}),  # [public]
             "verifier": {"num_workers": 8, "bad_gold": "drop"},
         },
-        sampler={"group_size": 16, "temperature": 1.0, "batch_size": 16, "prompt_buckets": (256, 512)},  # [public] G, T
+        sampler={"group_size": 16, "temperature": 1.0, "batch_size": prompts_at_a_time},  # [public] G, T
         optimizer={  # [public]
             "learning_rate": 1e-6,
             "warmup_updates": 0,
@@ -81,14 +80,14 @@ def math_run(choice: str, directory: str, *, max_response_length: int = 8192, ro
             "prompts_per_rollout": 128,  # [public]
             "num_minibatches": 4,  # [public]
             "num_epochs": 1,  # [public]
-            "micro_batch_size": rows_at_a_time,
+            "micro_batch_size": 16,  # a multiple of the devices on the data and fsdp axes
             "scoring_chunk_size": 512,
             "eval_every": 10,
             "eval_problems": 256,
             "eval_samples": 1,
             "eval_temperature": 0.8,  # [public]
             "eval_top_p": 0.7,  # [public]
-            "eval_batch_size": 16,
+            "eval_batch_size": 16 * prompts_at_a_time,
             "test_samples": 16,
             "checkpoint_every": 10,
         },
@@ -107,15 +106,14 @@ def _make_small(run) -> None:
         max_response_length=32,
         verifier={"num_workers": 1},
     )
-    run.sampler.update(group_size=2, batch_size=2)
+    run.sampler.update(group_size=4, batch_size=4)
     run.trainer.update(
         num_iterations=2 + run.replay.lag,
-        prompts_per_rollout=4,
+        prompts_per_rollout=8,
         num_minibatches=2,
-        micro_batch_size=4,
+        micro_batch_size=16,
         eval_every=2,
         eval_problems=2,
-        eval_batch_size=2,
         test_problems=2,
         test_samples=2,
         checkpoint_every=2,

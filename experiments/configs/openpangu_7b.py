@@ -1,10 +1,10 @@
 """R2VPO on openPangu-Embedded-7B, one of the published runs.
 
-As openpangu_1b.py; needs 8 GPUs of 80 GB or a v5p-16 slice.
+As openpangu_1b.py.
 """
 
 from experiments.configs.math_reasoning import math_run
 
 
 def get_config(choice: str = "r2vpo_on"):
-    return math_run(choice, "openPangu-Embedded-7B", prompt={"bos": True})
+    return math_run(choice, "openPangu-Embedded-7B", prompts_at_a_time=8, prompt={"bos": True})

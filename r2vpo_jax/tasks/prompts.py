@@ -50,16 +50,16 @@ class PromptTemplate:
         return self._config.text.replace("{question}", question)
 
     def _chat(self, question: str, thinking: bool | None) -> str:
-        import jinja2
-
         messages = [{"role": "user", "content": self._user_text(question)}]
         if self._config.system is not None:
             messages.insert(0, {"role": "system", "content": self._config.system})
         switches = {} if thinking is None else {"enable_thinking": thinking}
         try:
             return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **switches)
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the tokenizer's chat template refuses the prompt: {error}") from error
+        except Exception as error:  # a template is a program of the checkpoint's, in Jinja's sandbox
+            raise ValueError(
+                f"the tokenizer's chat template refuses the prompt: {error or type(error).__name__}"
+            ) from error
 
 
 def unknown_share(tokenizer, token_rows) -> float:

@@ -19,7 +19,6 @@ from r2vpo_jax.tasks.outcome import unjudged
 from r2vpo_jax.tasks.prompts import PromptTemplate, unknown_share
 
 _LOOKED_AT = 64  # examples of an endless source whose prompts are looked at before the run
-_RIGHT_ABOVE = 0.5  # value of a user's function that counts as right where nothing else decides
 _THINK = "<think>"
 _FORMAT_FUNCTION = "r2vpo_jax.tasks.verifiers.extraction:format_scores"  # a user's pattern may run for ever
 _REDRAWS = 32  # other problems that are tried where a prompt of an endless source is too long
@@ -83,6 +82,8 @@ class TextTask:
         data = datasets.disjoint(data)
         for split in splits:
             data[split] = self._only_short(split, data[split])
+        self._check_same_on_all_processes(data)
+        for split in splits:
             data[split] = self._only_good_gold(split, data[split])
             if data[split].num_examples == 0:
                 raise ValueError(f"task.{split}={getattr(config, split)} has no problems left ({data[split].counts})")
@@ -90,7 +91,7 @@ class TextTask:
             counts = ", ".join(f"{name} {count}" for name, count in data[split].counts.items())
             kind = "endless" if size is None else size
             self.notices.append(f"{split}: {kind} problems" + (f" ({counts})" if counts else ""))
-        self._check_same_on_all_processes(data)
+        self.digest = datasets.digest(data)
         return data
 
     def _only_short(self, split, data):
@@ -117,7 +118,7 @@ class TextTask:
         if not examples:
             return data
         if self._chief:
-            bad = verifiers.check_gold(self._pool, [(example.kind, example.gold) for example in examples])
+            bad = self._pool.check_gold([(example.kind, example.gold) for example in examples])
         good = self._from_chief(np.array([i not in bad for i in range(len(examples))]))
         if not good.all() and self._config.verifier.bad_gold == "refuse":
             number = int(np.argmin(good))
@@ -130,9 +131,10 @@ class TextTask:
         return data.select(good, "gold answer not verifiable") if not good.all() else data
 
     def _check_same_on_all_processes(self, data) -> None:
-        self.digest = datasets.digest(data)
-        mine = np.frombuffer(bytes.fromhex(self.digest), np.uint8)
-        if not np.array_equal(self._from_chief(mine), mine):
+        if jax.process_count() == 1:
+            return
+        mine = np.frombuffer(bytes.fromhex(datasets.digest(data)), np.uint8)
+        if np.any(multihost_utils.process_allgather(mine) != mine):
             raise ValueError("the processes of this run read different data; give all hosts the same files")
 
     def _from_chief(self, tree):
@@ -180,9 +182,9 @@ class TextTask:
         return self._tokenizer.decode(np.asarray(tokens).tolist(), skip_special_tokens=False)
 
     def verify(self, split: str, index, responses, lengths) -> Verdicts:
-        reward = self._config.reward
-        names = [name for name in ("correct", "format") if getattr(reward, name)]
-        names += ["function"] if reward.function is not None else []
+        """As the protocol has it. Parts of the reward besides correctness are for learning: of validation and test,
+        correctness alone is judged, unless it has no weight."""
+        names = self._terms(split)
         size = len(responses)
         outcome, values = np.zeros(size, np.int32), np.zeros((len(names), size), np.float32)
         reasons = ("",) * size
@@ -201,6 +203,14 @@ class TextTask:
     def close(self) -> None:
         self._cleanup.close()
 
+    def _terms(self, split) -> list[str]:
+        """The parts of the reward."""
+        reward = self._config.reward
+        if split != "train" and reward.correct:
+            return ["correct"]
+        there = {"correct": reward.correct, "function": reward.function is not None, "format": reward.format}
+        return [name for name, is_there in there.items() if is_there]
+
     def _texts(self, responses, lengths) -> list[str]:
         rows = [np.asarray(row[:length]).tolist() for row, length in zip(responses, lengths, strict=True)]
         texts = self._tokenizer.batch_decode(rows, skip_special_tokens=True)
@@ -209,30 +219,29 @@ class TextTask:
 
     def _judge(self, split, index, texts):
         """(outcome int32 [B], weighted terms, reasons)."""
-        reward = self._config.reward
+        reward, names = self._config.reward, self._terms(split)
         unique = {int(i): self.example(split, i)[0] for i in np.unique(index)}
         examples = [unique[int(i)] for i in index]
         outcome, reasons, terms = np.zeros(len(texts), np.int32), [""] * len(texts), {}
-        if reward.correct:
+        if "correct" in names:
             checks = [verifiers.Check(e.kind, e.gold, text) for e, text in zip(examples, texts, strict=True)]
             verdicts = self._pool.check(checks)
             outcome = np.array([v.outcome for v in verdicts], np.int32)
             reasons = [v.reason for v in verdicts]
             terms["correct"] = np.float32(reward.correct) * (outcome == Outcome.RIGHT)
         scored = []
-        if reward.function is not None:
+        if "function" in names:
             questions, answers = [e.question for e in examples], [e.answer for e in examples]
             scored.append(("function", reward.function, reward.function_weight, questions, answers))
-        if reward.format:
+        if "format" in names:
             patterns = [reward.format_pattern] * len(texts)
             scored.append(("format", _FORMAT_FUNCTION, reward.format, patterns, [""] * len(texts)))
         for name, function, weight, first, last in scored:
             batch_size = reward.function_batch_size
             values, verdicts = self._pool.score(function, first, texts, last, batch_size=batch_size)
             failed = np.array([unjudged(v.outcome) for v in verdicts], bool)
-            if name == "function" and not reward.correct:
-                outcome = np.where(values > _RIGHT_ABOVE, Outcome.RIGHT, Outcome.WRONG).astype(np.int32)
-            outcome = np.where(failed, [v.outcome for v in verdicts], outcome).astype(np.int32)
+            decides = failed | (name == "function" and not reward.correct)
+            outcome = np.where(decides, [v.outcome for v in verdicts], outcome).astype(np.int32)
             reasons = [v.reason or reason for v, reason in zip(verdicts, reasons, strict=True)]
             terms[name] = np.float32(weight) * np.where(failed, 0.0, values)
         return outcome, terms, tuple(reasons)

@@ -85,6 +85,7 @@ def test_bos_of_the_template_is_not_doubled():
         ({"thinking": True}, {"chat_template": "{{ messages[0].content }}"}, "takes no notice"),
         ({}, {"chat_template": "{{ raise_exception('no roles') }}"}, "refuses the prompt: no roles"),
         ({}, {"chat_template": "{{ messages.append(1) }}"}, "refuses the prompt"),  # the sandbox
+        ({}, {"chat_template": "{{ 1 // 0 }}"}, "refuses the prompt"),
         ({"template": "plain", "text": "{question}"}, {}, None),
     ],
 )
@@ -194,3 +195,10 @@ def test_code_of_the_directory_is_not_run(directory):
     with pytest.raises(ValueError, match="tokenizer.json"):
         base_model.load_tokenizer(directory)
     assert not (directory / "ran").exists()
+
+
+def test_a_torn_tokenizer_is_refused_in_words(directory):
+    for text in ("{}", "[1]", '{"version": "1.0", "model": 3}', "not JSON"):
+        (directory / "tokenizer.json").write_text(text)
+        with pytest.raises(ValueError, match="cannot be opened"):
+            base_model.load_tokenizer(directory)

@@ -67,6 +67,12 @@ def responses(*texts):
     return tokens, np.array([len(ids) for ids in rows])
 
 
+def at(task, *answers):
+    """Positions in the train split of the problems with these answers."""
+    positions = {task.example("train", i)[0].answer: i for i in range(20)}
+    return [positions[answer] for answer in answers]
+
+
 def test_problems_are_prompts_padded_on_the_left(make):
     task = make()
     assert (task.max_prompt_length, task.max_response_length, task.eos_ids) == (512, SIZE, (EOS,))
@@ -128,26 +134,31 @@ def test_terms_are_weighted_and_kept_apart(make, tmp_path, monkeypatch):
     (tmp_path / "own_rewards.py").write_text(
         "def score(questions, responses, answers):\n"
         "    assert all(q.startswith('What is') for q in questions)\n"
-        "    return [len(r) / 100 if a == '400' else -1.0 for r, a in zip(responses, answers)]\n"
+        "    return [len(r) / 100 if a == '14' else -1.0 for r, a in zip(responses, answers)]\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     reward = {"correct": 2.0, "format": 0.5, "function": "own_rewards:score", "function_weight": 10.0}
     task = make(reward=reward)
-    found = task.verify("test", [0, 0, 1], *responses(r"\boxed{400}", "400", "0"))
+    found = task.verify("train", at(task, "14", "14", "16"), *responses(r"\boxed{14} ", "14", "0"))
     np.testing.assert_allclose(found.terms["correct"], [2, 2, 0])
     np.testing.assert_allclose(found.terms["format"], [0.5, 0, 0])
-    np.testing.assert_allclose(found.terms["function"], [1.1, 0.3, -10], rtol=1e-6)
-    np.testing.assert_allclose(found.reward, [3.6, 2.3, -10], rtol=1e-6)
+    np.testing.assert_allclose(found.terms["function"], [1.1, 0.2, -10], rtol=1e-6)
+    np.testing.assert_allclose(found.reward, [3.6, 2.2, -10], rtol=1e-6)
     assert found.outcome.tolist() == [Outcome.RIGHT, Outcome.RIGHT, Outcome.WRONG]
+    # What is for learning only is not asked of tests.
+    tested = task.verify("test", [0, 1], *responses(r"\boxed{400}", "0"))
+    assert tested.terms == {}
+    np.testing.assert_array_equal(tested.reward, [2, 0])
 
 
 def test_a_pattern_that_runs_for_ever_is_a_timeout(make):
     task = make(
         reward={"format": 0.5, "format_pattern": "(a+)+b", "function_batch_size": 1}, verifier={"time_limit": 2.0}
     )
-    found = task.verify("test", [0, 0], *responses("a" * 60, "aab"))
+    found = task.verify("train", [0, 0], *responses("a" * 60, "aab"))
     assert found.outcome.tolist() == [Outcome.TIMEOUT, Outcome.WRONG]
     np.testing.assert_allclose(found.reward, [0, 0.5])
+    assert task.verify("test", [0], *responses("a" * 60)).outcome.tolist() == [Outcome.WRONG]
 
 
 def test_thinking_that_the_prompt_opens_must_be_closed(make):
@@ -186,10 +197,10 @@ def test_a_function_that_hangs_is_a_timeout(make, tmp_path, monkeypatch):
         reward={"function": "slow_reward:score", "function_batch_size": 1, "function_weight": 1.0},
         verifier={"time_limit": 2.0},
     )
-    found = task.verify("test", [0, 0], *responses(r"loop \boxed{400}", r"\boxed{400}"))
+    found = task.verify("train", at(task, "14", "14"), *responses(r"loop \boxed{14}", r"\boxed{14}"))
     assert found.outcome.tolist() == [Outcome.TIMEOUT, Outcome.RIGHT]
     np.testing.assert_allclose(found.reward, [0, 2])
-    np.testing.assert_allclose(found.terms["correct"], [0, 1]), "no verdict, no part of a reward"
+    np.testing.assert_allclose(found.terms["correct"], [0, 1], err_msg="no verdict, no part of a reward")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from r2vpo_jax.tasks.verifiers.answers import canonical, exact, extract, math, numeric
 from r2vpo_jax.tasks.verifiers.extraction import STYLES, format_score
-from r2vpo_jax.tasks.verifiers.pool import KINDS, Check, Verdict, VerifierPool, check_gold
+from r2vpo_jax.tasks.verifiers.pool import KINDS, Check, Verdict, VerifierPool
 
 __all__ = [
     "KINDS",
@@ -11,7 +11,6 @@ __all__ = [
     "Verdict",
     "VerifierPool",
     "canonical",
-    "check_gold",
     "exact",
     "extract",
     "format_score",

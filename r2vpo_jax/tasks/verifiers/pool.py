@@ -414,11 +414,6 @@ class VerifierPool:
         self._dying[:] = [process for process in self._dying if not process.reap()]
 
 
-def check_gold(pool: VerifierPool, pairs: Sequence[tuple[str, str]]) -> dict[int, str]:
-    """`VerifierPool.check_gold`."""
-    return pool.check_gold(pairs)
-
-
 def _check_kind(kind: str) -> None:
     if kind not in KINDS:
         raise ValueError(f"unknown kind {kind!r} of a verifier; one of {', '.join(KINDS)}")
