@@ -95,7 +95,9 @@ def _fail(message: str) -> None:
 
 def _reason(error: Exception, argv) -> str:
     """What was wrong with the flags; an unknown config field by its full name."""
-    message = (str(error) or repr(error)).splitlines()[0]
+    lines = (str(error) or repr(error)).strip().splitlines()
+    # What a configuration file raises comes as a traceback, the exception itself in the last line.
+    message = lines[-1] if "whilst parsing config file" in lines[0] else lines[0]
     if isinstance(error, (KeyError, AttributeError)):
         for argument in argv[1:]:
             path = argument.lstrip("-").partition("=")[0]

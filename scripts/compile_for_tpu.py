@@ -94,8 +94,8 @@ def take_sizes_from_config() -> config.Config | None:
         return None
     try:
         run = config.from_flags(CONFIG.value)
-    except (TypeError, ValueError) as error:
-        raise BadFlagError(f"--config: {error}") from error
+    except (OSError, TypeError, ValueError) as error:
+        raise BadFlagError(f"--config: {' '.join(str(error).split())}") from error
     if run.task.name != "text":
         raise BadFlagError("--config: sizes can be taken from runs of task.name=text only; give them as flags")
     sizes = {
@@ -336,7 +336,7 @@ def parse_flags(argv):
     try:
         return FLAGS(argv)
     except (flags.Error, ImportError, OSError, ValueError) as error:
-        raise BadFlagError(str(error).splitlines()[0]) from error
+        raise BadFlagError(str(error).strip().splitlines()[-1]) from error
 
 
 if __name__ == "__main__":

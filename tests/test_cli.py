@@ -112,6 +112,15 @@ def test_print_config_shows_every_field(config_file):
     assert all(len(line.split()) > 2 for line in lines.values()), "a value and a help text"
 
 
+def test_what_a_configuration_file_refuses_is_said(tmp_path):
+    for file, part in (
+        ("qwen3_8b.py:sgd", "'sgd' is unknown: METHOD or METHOD,SIZE"),
+        ("sweep_variance.py:huge", "full and smoke"),
+    ):
+        arguments = f"--config=experiments/configs/{file}", f"--workdir={tmp_path / 'run'}"
+        assert_refused(run(*arguments), part)
+
+
 def test_help_lists_the_flags():
     result = run("--help")
     assert result.returncode in (0, 1)  # absl exits with 1

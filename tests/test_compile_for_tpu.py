@@ -1,6 +1,7 @@
 """scripts/compile_for_tpu.py, as a user starts it: its programs, its exit codes, its one-line refusals."""
 
 import importlib.util
+import json
 import os
 import pathlib
 import re
@@ -52,6 +53,25 @@ def test_the_shipped_model_compiles_and_fits():
 
 
 @needs_compiler
+def test_sizes_of_a_run_and_the_shape_of_a_directory(tmp_path):
+    shape = {
+        "model_type": "qwen3",
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+    }
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    run = "--config=experiments/configs/qwen3_0_6b.py:grpo,smoke"
+    result = _python(SCRIPT, f"--model={tmp_path}", "--topology=v5e:4x4", run)
+    assert result.returncode == 0, result.stderr
+    assert "8 prompts x 4 samples of 2048 + 32 tokens, 4 prompts at one time" in result.stdout
+    assert "updates of 16 rows, 16 at one time" in result.stdout
+    assert "16 devices: data 1, fsdp 16, tensor 1" in result.stdout
+
+
+@needs_compiler
 def test_what_does_not_fit_exits_1():
     # 7 billion parameters: float32 weights and two Adam moments alone are 21 GiB on each of 4 chips.
     result = _python(SCRIPT, "--model=qwen2-7b", "--topology=v5e:2x2", "--prompts=4", "--group_size=4")
@@ -63,7 +83,12 @@ def test_what_does_not_fit_exits_1():
 @pytest.mark.parametrize(
     ("flag", "part"),
     [
-        ("--model=gpt", "one of qwen2-1.5b, qwen2-7b, arithmetic"),
+        ("--model=gpt", "one of qwen2-1.5b, qwen2-7b, qwen3-0.6b"),
+        ("--model=gpt", "arithmetic, or a directory"),
+        ("--model=tests", "config.json"),
+        ("--config=experiments/configs/arithmetic.py", "task.name=text only"),
+        ("--config=nowhere.py", "nowhere.py"),
+        ("--config=experiments/configs/qwen3_8b.py:sgd", "METHOD or METHOD,SIZE"),
         ("--topology=v9:4x4", "not one of v5e, v5p, v6e"),
         ("--topology=v5e:3x7", "--topology=v5e:3x7"),
         ("--mesh=2,2,1", "needs 4 devices, but there are 16"),
