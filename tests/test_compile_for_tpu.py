@@ -66,7 +66,7 @@ def test_sizes_of_a_run_and_the_shape_of_a_directory(tmp_path):
     run = "--config=experiments/configs/qwen3_0_6b.py:grpo,smoke"
     result = _python(SCRIPT, f"--model={tmp_path}", "--topology=v5e:4x4", run)
     assert result.returncode == 0, result.stderr
-    assert "8 prompts x 4 samples of 2048 + 32 tokens, 4 prompts at one time" in result.stdout
+    assert "8 prompts x 4 samples of 512 + 32 tokens, 4 prompts at one time" in result.stdout
     assert "updates of 16 rows, 16 at one time" in result.stdout
     assert "16 devices: data 1, fsdp 16, tensor 1" in result.stdout
 

@@ -33,12 +33,11 @@ def test_small_runs(name):
 def test_published_runs(name, choice):
     run = get(name, choice)
     assert run.task.name == "text"
-    assert run.task.prompt.max_length == 2048
     assert run.task.prompt.bos is (True if "pangu" in name else None)
     assert run.task.prompt.thinking is (True if "qwen3" in name else None)
-    assert (run.task.max_response_length, run.trainer.prompts_per_rollout, run.sampler.group_size) == (
-        (32, 8, 4) if choice.endswith("smoke") else (8192, 128, 16)
-    )
+    sizes = run.task.prompt.max_length, run.task.max_response_length
+    sizes += run.trainer.prompts_per_rollout, run.sampler.group_size
+    assert sizes == ((512, 32, 8, 4) if choice.endswith("smoke") else (2048, 8192, 128, 16))
 
 
 def test_the_methods_are_what_they_are_called():

@@ -104,6 +104,7 @@ def _make_small(run) -> None:
         train="dapo_math_17k?rows=4:",
         validation="dapo_math_17k?rows=:4",
         max_response_length=32,
+        prompt={"max_length": 512},
         verifier={"num_workers": 1},
     )
     run.sampler.update(group_size=4, batch_size=4)
