@@ -15,7 +15,9 @@ from absl import flags
 
 from r2vpo_jax.benchmark_config import EvaluationConfig
 
-_OUTPUT = flags.DEFINE_string("output", None, "Directory of this evaluation: outcomes, evaluation.json, evaluation.md.")
+_OUTPUT = flags.DEFINE_string(
+    "output", "runs/evaluation", "Directory of this evaluation: outcomes, evaluation.json, evaluation.md."
+)
 _DEFINE = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_bool}
 
 

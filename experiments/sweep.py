@@ -11,16 +11,20 @@ from r2vpo_jax import cli
 from absl import flags
 
 _CONFIG = cli.define_config()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the sweep: its runs, table.md, sweep.png.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir",
+    None,
+    "Directory of the sweep: its runs, table.md, sweep.png. Default: runs/ and the name of the config file.",
+)
 
 
 def main():
     base, sweep = cli.resolve_sweep(_CONFIG)
-    cli.require(_WORKDIR, "runs/sweep")
+    workdir = _WORKDIR.value or cli.directory_of(_CONFIG)
     cli.start_devices()
     from r2vpo_jax import sweeps
 
-    results = sweeps.run_sweep(base, sweep, _WORKDIR.value)
+    results = sweeps.run_sweep(base, sweep, workdir)
     if results is not None:
         print(sweeps.table(results))
 

@@ -11,19 +11,23 @@ from r2vpo_jax import cli
 from absl import flags
 
 _CONFIG = cli.define_config()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Run directory: metrics, checkpoints, report, exported model.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir",
+    None,
+    "Run directory: metrics, checkpoints, report, exported model. Default: runs/ and the name of the config file.",
+)
 _STOP_AFTER = flags.DEFINE_integer("stop_after_iteration", None, "Save and stop there; the same command goes on.")
 _PROFILE = flags.DEFINE_string("profile_steps", None, "first:last iterations to profile, for example 5:7.")
 
 
 def main():
     config = cli.resolve(_CONFIG)
-    cli.require(_WORKDIR, "runs/first")
+    workdir = _WORKDIR.value or cli.directory_of(_CONFIG)
     profile = cli.parse_range("profile_steps", _PROFILE.value)
     cli.start_devices()
     from r2vpo_jax import trainer
 
-    trainer.train(config, _WORKDIR.value, stop_after_iteration=_STOP_AFTER.value, profile_steps=profile)
+    trainer.train(config, workdir, stop_after_iteration=_STOP_AFTER.value, profile_steps=profile)
 
 
 if __name__ == "__main__":

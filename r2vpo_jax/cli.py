@@ -40,6 +40,13 @@ def require(flag, example: str) -> None:
         raise UsageError(f"--{flag.name} is required, for example --{flag.name}={example}")
 
 
+def directory_of(flag) -> str:
+    """Where a run goes that was given no --workdir: runs/ and the name of its configuration, as runs/qwen3_8b_grpo."""
+    file, _, choice = config_flags.get_config_filename(flags.FLAGS[flag.name]).partition(":")
+    words = [pathlib.Path(file).stem, *(word for word in choice.split(",") if word)]
+    return str(pathlib.Path("runs") / "_".join(words))
+
+
 def resolve(flag) -> config_lib.Config:
     """The validated configuration behind a parsed --config flag; prints it and exits with --print_config.
 

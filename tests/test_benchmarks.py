@@ -665,7 +665,7 @@ def test_the_command_prints_the_table(finished, tiny_checkpoint, tmp_path):
 def test_refusals_of_the_command(finished, tmp_path):
     for flags, said in {
         (): "--tasks is required",
-        ("--tasks=arithmetic",): "--output is required",
+        ("--tasks=arithmetic", "--output="): "--output is required",
         ("--tasks=arithmetic", f"--output={tmp_path}", "--k=many"): "--k",
         ("--tasks=arithmetic", f"--output={tmp_path}", "--nonsense=1"): "nonsense",
         ("--tasks=arithmetic", f"--output={tmp_path}", "--top_p=2"): "--top_p must be",

@@ -83,9 +83,23 @@ def test_bad_values_are_one_line(flag, answers):
 
 def test_what_is_missing_is_named(config_file, tmp_path):
     assert_refused(run(f"--workdir={tmp_path}"), "--config is required")
-    assert_refused(run(f"--config={config_file}"), "--workdir is required")
     assert_refused(run("--config=/nowhere/config.py", f"--workdir={tmp_path}"), "/nowhere/config.py")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_without_a_directory_goes_where_its_configuration_says(config_file):
+    code = (
+        "import sys\nfrom r2vpo_jax import cli\nfrom absl import flags\nflag = cli.define_config()\n"
+        "flags.FLAGS(sys.argv)\nprint(cli.directory_of(flag))\n"
+    )
+    for file, expected in (
+        (config_file, f"runs/{config_file.stem}"),
+        (ROOT / "experiments/configs/qwen3_8b.py:grpo,smoke", "runs/qwen3_8b_grpo_smoke"),
+    ):
+        result = subprocess.run(
+            [sys.executable, "-c", code, f"--config={file}"], cwd=ROOT, capture_output=True, text=True, timeout=120
+        )
+        assert result.stdout.strip() == expected, result.stderr
 
 
 def test_a_directory_that_cannot_be_written_is_refused(config_file, tmp_path):
