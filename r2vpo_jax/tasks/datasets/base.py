@@ -1,5 +1,6 @@
 """What a data set is: examples by position, and what was done to get at them."""
 
+import abc
 import dataclasses
 import functools
 import hashlib
@@ -29,7 +30,7 @@ def same_question(text: str) -> str:
     return re.sub(r"\s+", " ", unicodedata.normalize("NFC", text)).strip().casefold()
 
 
-class Dataset:
+class Dataset(abc.ABC):
     """Random access to examples.
 
     Attributes:
@@ -42,6 +43,7 @@ class Dataset:
     num_examples: int | None
     counts: dict[str, int]
 
+    @abc.abstractmethod
     def example(self, position: int) -> Example:
         """The same for the same position, in every process and on every platform.
 
@@ -51,19 +53,18 @@ class Dataset:
         Raises:
           IndexError: a position that is not there.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def examples(self) -> Iterator[Example]:
         """All examples of the finite part, in the order of their sources."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def select(self, keep: Sequence[bool], reason: str) -> "Dataset":
         """Keeps those of `examples()` where `keep` is true; `counts[reason]` grows by the others."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def identity(self) -> Iterable[str]:
         """Texts that are equal for data sets that are equal."""
-        raise NotImplementedError
 
     @functools.cached_property
     def digest(self) -> str:
