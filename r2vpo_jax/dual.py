@@ -42,15 +42,15 @@ def update(
     ratio_variance: Float[Array, ""],
     *,
     budget: float,
-    step_size: float,
+    step: float,
     max_coef: float,
     max_step: float | None = None,
     rule: str = "projected",
 ) -> DualState:
     """One ascent step.
 
-        projected        lambda <- clip(lambda + clip(step_size (V - budget), +-max_step), 0, max_coef)
-        multiplicative   lambda <- clip(lambda exp(clip(step_size (V - budget), +-max_step)), 1e-6, max_coef)
+        projected        lambda <- clip(lambda + clip(step (V / budget - 1), +-max_step), 0, max_coef)
+        multiplicative   lambda <- clip(lambda exp(clip(step (V / budget - 1), +-max_step)), 1e-6, max_coef)
 
     The projected rule is gradient ascent of the Lagrangian. The multiplicative one is the same in log lambda: it
     moves by a share of lambda, so it needs no guess of lambda's scale, and never reaches 0.
@@ -60,7 +60,7 @@ def update(
       ratio_variance: V, measured over the global batch with the penalty's own mask and count. A NaN makes
         lambda NaN: nothing is hidden.
       budget: delta, the bound on V.
-      step_size: eta; it scales as c / budget for a step of c at twice the budget.
+      step: c, relative to the budget: at V = 2 budget one move is c, at V = 0 it is -c.
       max_coef: cap of lambda.
       max_step: bound on one move, of lambda or of log lambda. Without it a single outlier token (r = 100 in ten
         thousand tokens makes V = 1) throws lambda to its cap, and it takes hundreds of rollouts to come back.
@@ -76,13 +76,13 @@ def update(
     if rule not in RULES:
         raise ValueError(f"unknown dual rule {rule!r}; one of {RULES}")
     chex.assert_rank(ratio_variance, 0)
-    step = step_size * (jnp.asarray(ratio_variance, jnp.float32) - budget)
+    move = step * (jnp.asarray(ratio_variance, jnp.float32) / budget - 1)
     if max_step is not None:
-        step = jnp.clip(step, -max_step, max_step)
+        move = jnp.clip(move, -max_step, max_step)
     if rule == "projected":
-        coef = jnp.clip(state.variance_coef + step, 0.0, max_coef)
+        coef = jnp.clip(state.variance_coef + move, 0.0, max_coef)
     else:
-        coef = jnp.clip(state.variance_coef * jnp.exp(jnp.clip(step, -60.0, 60.0)), _SMALLEST, max_coef)
+        coef = jnp.clip(state.variance_coef * jnp.exp(jnp.clip(move, -60.0, 60.0)), _SMALLEST, max_coef)
     return DualState(variance_coef=jax.lax.stop_gradient(coef))
 
 

@@ -372,7 +372,7 @@ class Learner:
                 dual_state,
                 signal,
                 budget=objective.variance_budget,
-                step_size=objective.dual_step / objective.variance_budget,
+                step=objective.dual_step,
                 max_coef=objective.max_variance_coef,
                 max_step=objective.dual_max_step,
                 rule=objective.dual_rule,

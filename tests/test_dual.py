@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 
 from r2vpo_jax import dual, losses
 
-SETTINGS = {"budget": 0.04, "step_size": 0.1, "max_coef": 50.0}
+SETTINGS = {"budget": 0.04, "step": 0.004, "max_coef": 50.0}
 MULTIPLICATIVE = SETTINGS | {"rule": "multiplicative"}
 RULES = pytest.mark.parametrize("rule", dual.RULES)
 
@@ -27,16 +27,16 @@ def _update(jit, **kwargs):
 @pytest.mark.parametrize(
     ("coef", "variance", "changed", "expected"),
     [
-        (1.0, 0.06, {}, 1.002),  # 1 + .1 * .02
-        (1.0, 0.02, {}, 0.998),  # 1 - .1 * .02
+        (1.0, 0.06, {}, 1.002),  # 1 + .004 * .5
+        (1.0, 0.02, {}, 0.998),  # 1 - .004 * .5
         (1.0, 0.04, {}, 1.0),  # on budget
         (0.0, 0.02, {}, 0.0),  # never below 0
         (0.001, 0.0, {}, 0.0),  # .001 - .004
         (49.9, 2.04, {}, 50.0),  # 49.9 + .2, never above max_coef
-        (2.0, 0.54, {"step_size": 12.5, "max_step": 1.0}, 3.0),  # 12.5 * .5 = 6.25, bounded
-        (2.0, 0.0, {"step_size": 50.0, "max_step": 1.0}, 1.0),  # -2, bounded
-        (0.5, 0.0, {"step_size": 50.0, "max_step": 1.0}, 0.0),  # the bound comes before the projection
-        (2.0, 0.06, {"step_size": 12.5, "max_step": 1.0}, 2.25),  # inside the bound
+        (2.0, 0.54, {"step": 0.5, "max_step": 1.0}, 3.0),  # .5 * 12.5 = 6.25, bounded
+        (2.0, 0.0, {"step": 2.0, "max_step": 1.0}, 1.0),  # -2, bounded
+        (0.5, 0.0, {"step": 2.0, "max_step": 1.0}, 0.0),  # the bound comes before the projection
+        (2.0, 0.06, {"step": 0.5, "max_step": 1.0}, 2.25),  # inside the bound
         (2.0, np.inf, {"max_step": 1.0}, 3.0),
         (2.0, np.inf, {}, 50.0),
     ],
@@ -51,17 +51,17 @@ def test_update(coef, variance, changed, expected, jit):
 @pytest.mark.parametrize(
     ("coef", "variance", "changed", "expected"),
     [
-        (1.0, 0.06, {}, 1.002002),  # exp(.1 * .02)
-        (1.0, 0.02, {}, 0.998002),  # exp(-.1 * .02)
+        (1.0, 0.06, {}, 1.002002),  # exp(.004 * .5)
+        (1.0, 0.02, {}, 0.998002),  # exp(-.004 * .5)
         (1.0, 0.04, {}, 1.0),  # on budget
-        # step_size = c / budget moves by exp(c) at twice the budget, by exp(-c) at V = 0; here c = .5.
-        (2.0, 0.08, {"step_size": 0.5 / 0.04}, 3.297443),  # 2 * 1.648721
-        (2.0, 0.0, {"step_size": 0.5 / 0.04}, 1.213061),  # 2 / 1.648721
-        (2.0, 0.54, {"step_size": 12.5, "max_step": 1.0}, 5.436564),  # 6.25, bounded: 2 e
-        (2.0, 0.0, {"step_size": 50.0, "max_step": 1.0}, 0.735759),  # -2, bounded: 2 / e
-        (2.0, 0.06, {"step_size": 12.5, "max_step": 1.0}, 2.568051),  # inside the bound: 2 * 1.284025
+        # A step of c moves by exp(c) at twice the budget, by exp(-c) at V = 0; here c = .5.
+        (2.0, 0.08, {"step": 0.5}, 3.297443),  # 2 * 1.648721
+        (2.0, 0.0, {"step": 0.5}, 1.213061),  # 2 / 1.648721
+        (2.0, 0.54, {"step": 0.5, "max_step": 1.0}, 5.436564),  # 6.25, bounded: 2 e
+        (2.0, 0.0, {"step": 2.0, "max_step": 1.0}, 0.735759),  # -2, bounded: 2 / e
+        (2.0, 0.06, {"step": 0.5, "max_step": 1.0}, 2.568051),  # inside the bound: 2 * 1.284025
         (49.9, 2.04, {}, 50.0),  # 49.9 * 1.2214, never above max_coef
-        (2e-6, 0.0, {"step_size": 25.0}, 1e-6),  # 2e-6 / e, never below 1e-6
+        (2e-6, 0.0, {"step": 1.0}, 1e-6),  # 2e-6 / e, never below 1e-6
         (0.0, 0.02, {}, 1e-6),  # from 0 it could not rise
         (0.0, 0.06, {}, 1e-6),
         (2.0, np.inf, {"max_step": 1.0}, 5.436564),
@@ -76,8 +76,8 @@ def test_multiplicative_update(coef, variance, changed, expected, jit):
 
 
 def test_from_zero_an_unbounded_multiplicative_step_is_a_number():
-    # V = 10 with 12.5 a unit: exp(124.5) is infinite in float32, and 0 times that must not be NaN.
-    state = dual.update(dual.init(0.0), jnp.float32(10.0), **MULTIPLICATIVE | {"step_size": 12.5})
+    # V = 250 budgets with a step of .5: exp(124.5) is infinite in float32, and 0 times that must not be NaN.
+    state = dual.update(dual.init(0.0), jnp.float32(10.0), **MULTIPLICATIVE | {"step": 0.5})
     assert 1e-6 <= state.variance_coef <= 50
 
 
@@ -86,19 +86,19 @@ def _repeat(state, variance, times, **settings):
 
 
 def test_multiplicative_rule_never_reaches_zero():
-    settings = MULTIPLICATIVE | {"step_size": 0.5 / 0.04}
+    settings = MULTIPLICATIVE | {"step": 0.5}
     low = _repeat(dual.init(2.5), 0.0, 200, **settings)
     np.testing.assert_allclose(low.variance_coef, 1e-6, rtol=1e-6)
     # From there V = 2 budget raises it by exp(.5) a step: 20 steps are a factor of e^10.
     np.testing.assert_allclose(_repeat(low, 0.08, 20, **settings).variance_coef, 1e-6 * np.exp(10), rtol=1e-4)
     # The projected rule does reach 0.
-    assert _repeat(dual.init(2.5), 0.0, 200, **SETTINGS | {"step_size": 0.5 / 0.04}).variance_coef == 0
+    assert _repeat(dual.init(2.5), 0.0, 200, **SETTINGS | {"step": 0.5}).variance_coef == 0
 
 
 @pytest.mark.parametrize("factor", [0.1, 10.0])
 def test_multiplicative_rule_knows_no_scale(factor):
     variances = np.random.default_rng(0).uniform(0.0, 0.1, 5).astype(np.float32)
-    settings = MULTIPLICATIVE | {"step_size": 12.5}
+    settings = MULTIPLICATIVE | {"step": 0.5}
     one, other = dual.init(1.0), dual.init(factor)
     for variance in variances:
         one, other = (_update(True, **settings)(state, variance) for state in (one, other))
@@ -110,7 +110,7 @@ def test_multiplicative_rule_knows_no_scale(factor):
 def test_opposite_moves_cancel(rule):
     state = dual.init(2.5)
     for variance in (0.06, 0.02):
-        state = dual.update(state, jnp.float32(variance), **SETTINGS | {"step_size": 12.5}, rule=rule)
+        state = dual.update(state, jnp.float32(variance), **SETTINGS | {"step": 0.5}, rule=rule)
         assert variance != 0.06 or state.variance_coef > 2.7
     np.testing.assert_allclose(state.variance_coef, 2.5, rtol=1e-6)
 
@@ -123,7 +123,7 @@ def test_opposite_moves_cancel(rule):
     st.sampled_from([None, 1.0]),
 )
 def test_extremes_stay_within_bounds(coef, variance, rule, max_step):
-    update = _update(True, **SETTINGS | {"step_size": 12.5, "rule": rule, "max_step": max_step})
+    update = _update(True, **SETTINGS | {"step": 0.5, "rule": rule, "max_step": max_step})
     coef, variance = np.float32(coef), np.float32(variance)
     after = update(dual.DualState(coef), variance).variance_coef
     assert 0 <= after <= 50
@@ -138,7 +138,7 @@ def test_unknown_rule():
 
 def test_one_outlier_token_moves_a_bounded_multiplier_by_one_step():
     # r = 100 in ten thousand tokens: V = 99^2 / 1e4 = .98. With c = .5, so 12.5 a unit, the move is 11.8.
-    settings = SETTINGS | {"step_size": 0.5 / 0.04}
+    settings = SETTINGS | {"step": 0.5}
     variance = jnp.float32(99**2 / 1e4)
     free = dual.update(dual.init(2.5), variance, **settings)
     bounded = dual.update(dual.init(2.5), variance, **settings, max_step=1.0)

@@ -147,9 +147,7 @@ def solve_bandit(budget, start, rule="projected"):
         grad, variance = jax.grad(lagrangian, has_aux=True)(
             logits, behavior_logp, BANDIT_ADVANTAGES, state.variance_coef
         )
-        state = dual.update(
-            state, variance, budget=budget, step_size=0.02 / budget, max_coef=50.0, max_step=1.0, rule=rule
-        )
+        state = dual.update(state, variance, budget=budget, step=0.02, max_coef=50.0, max_step=1.0, rule=rule)
         return logits - 0.5 * grad, state
 
     logits, state = jax.lax.fori_loop(0, 4000, step, (behavior_logp, dual.DualState(start)))
@@ -203,7 +201,7 @@ def solve_tokens(advantages, learning_rate, *, rule, normalized):
     def step(_, carry):
         logits, state = carry
         grad, variance = jax.grad(loss, has_aux=True)(logits, state.variance_coef)
-        state = dual.update(state, variance, budget=0.04, step_size=0.5, max_coef=50.0, max_step=1.0, rule=rule)
+        state = dual.update(state, variance, budget=0.04, step=0.02, max_coef=50.0, max_step=1.0, rule=rule)
         return logits - learning_rate * grad, state
 
     logits, state = jax.lax.fori_loop(0, 4000, step, (behavior_logp, dual.DualState(jnp.float32(10.0))))
