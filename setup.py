@@ -13,7 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["r2vpo_jax", "r2vpo_jax.*"]),
-    package_data={"r2vpo_jax": ["py.typed", "checkpoints/*/*", "fixtures/*/*"]},
+    package_data={"r2vpo_jax": ["py.typed", "assets/*/*/*"]},
     install_requires=[
         "absl-py>=2.1,<3",
         "chex>=0.1.90,<0.2",

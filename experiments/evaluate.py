@@ -13,7 +13,7 @@ from r2vpo_jax import cli
 # isort: split
 from absl import flags
 
-from r2vpo_jax.benchmark_config import EvaluationConfig
+from r2vpo_jax.config.evaluation import EvaluationConfig
 
 _OUTPUT = flags.DEFINE_string(
     "output", "runs/evaluation", "Directory of this evaluation: outcomes, evaluation.json, evaluation.md."
@@ -37,7 +37,7 @@ def main():
     with cli.usage_errors():
         config = EvaluationConfig(**{name: flag.value for name, flag in _CONFIG.items()})
     cli.start_devices()
-    from r2vpo_jax import benchmarks
+    from r2vpo_jax.evaluation import benchmarks
 
     benchmarks.run(config, _OUTPUT.value)
 

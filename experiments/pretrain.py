@@ -28,7 +28,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Initial weights and demonstrations.")
 def main():
     cli.require(_OUTPUT, "runs/base")
     cli.start_devices()
-    from r2vpo_jax import pretraining
+    from experiments.base_models import pretraining
 
     chosen = {f.name: f.value for f in (_STEPS, _BATCH, _HIDDEN, _LAYERS, _FORGET, _MISREAD, _SLIP, _SEED)}
     with cli.usage_errors():

@@ -13,7 +13,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a finished run.")
 
 def main():
     cli.require(_WORKDIR, "runs/quickstart")
-    from r2vpo_jax import report
+    from r2vpo_jax.run import report
 
     with cli.usage_errors():
         print(report.rewrite(_WORKDIR.value))

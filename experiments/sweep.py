@@ -22,7 +22,7 @@ def main():
     base, sweep = cli.resolve_sweep(_CONFIG)
     workdir = _WORKDIR.value or cli.directory_of(_CONFIG)
     cli.start_devices()
-    from r2vpo_jax import sweeps
+    from r2vpo_jax.training import sweeps
 
     results = sweeps.run_sweep(base, sweep, workdir)
     if results is not None:

@@ -25,7 +25,7 @@ def main():
     workdir = _WORKDIR.value or cli.directory_of(_CONFIG)
     profile = cli.parse_range("profile_steps", _PROFILE.value)
     cli.start_devices()
-    from r2vpo_jax import trainer
+    from r2vpo_jax.training import trainer
 
     trainer.train(config, workdir, stop_after_iteration=_STOP_AFTER.value, profile_steps=profile)
 

@@ -15,8 +15,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from r2vpo_jax import config as config_lib
-from r2vpo_jax.learner import NonFiniteUpdateError
-from r2vpo_jax.run_directory import UsageError, usage_errors
+from r2vpo_jax.errors import NonFiniteUpdateError, UsageError, usage_errors
 
 _PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print every config field with its value and help, and exit.")
 _DISTRIBUTED = flags.DEFINE_bool(

@@ -4,13 +4,13 @@ The learner and every check use this function, at the temperature of the rollout
 batch, float32 [B, T, V], never exist: they are made chunk by chunk and recomputed in the backward pass.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from r2vpo_jax import critic
 from r2vpo_jax.sharding import constrain
 
 
@@ -40,7 +40,7 @@ def score(
     *,
     prompt_size: int,
     chunk_size: int = 128,
-    value_head: tuple[Array, Array] | None = None,
+    value_head: Callable[[Array], Array] | None = None,
 ) -> Scores:
     """Log-probability, entropy and value of each response token under the model at `temperature`.
 
@@ -52,13 +52,13 @@ def score(
       temperature: float32 [B]; logits are divided by it, as in the sampler.
       prompt_size: P.
       chunk_size: response columns whose logits exist at one time.
-      value_head: (kernel, bias) of `critic`, if there is one.
+      value_head: hidden states [B, T, hidden size] to values f32 [B, T], if there is a critic.
     """
     mask = prompt_and_response_mask(prompt_length, response_length, prompt_size, tokens.shape[1])
     positions = jnp.maximum(jnp.arange(tokens.shape[1]) - (prompt_size - prompt_length)[:, None], 0)
     hidden = model.apply({"params": params}, tokens, positions, mask, method="hidden_states")
     hidden, targets = hidden[:, prompt_size - 1 : -1], tokens[:, prompt_size:]
-    value = None if value_head is None else critic.values(value_head, hidden)
+    value = None if value_head is None else value_head(hidden)
     kernel = model.apply({"params": params}, method="unembedding")  # laid out once, not once a chunk
 
     @jax.checkpoint

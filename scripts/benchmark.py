@@ -22,8 +22,8 @@ import numpy as np
 from experiments.configs import arithmetic
 from r2vpo_jax import config as config_lib
 from r2vpo_jax import models, sampler, sharding, tasks
-from r2vpo_jax.base_model import open_base_model
-from r2vpo_jax.learner import Learner
+from r2vpo_jax.models.base import open_base_model
+from r2vpo_jax.training.learner import Learner
 
 ROUNDS = 5
 

@@ -9,8 +9,8 @@ import argparse
 import os
 import time
 
-from r2vpo_jax.tasks.outcome import Outcome
-from r2vpo_jax.tasks.verifiers import Check, VerifierPool
+from r2vpo_jax.verifiers import Check, VerifierPool
+from r2vpo_jax.verifiers.outcome import Outcome
 
 
 def _name(n) -> str:

@@ -25,7 +25,8 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import jax
 import numpy as np
 
-from r2vpo_jax import advantages, corrections, critic, kl, losses
+from r2vpo_jax import advantages, corrections, kl, losses
+from r2vpo_jax.training import critic
 
 SCRIPTS = Path(__file__).resolve().parent
 TOLERANCE = 1e-5

@@ -36,7 +36,9 @@ from absl import app, flags
 from jax.experimental import topologies
 from ml_collections import config_flags
 
-from r2vpo_jax import config, learner, models, pretraining, sampler, sharding
+from experiments.base_models import pretraining
+from r2vpo_jax import config, models, sampler, sharding
+from r2vpo_jax.training import learner
 
 SHIPPED = pretraining.PretrainConfig()
 QWEN2 = {"head_dim": 128, "tie_word_embeddings": False, "max_position_embeddings": 131_072}

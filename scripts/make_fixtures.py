@@ -1,4 +1,4 @@
-"""Writes tests/tasks/fixtures: problems of our own in the formats of public data sets.
+"""Writes tests/data/fixtures: problems of our own in the formats of public data sets.
 
     python scripts/make_fixtures.py [FOLDER]
 
@@ -10,7 +10,7 @@ import json
 import pathlib
 import sys
 
-FOLDER = pathlib.Path(__file__).parent.parent / "tests" / "tasks" / "fixtures"
+FOLDER = pathlib.Path(__file__).parent.parent / "tests" / "data" / "fixtures"
 NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eve", "Finn")
 THINGS = ("shells", "stamps", "marbles", "kites", "ribbons")
 

@@ -33,8 +33,8 @@ def main():
     import jax
 
     from r2vpo_jax import models
-    from r2vpo_jax.base_model import open_base_model
     from r2vpo_jax.config import ModelConfig
+    from r2vpo_jax.models.base import open_base_model
 
     shipped = open_base_model(ModelConfig(path="word_problems_base"))
     config = models.DecoderConfig(

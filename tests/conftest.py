@@ -14,7 +14,9 @@ import jax.extend
 import numpy as np
 import pytest
 
-from r2vpo_jax import advantages, base_model, config, models, pretraining, sampler, sharding, tasks
+from experiments.base_models import pretraining
+from r2vpo_jax import advantages, config, models, sampler, sharding, tasks
+from r2vpo_jax.models import base as base_model
 from r2vpo_jax.tasks.arithmetic import SYMBOLS, make_tokenizer
 
 ROOT = pathlib.Path(__file__).parent.parent

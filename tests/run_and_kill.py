@@ -22,8 +22,10 @@ import matplotlib.figure  # noqa: F401
 import orbax.checkpoint as ocp
 import transformers.tokenization_utils_tokenizers  # noqa: F401
 
-from r2vpo_jax import checkpoints, config, metrics, models, trainer
-from r2vpo_jax.learner import Learner
+from r2vpo_jax import config, models
+from r2vpo_jax.run import checkpoints, files
+from r2vpo_jax.training import trainer
+from r2vpo_jax.training.learner import Learner
 
 _now = None  # the run of this process, once it goes
 
@@ -100,7 +102,7 @@ def _half_a_line(file, iteration):
     """Half of this iteration's row is on disk."""
 
     def arm(die):
-        write = metrics.JsonlWriter.write
+        write = files.JsonlWriter.write
 
         def torn(writer, row):
             if (
@@ -114,7 +116,7 @@ def _half_a_line(file, iteration):
                 die()
             write(writer, row)
 
-        metrics.JsonlWriter.write = torn
+        files.JsonlWriter.write = torn
 
     return arm
 
@@ -187,7 +189,7 @@ MOMENTS = {
     "between two updates of 3": _jitted("update", 3, 2),
     "before the dual step of 4": _jitted("_step_multipliers", 4, 1),
     "half the metrics of 4": _half_a_line("metrics.jsonl", 4),
-    "between metrics and samples of 4": _before(metrics.RunFiles, "sample", _after(4)),
+    "between metrics and samples of 4": _before(files.RunFiles, "sample", _after(4)),
     "validation of 4": _evaluation("validation", 4),
     "before the manifest of 4": _before(_Checkpointer, "_write_manifest", _of_step(4)),
     # From 4 on; that 4 is committed comes to light when the next one is saved.

@@ -12,11 +12,13 @@ import time
 
 import numpy as np
 import pytest
+from r2vpo_jax.errors import UsageError
 from safetensors.numpy import load_file, save_file
 
-from r2vpo_jax import cli, metrics
+from r2vpo_jax import cli
 from r2vpo_jax.config import Config
-from r2vpo_jax.run_directory import UsageError, claim
+from r2vpo_jax.run import files
+from r2vpo_jax.run.directory import claim
 from tests.conftest import ROOT
 
 
@@ -267,7 +269,7 @@ def test_ctrl_c_ends_with_a_checkpoint_and_the_run_goes_on(config_file, tmp_path
     assert process.returncode == 0, errors
     assert "SIGINT: stopping after the iteration" in errors
     assert "Traceback" not in errors
-    done = [row["iteration"] for row in metrics.read_jsonl(file) if row["kind"] == "train"]
+    done = [row["iteration"] for row in files.read_jsonl(file) if row["kind"] == "train"]
     assert 1 <= len(done) < 60
     assert done == list(range(1, len(done) + 1))
     assert (tmp_path / "run" / "checkpoints" / str(len(done))).is_dir()
@@ -276,7 +278,7 @@ def test_ctrl_c_ends_with_a_checkpoint_and_the_run_goes_on(config_file, tmp_path
     result = run(*arguments)
     assert result.returncode == 0, result.stderr
     assert f"from iteration {len(done)}" in result.stdout
-    done = [row["iteration"] for row in metrics.read_jsonl(file) if row["kind"] == "train"]
+    done = [row["iteration"] for row in files.read_jsonl(file) if row["kind"] == "train"]
     assert done == list(range(1, 61))
     summary = json.loads((tmp_path / "run" / "report" / "summary.json").read_text())
     assert summary["num_updates"] == 60 * 4

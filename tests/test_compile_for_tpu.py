@@ -150,7 +150,8 @@ import os, runpy, sys
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 script = runpy.run_path(sys.argv[1])
 import jax, jax.numpy as jnp
-from r2vpo_jax import config, learner, models, sharding
+from r2vpo_jax import config, models, sharding
+from r2vpo_jax.training import learner
 
 lower, flags = script["lower"], script["FLAGS"]
 flags(["", "--prompts=8", "--group_size=2", "--prompt_length=8", "--response_length=256", "--num_minibatches=1"])

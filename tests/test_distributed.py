@@ -9,7 +9,8 @@ import sys
 import numpy as np
 import pytest
 
-from r2vpo_jax import metrics, models
+from r2vpo_jax import models
+from r2vpo_jax.run import files
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow
@@ -79,13 +80,13 @@ def test_two_processes_do_what_two_devices_do(which, request, tmp_path):
     )
     for split in ("train", "evaluation"):
         two, one = (
-            [row for row in metrics.read_jsonl(tmp_path / which / "metrics.jsonl") if row["kind"] == split]
+            [row for row in files.read_jsonl(tmp_path / which / "metrics.jsonl") if row["kind"] == split]
             for which in ("two", "one")
         )
         assert len(two) == len(one)
         for a, b in zip(two, one, strict=True):
             assert a.keys() == b.keys()
-            for name in a.keys() - {n for n in a if n.startswith(metrics.TIME_PREFIXES)}:
+            for name in a.keys() - {n for n in a if n.startswith(files.TIME_PREFIXES)}:
                 if isinstance(a[name], str):
                     assert a[name] == b[name]
                 else:

@@ -16,13 +16,15 @@ import time
 
 import pytest
 
-from r2vpo_jax import code_identity, metrics, replay
-from r2vpo_jax.checkpoints import Checkpointer
-from r2vpo_jax.run_directory import UsageError
-from r2vpo_jax.trainer import train
+from r2vpo_jax.errors import UsageError
+from r2vpo_jax.run import files as run_files
+from r2vpo_jax.run import instruments
+from r2vpo_jax.run.checkpoints import Checkpointer
+from r2vpo_jax.training import replay
+from r2vpo_jax.training.trainer import train
 from tests import run_and_kill
 from tests.conftest import ROOT
-from tests.test_trainer import assert_same_run, final_state, rows
+from tests.training.test_trainer import assert_same_run, final_state, rows
 
 SMALL = {
     "num_iterations": 6,
@@ -248,8 +250,8 @@ def full_disk(monkeypatch, owner, name, when):
 
 
 WRITES = {
-    "metrics": (metrics.JsonlWriter, "write", lambda _, row: row.get("kind") == "train" and row["iteration"] == 3),
-    "samples": (metrics.JsonlWriter, "write", lambda _, row: "prompt" in row and row["iteration"] == 4),
+    "metrics": (run_files.JsonlWriter, "write", lambda _, row: row.get("kind") == "train" and row["iteration"] == 3),
+    "samples": (run_files.JsonlWriter, "write", lambda _, row: "prompt" in row and row["iteration"] == 4),
     "replay": (replay, "_write_once", lambda path, _: path.name == "rollout_00000002.npz"),
     # Written in the background: it comes to light when the next checkpoint is due.
     "checkpoint": (Checkpointer, "_write_manifest", lambda _, iteration, __: iteration == 4),
@@ -309,7 +311,7 @@ def test_faults_sigterm_saves_and_exits_with_0(config_file, tiny_config, tmp_pat
     assert process.returncode == 0, errors
     assert "SIGTERM: stopping after the iteration" in errors
     assert "Traceback" not in errors
-    done = len([row for row in metrics.read_jsonl(file) if row["kind"] == "train"])
+    done = len([row for row in run_files.read_jsonl(file) if row["kind"] == "train"])
     assert 1 <= done < 60
     assert f"stopped after iteration {done} of 60" in output
     assert Checkpointer(workdir / "checkpoints", max_to_keep=2).latest() == done
@@ -332,8 +334,8 @@ def test_faults_another_config(stopped_at_4, tiny_config):
 
 def test_faults_changed_code(stopped, stale_config, monkeypatch):
     """Said once, and the run goes on."""
-    real = code_identity.of_package()
-    monkeypatch.setattr(code_identity, "of_package", lambda: "0123456789abcdef")
+    real = instruments.code_identity()
+    monkeypatch.setattr(instruments, "code_identity", lambda: "0123456789abcdef")
     said = []
     train(stale_config, stopped, stop_after_iteration=5, say=said.append)
     assert sum("the code has changed" in line for line in said) == 1
@@ -350,16 +352,16 @@ def test_the_identity_of_the_code_is_that_of_names_and_contents(tmp_path, monkey
     (package / "inner").mkdir(parents=True)
     (package / "code_identity.py").write_text("a = 1\n")
     (package / "inner" / "b.py").write_text("b = 1\n")
-    monkeypatch.setattr(code_identity, "__file__", str(package / "code_identity.py"))
-    seen = [code_identity.of_package()]
+    monkeypatch.setattr(instruments, "__file__", str(package / "run" / "instruments.py"))
+    seen = [instruments.code_identity()]
     (package / "notes.txt").write_text("no code")
-    assert code_identity.of_package() == seen[0]
+    assert instruments.code_identity() == seen[0]
     (package / "inner" / "b.py").write_text("b = 2\n")
-    seen.append(code_identity.of_package())
+    seen.append(instruments.code_identity())
     (package / "inner" / "b.py").rename(package / "inner" / "c.py")
-    seen.append(code_identity.of_package())
+    seen.append(instruments.code_identity())
     (package / "inner" / "c.py").write_text("")
-    seen.append(code_identity.of_package())
+    seen.append(instruments.code_identity())
     assert len(set(seen)) == 4
     assert all(len(identity) == 16 for identity in seen)
 

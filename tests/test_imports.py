@@ -58,3 +58,96 @@ def test_direct_imports(module, allowed):
     third_party = names - set(sys.stdlib_module_names) - ({"r2vpo_jax"} if module.startswith("losses/") else set())
     assert third_party <= {"jax", "chex", "jaxtyping", "numpy"} | allowed
     assert "jax" in third_party
+
+
+# From what others build on to what builds on it; docs/architecture.md has the same order. Importing goes to the left only.
+LAYERS = (
+    ("losses",),
+    ("advantages", "corrections", "dual", "kl", "ratio_stats"),
+    ("errors", "rollout", "sharding", "scoring"),
+    ("config",),
+    ("models", "verifiers"),
+    ("sampler", "data"),
+    ("tasks",),
+    ("run",),
+    ("evaluation",),
+    ("training",),
+    ("cli",),
+)
+LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
+
+
+def _modules():
+    for file in sorted(PACKAGE.rglob("*.py")):
+        parts = file.relative_to(PACKAGE).with_suffix("").parts
+        yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), file
+
+
+def _imports():
+    """(module, module that it imports), below r2vpo_jax; imports inside functions and for typing count too."""
+    there = dict(_modules())
+    for name, file in there.items():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                targets = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                assert not node.level, f"{file} imports relatively"
+                targets = [f"{node.module}.{alias.name}" for alias in node.names]
+            else:
+                continue
+            for target in targets:
+                if target.partition(".")[0] == "r2vpo_jax":
+                    inner = target.partition(".")[2]
+                    while inner not in there:  # a name in a module
+                        inner = inner.rpartition(".")[0]
+                    yield name, inner
+
+
+def test_imports_go_one_way():
+    upward = [
+        f"{source} imports {target}"
+        for source, target in _imports()
+        if source and target and LAYER_OF[target.split(".")[0]] > LAYER_OF[source.split(".")[0]]
+    ]
+    assert not upward
+    within_a_layer = {
+        (source.split(".")[0], target.split(".")[0])
+        for source, target in _imports()
+        if source and target and LAYER_OF[target.split(".")[0]] == LAYER_OF[source.split(".")[0]]
+    }
+    assert all(source == target for source, target in within_a_layer - {("scoring", "sharding")})
+
+
+def test_no_module_imports_itself_in_a_circle():
+    graph = {}
+    for source, target in _imports():
+        graph.setdefault(source, set()).add(target)
+    done, path = set(), []
+
+    def visit(name):
+        assert name not in path, " -> ".join([*path[path.index(name) :], name])
+        if name in done:
+            return
+        path.append(name)
+        # A package's face imports its modules; they import each other directly, never through the face.
+        for target in graph.get(name, ()):
+            visit(target)
+        path.pop()
+        done.add(name)
+
+    for name in graph:
+        visit(name)
+
+
+def test_every_module_has_a_layer():
+    assert {name.split(".")[0] for name, _ in _modules() if name} == set(LAYER_OF)
+
+
+@pytest.mark.parametrize("package", ["verifiers", "data"])
+def test_verifiers_and_data_load_no_jax(package):
+    code = f"import r2vpo_jax.{package}, sys; print(sorted({{'jax', 'flax', 'numpy'}} & sys.modules.keys()))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=True, timeout=120
+    )
+    assert "jax" not in result.stdout
+    assert "flax" not in result.stdout

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from r2vpo_jax import metrics
+from r2vpo_jax.run import files
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "run_on_math.md"
@@ -51,7 +51,7 @@ def test_the_page_works_to_the_end(tmp_path):
         run = tmp_path / "runs" / name
         assert (run / "report" / "report.html").is_file(), name
         assert (run / "hf" / "model.safetensors").is_file(), name
-        trained = [row for row in metrics.read_jsonl(run / "metrics.jsonl") if row["kind"] == "train"]
+        trained = [row for row in files.read_jsonl(run / "metrics.jsonl") if row["kind"] == "train"]
         assert len(trained) == 2, name
     # Stopped and continued is the same run.
     first, second = ((tmp_path / "runs" / name / "samples.jsonl").read_text() for name in ("r2vpo_on", "stopped"))

@@ -8,7 +8,7 @@ from ml_collections import config_dict
 
 from experiments.configs import arithmetic
 from r2vpo_jax import config
-from r2vpo_jax.objective import PRESETS
+from r2vpo_jax.config.objective import PRESETS
 
 
 def get_config():

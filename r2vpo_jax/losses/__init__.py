@@ -41,14 +41,7 @@ from r2vpo_jax.losses.clipped import (
     ppo_clip_loss,
 )
 from r2vpo_jax.losses.core import LOG_RATIO_CLAMP, REDUCTIONS, Loss, Stats, count, reduce, token_weights
-from r2vpo_jax.losses.penalized import (
-    PENALTY_SCOPES,
-    dro_loss,
-    drpo_loss,
-    policy_gradient_loss,
-    r2vpo_loss,
-    spo_loss,
-)
+from r2vpo_jax.losses.penalized import PENALTY_SCOPES, dro_loss, drpo_loss, policy_gradient_loss, r2vpo_loss, spo_loss
 from r2vpo_jax.losses.sequence import gmpo_loss, gspo_loss, luspo_loss
 from r2vpo_jax.losses.soft import sapo_loss, topr_loss, vespo_loss
 

@@ -3,17 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from r2vpo_jax.losses.core import (
-    LOG_RATIO_CLAMP,
-    Advantages,
-    Logp,
-    Loss,
-    Mask,
-    Normalizer,
-    Weights,
-    prepare,
-    require,
-)
+from r2vpo_jax.losses.core import LOG_RATIO_CLAMP, Advantages, Logp, Loss, Mask, Normalizer, Weights, prepare, require
 
 
 def sapo_loss(

@@ -1,22 +1,14 @@
-"""Tasks: problems and their verifiers.
+"""Tasks: problems and their verifiers."""
 
-Names are imported when they are asked for: verifier processes import parts of this package and are not to wait for JAX.
-"""
+from r2vpo_jax.tasks.arithmetic import ArithmeticTask
+from r2vpo_jax.tasks.base import Problems, Task, Verdicts
+from r2vpo_jax.verifiers.outcome import SPLITS, Outcome
 
-import importlib
-
-_HOMES = {
-    "SPLITS": "outcome",
-    "Outcome": "outcome",
-    "Problems": "base",
-    "Task": "base",
-    "Verdicts": "base",
-    "ArithmeticTask": "arithmetic",
-}
+__all__ = ["SPLITS", "ArithmeticTask", "Outcome", "Problems", "Task", "Verdicts", "make"]
 
 
-def make(config, tokenizer=None, eos_ids=()) -> "Task":
-    """The task of a `tasks.config.TaskConfig`.
+def make(config, tokenizer=None, eos_ids=()) -> Task:
+    """The task of a `config.TaskConfig`.
 
     Args:
       config: of the task.
@@ -31,20 +23,9 @@ def make(config, tokenizer=None, eos_ids=()) -> "Task":
         from r2vpo_jax.tasks.text import TextTask
 
         return TextTask(config, tokenizer, eos_ids)
-    from r2vpo_jax.tasks.arithmetic import ArithmeticTask
-
     task = ArithmeticTask(
         min_operands=config.min_operands, max_operands=config.max_operands, num_digits=config.num_digits
     )
     if tokenizer is not None:
         task.check_tokenizer(tokenizer)
     return task
-
-
-def __getattr__(name):
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-__all__ = [*_HOMES, "make"]

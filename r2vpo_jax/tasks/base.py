@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from flax import struct
 
-from r2vpo_jax.tasks.outcome import SPLITS, Outcome
+from r2vpo_jax.verifiers.outcome import SPLITS, Outcome
 
 __all__ = ["SPLITS", "Outcome", "Problems", "Task", "Verdicts"]
 

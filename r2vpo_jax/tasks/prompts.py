@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from r2vpo_jax.tasks.config import PromptConfig
+from r2vpo_jax.config.task import PromptConfig
 
 
 class PromptTemplate:

@@ -12,15 +12,15 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from r2vpo_jax.tasks import datasets, verifiers
+from r2vpo_jax import data, verifiers
+from r2vpo_jax.config.task import TaskConfig
 from r2vpo_jax.tasks.base import SPLITS, Outcome, Problems, Verdicts
-from r2vpo_jax.tasks.config import TaskConfig
-from r2vpo_jax.tasks.outcome import unjudged
 from r2vpo_jax.tasks.prompts import PromptTemplate, unknown_share
+from r2vpo_jax.verifiers.outcome import unjudged
 
 _LOOKED_AT = 64  # examples of an endless source whose prompts are looked at before the run
 _THINK = "<think>"
-_FORMAT_FUNCTION = "r2vpo_jax.tasks.verifiers.extraction:format_scores"  # a user's pattern may run for ever
+_FORMAT_FUNCTION = "r2vpo_jax.verifiers.extraction:format_scores"  # a user's pattern may run for ever
 _REDRAWS = 32  # other problems that are tried where a prompt of an endless source is too long
 _REDRAW_STRIDE = 1 << 40  # beyond all positions of a run
 
@@ -78,8 +78,8 @@ class TextTask:
 
     def _load(self, splits) -> dict:
         config = self._config
-        data = {split: datasets.load(getattr(config, split), split, config.data_dir) for split in splits}
-        data = datasets.disjoint(data)
+        data = {split: data.load(getattr(config, split), split, config.data_dir) for split in splits}
+        data = data.disjoint(data)
         for split in splits:
             data[split] = self._only_short(split, data[split])
         self._check_same_on_all_processes(data)
@@ -91,7 +91,7 @@ class TextTask:
             counts = ", ".join(f"{name} {count}" for name, count in data[split].counts.items())
             kind = "endless" if size is None else size
             self.notices.append(f"{split}: {kind} problems" + (f" ({counts})" if counts else ""))
-        self.digest = datasets.digest(data)
+        self.digest = data.digest(data)
         return data
 
     def _only_short(self, split, data):
@@ -133,7 +133,7 @@ class TextTask:
     def _check_same_on_all_processes(self, data) -> None:
         if jax.process_count() == 1:
             return
-        mine = np.frombuffer(bytes.fromhex(datasets.digest(data)), np.uint8)
+        mine = np.frombuffer(bytes.fromhex(data.digest(data)), np.uint8)
         if np.any(multihost_utils.process_allgather(mine) != mine):
             raise ValueError("the processes of this run read different data; give all hosts the same files")
 
@@ -148,7 +148,7 @@ class TextTask:
     def num_problems(self, split: str) -> int | None:
         return self._data[split].num_examples
 
-    def example(self, split: str, index: int) -> tuple[datasets.Example, np.ndarray]:
+    def example(self, split: str, index: int) -> tuple[data.Example, np.ndarray]:
         """The problem at a position and its prompt tokens."""
         data = self._data[split]
         for attempt in range(_REDRAWS):

@@ -12,7 +12,7 @@ import pytest
 from safetensors import safe_open
 
 from r2vpo_jax import config, models, sharding
-from r2vpo_jax.learner import Learner
+from r2vpo_jax.training.learner import Learner
 from tests.conftest import ROOT
 from tests.models.goldens import GOLDEN, assert_identical
 

@@ -7,8 +7,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from r2vpo_jax import base_model
-from r2vpo_jax.tasks.config import PromptConfig, RewardConfig, TaskConfig, VerifierConfig
+from r2vpo_jax.config.task import PromptConfig, RewardConfig, TaskConfig, VerifierConfig
+from r2vpo_jax.models import base as base_model
 from r2vpo_jax.tasks.prompts import PromptTemplate, unknown_share
 
 CHAT = (

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from r2vpo_jax import tasks
+from r2vpo_jax.config.task import TaskConfig
 from r2vpo_jax.tasks import Outcome
-from r2vpo_jax.tasks.config import TaskConfig
 from tests.tasks.test_prompts import byte_tokenizer
 
 EOS = 257
@@ -269,8 +269,8 @@ def test_a_generator_without_end(make):
 
 
 def test_a_tokenizer_of_another_language_is_noticed(folder):
+    from r2vpo_jax.config.task import PromptConfig
     from r2vpo_jax.tasks.arithmetic import make_tokenizer
-    from r2vpo_jax.tasks.config import PromptConfig
 
     config = TaskConfig(
         name="text",

@@ -1,0 +1,254 @@
+"""A run's configuration: frozen dataclasses, validated when they are made.
+
+Fields of `objective` that are None take the value of the preset named by `objective.name`.
+"""
+
+import dataclasses
+
+from r2vpo_jax.config.fields import option, require
+from r2vpo_jax.config.objective import ObjectiveConfig
+from r2vpo_jax.config.task import TaskConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainerConfig:
+    """The loop."""
+
+    num_iterations: int = option(100, "rollout batches")
+    prompts_per_rollout: int = option(64, "problems a rollout batch")
+    num_minibatches: int = option(8, "optimizer updates an epoch over a rollout batch")
+    num_epochs: int = option(1, "epochs over a rollout batch")
+    micro_batch_size: int = option(32, "rows whose activations exist at one time, all devices together")
+    scoring_chunk_size: int = option(128, "response columns whose logits exist at one time")
+    eval_every: int = option(10, "iterations between validations")
+    eval_problems: int = option(256, "validation problems")
+    eval_samples: int = option(4, "samples a validation problem")
+    eval_temperature: float = option(1.0, "of validation and test; 0: greedy")
+    eval_top_p: float = option(1.0, "of validation and test")
+    test_problems: int = option(512, "test problems, base and final")
+    test_samples: int = option(16, "samples a test problem: pass@1 from the first 8, pass@k from all")
+    eval_batch_size: int = option(1024, "responses sampled at one time in evaluations, all devices together")
+    checkpoint_every: int = option(20, "iterations between checkpoints")
+    max_checkpoints: int = option(2, "checkpoints kept")
+    samples_per_iteration: int = option(2, "responses written to samples.jsonl an iteration")
+    max_nonfinite_updates: int = option(0, "updates with NaN or inf that are skipped before the run stops")
+    max_noise_floor: float | None = option(
+        None, "start-up limit on E[(r-1)^2] with unchanged weights (default: 1e-6, bfloat16 delta/4)"
+    )
+    allow_single_update: bool = option(False, "allow one update a rollout, where r = 1 and all objectives agree")
+    tensorboard: bool = option(False, "also write TensorBoard events")
+
+    def __post_init__(self):
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if item.type is int and item.name != "max_nonfinite_updates":
+                low = 0 if item.name == "samples_per_iteration" else 1
+                require(value >= low, f"trainer.{item.name} must be at least {low}, got {value}")
+        require(self.eval_temperature >= 0, f"trainer.eval_temperature must be >= 0, got {self.eval_temperature}")
+        require(0 < self.eval_top_p <= 1, f"trainer.eval_top_p must be in (0, 1], got {self.eval_top_p}")
+        require(self.max_nonfinite_updates >= 0, "trainer.max_nonfinite_updates must be at least 0")
+        require(
+            self.prompts_per_rollout % self.num_minibatches == 0,
+            f"trainer.prompts_per_rollout={self.prompts_per_rollout} is not a multiple of "
+            f"trainer.num_minibatches={self.num_minibatches} (groups are not torn)",
+        )
+
+    @property
+    def updates_per_rollout(self) -> int:
+        return self.num_minibatches * self.num_epochs
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerConfig:
+    """Rollouts. top_k and top_p serve evaluation only: training with them is refused."""
+
+    group_size: int = option(16, "samples a prompt (G)")
+    temperature: float = option(1.0, "softmax temperature; scoring applies the same")
+    batch_size: int | None = option(
+        None, "prompts sampled at one time, all devices together; default: all of a rollout"
+    )
+    prompt_buckets: tuple[int, ...] = option((), "prompt lengths below the longest that get a program of their own")
+
+    def __post_init__(self):
+        require(self.group_size >= 2, f"sampler.group_size must be at least 2 (a baseline), got {self.group_size}")
+        require(self.temperature > 0, f"sampler.temperature must be > 0 for training, got {self.temperature}")
+        require(self.batch_size is None or self.batch_size >= 1, "sampler.batch_size must be at least 1")
+        object.__setattr__(self, "prompt_buckets", tuple(self.prompt_buckets))
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with warm-up and decay."""
+
+    learning_rate: float = option(1e-4, "peak")
+    warmup_updates: int = option(10, "updates of linear warm-up")
+    schedule: str = option("constant", "after the warm-up: constant, linear or cosine")
+    final_fraction: float = option(0.1, "last learning rate / peak, for linear and cosine")
+    b1: float = option(0.9, "Adam")
+    b2: float = option(0.99, "Adam")
+    epsilon: float = option(1e-8, "Adam")
+    weight_decay: float = option(0.0, "decoupled, on matrices only")
+    max_grad_norm: float = option(1.0, "global-norm clip")
+    value_learning_rate: float = option(1e-2, "of the value head, constant; it starts at zero")
+
+    def __post_init__(self):
+        require(self.learning_rate > 0, f"optimizer.learning_rate must be > 0, got {self.learning_rate}")
+        require(self.warmup_updates >= 0, f"optimizer.warmup_updates must be >= 0, got {self.warmup_updates}")
+        require(
+            self.schedule in ("constant", "linear", "cosine"),
+            f"optimizer.schedule={self.schedule!r} is unknown; one of constant, linear, cosine",
+        )
+        require(
+            0 <= self.final_fraction <= 1,
+            f"optimizer.final_fraction must be in [0, 1], got {self.final_fraction}",
+        )
+        require(
+            self.value_learning_rate > 0, f"optimizer.value_learning_rate must be > 0, got {self.value_learning_rate}"
+        )
+        require(self.max_grad_norm > 0, f"optimizer.max_grad_norm must be > 0, got {self.max_grad_norm}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ReplayConfig:
+    """Stale data. With lag 0, capacity 0 and one batch an iteration, each rollout batch is trained on once."""
+
+    lag: int = option(0, "iterations between generating a batch and training on it")
+    capacity: int = option(0, "rollout batches kept for replay, besides those that the lag holds back; 0: no replay")
+    capacity_bytes: int | None = option(None, "limit on the bytes of all batches kept")
+    draw: str = option("newest", "newest, uniform, mixed or priority (by |A|)")
+    stale_fraction: float = option(0.5, "mixed: share of older groups in a training batch")
+    batches_per_iteration: int = option(1, "training batches drawn for each rollout batch generated")
+    max_age: int | None = option(None, "optimizer updates after which an older group is not drawn")
+    max_uses: int | None = option(None, "times a group may be drawn")
+
+    def __post_init__(self):
+        for name in ("lag", "capacity"):
+            require(getattr(self, name) >= 0, f"replay.{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("capacity_bytes", "batches_per_iteration", "max_age", "max_uses"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"replay.{name} must be at least 1, got {value}")
+        draws = ("newest", "uniform", "mixed", "priority")
+        require(self.draw in draws, f"replay.draw={self.draw!r} is unknown; one of {', '.join(draws)}")
+        require(0 <= self.stale_fraction <= 1, f"replay.stale_fraction must be in [0, 1], got {self.stale_fraction}")
+        require(
+            self.draw == "newest" or self.capacity > 1,
+            f"replay.draw={self.draw} needs older batches: set replay.capacity to at least 2",
+        )
+
+    @property
+    def enabled(self) -> bool:
+        """Whether batches go through the buffer at all."""
+        return self.capacity > 0 or self.stale
+
+    @property
+    def stale(self) -> bool:
+        """Whether the first update on a batch may find r != 1."""
+        return self.lag > 0 or self.draw != "newest" or self.batches_per_iteration > 1
+
+
+@dataclasses.dataclass(frozen=True)
+class AlarmConfig:
+    """Signs of a collapse. An alarm is said and written to events.jsonl once its sign has lasted."""
+
+    patience: int = option(10, "iterations that a sign must last")
+    stop: bool = option(False, "an alarm also ends the run, after a checkpoint")
+    min_entropy: float = option(1e-3, "policy/entropy below this, nats a token")
+    min_effective_sample_size: float = option(0.3, "ratio/effective_sample_size below this")
+    max_second_moment: float = option(10.0, "ratio/second_moment above this")
+    max_truncated: float = option(0.5, "response/truncated above this")
+    max_zero_variance_groups: float = option(0.9, "reward/zero_variance_groups above this")
+
+    def __post_init__(self):
+        require(self.patience >= 1, f"alarms.patience must be at least 1, got {self.patience}")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; one may be -1: all that is left."""
+
+    data: int = option(-1, "data parallel")
+    fsdp: int = option(1, "parameters sharded, batch too")
+    tensor: int = option(1, "heads, MLP and vocabulary sharded")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The base model and how to compute it."""
+
+    path: str | None = option(
+        None, "Hugging Face directory, or a shipped model: arithmetic_base (the default) or word_problems_base"
+    )
+    param_dtype: str = option("float32", "master weights")
+    compute_dtype: str = option("float32", "activations and matrix products: float32 or bfloat16")
+    scan_layers: bool = option(False, "compile one layer and loop (large models); False is faster on CPU")
+    remat: bool = option(False, "recompute activations in the backward pass")
+    attention_block_size: int = option(0, "queries whose attention scores exist at one time; 0: all (short contexts)")
+    export_dtype: str | None = option(None, "weights of hf/: float32, bfloat16 or float16; default: the base model's")
+
+    def __post_init__(self):
+        for name in ("param_dtype", "compute_dtype"):
+            value = getattr(self, name)
+            require(value in ("float32", "bfloat16"), f"model.{name}={value!r}; one of float32, bfloat16")
+        exports = (None, "float32", "bfloat16", "float16")
+        require(self.export_dtype in exports, f"model.export_dtype={self.export_dtype!r}; one of {exports[1:]}")
+        require(self.attention_block_size >= 0, "model.attention_block_size must be at least 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything a run depends on, besides the code and the devices."""
+
+    objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
+    trainer: TrainerConfig = dataclasses.field(default_factory=TrainerConfig)
+    sampler: SamplerConfig = dataclasses.field(default_factory=SamplerConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    replay: ReplayConfig = dataclasses.field(default_factory=ReplayConfig)
+    alarms: AlarmConfig = dataclasses.field(default_factory=AlarmConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    seed: int = option(0, "weights are given: the seed decides problems' order, samples and minibatches")
+
+    def __post_init__(self):
+        rows = self.trainer.prompts_per_rollout * self.sampler.group_size // self.trainer.num_minibatches
+        require(
+            rows % self.trainer.micro_batch_size == 0,
+            f"a minibatch has {rows} rows (prompts_per_rollout * group_size / num_minibatches), which is not a "
+            f"multiple of trainer.micro_batch_size={self.trainer.micro_batch_size}",
+        )
+        require(self.seed >= 0, f"seed must be >= 0, got {self.seed}")
+        require(
+            self.replay.lag < self.trainer.num_iterations,
+            f"with replay.lag={self.replay.lag} and trainer.num_iterations={self.trainer.num_iterations} the queue "
+            "would fill and nothing be trained",
+        )
+        require(
+            self.trainer.updates_per_rollout > 1 or self.trainer.allow_single_update or self.replay.stale,
+            "with one update a rollout on fresh data the ratio is 1 throughout and every objective is the same; raise "
+            "trainer.num_minibatches or trainer.num_epochs, set replay.lag, or say "
+            "--config.trainer.allow_single_update=True",
+        )
+
+    @property
+    def num_updates(self) -> int:
+        """Optimizer updates of the whole run."""
+        trained = max(self.trainer.num_iterations - self.replay.lag, 0) * self.replay.batches_per_iteration
+        return trained * self.trainer.updates_per_rollout
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepConfig:
+    """A grid of coefficients per method, and presets as they are; every seed runs all of it."""
+
+    presets: tuple[str, ...] = option((), "presets with their own constants")
+    variance_coefs: tuple[float, ...] = option((0.1, 0.5, 2.5, 12.5), "fixed lambda of r2vpo_fixed")
+    variance_budgets: tuple[float, ...] = option((0.001, 0.003, 0.01, 0.04), "delta of r2vpo")
+    clips: tuple[float, ...] = option((0.05, 0.1, 0.2, 0.4), "epsilon of ppo_clip, both sides")
+    seeds: tuple[int, ...] = option((0, 1, 2), "paired over all cells")
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            values = tuple(getattr(self, field.name))
+            object.__setattr__(self, field.name, values)
+            require(len(set(values)) == len(values), f"sweep.{field.name} has a value twice: {values}")
+        require(self.seeds, "sweep.seeds must name at least one seed")

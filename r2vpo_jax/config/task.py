@@ -1,0 +1,118 @@
+"""Configuration of a task: which problems, how they are put to the model, how its answers are judged."""
+
+import dataclasses
+import re
+
+from r2vpo_jax.config.fields import option, require
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptConfig:
+    """From a question to prompt tokens (text tasks)."""
+
+    template: str = option("chat", "chat: the tokenizer's chat template; plain: `text` as it is")
+    text: str = option("{question}", "what is said; {question} stands for the problem")
+    system: str | None = option(None, "chat: system prompt")
+    thinking: bool | None = option(None, "chat: enable_thinking of the template, for templates that know it")
+    bos: bool | None = option(
+        None, "True: starts with the BOS token, False: does not; default: as template or tokenizer"
+    )
+    max_length: int = option(512, "prompt tokens; problems with longer prompts are dropped, and counted")
+
+    def __post_init__(self):
+        require(
+            self.template in ("chat", "plain"), f"task.prompt.template={self.template!r} is unknown; one of chat, plain"
+        )
+        require("{question}" in self.text, "task.prompt.text must contain {question}")
+        require(self.max_length >= 1, f"task.prompt.max_length must be at least 1, got {self.max_length}")
+        if self.template == "plain":
+            require(
+                self.system is None, "task.prompt.system needs task.prompt.template=chat; put it into task.prompt.text"
+            )
+            require(self.thinking is None, "task.prompt.thinking needs task.prompt.template=chat")
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifierConfig:
+    """The processes that judge answers (text tasks)."""
+
+    num_workers: int = option(2, "processes")
+    time_limit: float = option(5.0, "seconds a response; then the process is killed and the outcome is a timeout")
+    max_chars: int = option(200_000, "characters of a response; a longer one is not judged and counts as an error")
+    memory_limit_mb: int = option(2048, "address space a process, MiB")
+    tolerance: float = option(1e-6, "relative, of numeric answers")
+    bad_gold: str = option("refuse", "gold answers that do not verify against themselves: refuse, or drop and count")
+
+    def __post_init__(self):
+        for name in ("num_workers", "max_chars", "memory_limit_mb"):
+            require(getattr(self, name) >= 1, f"task.verifier.{name} must be at least 1, got {getattr(self, name)}")
+        require(self.time_limit > 0, f"task.verifier.time_limit must be > 0, got {self.time_limit}")
+        require(self.tolerance >= 0, f"task.verifier.tolerance must be >= 0, got {self.tolerance}")
+        require(
+            self.bad_gold in ("refuse", "drop"),
+            f"task.verifier.bad_gold={self.bad_gold!r} is unknown; one of refuse, drop",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardConfig:
+    """reward = correct * [right] + format * [form is kept] + function_weight * f(question, response, answer).
+
+    The penalty for length is the objective's (`objective.overlong_penalty`): it is no part of the verdict.
+    """
+
+    correct: float = option(1.0, "weight of a right answer; 0: the function alone decides, right above 0.5")
+    format: float = option(0.0, "weight of the form")
+    format_pattern: str = option("boxed", "boxed, think_boxed, or a regular expression that the whole response matches")
+    function: str | None = option(None, "module:function of your own: (questions, responses, answers) -> floats")
+    function_weight: float = option(1.0, "weight of its value")
+    function_batch_size: int = option(32, "responses a call of the function")
+
+    def __post_init__(self):
+        require(
+            self.correct > 0 or self.function is not None,
+            "task.reward.correct=0 leaves nothing to learn from; set task.reward.function",
+        )
+        require(self.correct >= 0, f"task.reward.correct must be >= 0, got {self.correct}")
+        require(self.function_batch_size >= 1, "task.reward.function_batch_size must be at least 1")
+        if self.function is not None:
+            require(
+                re.fullmatch(r"[\w.]+:\w+", self.function) is not None,
+                f"task.reward.function={self.function!r} must be module:function",
+            )
+        try:
+            re.compile(self.format_pattern)
+        except re.error as error:
+            raise ValueError(f"task.reward.format_pattern is not a regular expression: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """Problems and verifier."""
+
+    name: str = option("arithmetic", "arithmetic (embedded) or text (data sets and generators, see docs/data.md)")
+    min_operands: int = option(2, "arithmetic: fewest operands")
+    max_operands: int = option(4, "arithmetic: most operands")
+    num_digits: int = option(2, "arithmetic: digits an operand")
+    train: str | None = option(
+        None, "text: problems to train on, for example dapo_math_17k or gsm8k?split=train&rows=500:"
+    )
+    validation: str | None = option(None, "text: problems to validate on")
+    test: str | None = option(None, "text: problems for the base and the final score only")
+    data_dir: str | None = option(None, "text: folder of local data sets")
+    max_response_length: int = option(1024, "text: response tokens")
+    prompt: PromptConfig = dataclasses.field(default_factory=PromptConfig)
+    verifier: VerifierConfig = dataclasses.field(default_factory=VerifierConfig)
+    reward: RewardConfig = dataclasses.field(default_factory=RewardConfig)
+
+    def __post_init__(self):
+        require(self.name in ("arithmetic", "text"), f"task.name={self.name!r} is unknown; one of arithmetic, text")
+        require(
+            self.max_response_length >= 1,
+            f"task.max_response_length must be at least 1, got {self.max_response_length}",
+        )
+        if self.name == "text":
+            for split in ("train", "validation", "test"):
+                require(
+                    getattr(self, split), f"task.name=text needs task.{split}, for example --config.task.{split}=gsm8k"
+                )

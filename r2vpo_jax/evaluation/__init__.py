@@ -1,0 +1,1 @@
+"""Scores of a model: validation while training, benchmarks of any checkpoint."""

@@ -1,0 +1,145 @@
+"""What a path to a model can mean: a Hugging Face directory, or one of our run directories at some checkpoint."""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+
+import jax
+import orbax.checkpoint as ocp
+
+from r2vpo_jax import models, sharding
+from r2vpo_jax.models.base import BaseModel, find_directory
+from r2vpo_jax.run import report
+from r2vpo_jax.run.checkpoints import Checkpointer
+
+_READ_SUFFIXES = (".json", ".jinja", ".model", ".safetensors", ".txt")
+_WHOLE_BYTES = 64 << 20  # files up to this size are digested whole
+_BLOCKS, _BLOCK_BYTES = 1024, 64 << 10  # of larger ones, so many blocks, evenly spaced
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSource:
+    """Where architecture and tokenizer are, and where the weights."""
+
+    name: str  # as the user said it
+    directory: pathlib.Path  # Hugging Face: architecture, tokenizer, and weights unless there is a checkpoint
+    checkpoint: pathlib.Path | None = None  # folder of one step of a run
+    iteration: int | None = None  # that step
+
+    def load_params(self, base: BaseModel, mesh) -> dict:
+        """The parameters, placed on the mesh, in the dtype of `base.model`.
+
+        Raises:
+          UsageError: a tensor is missing or does not fit.
+        """
+        if self.checkpoint is None:
+            return base.load_params(mesh)
+        abstract = models.abstract_params(base.model)
+        where = sharding.tree_shardings(models.logical_axes(base.model), abstract, mesh)
+        target = {
+            "params": jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, where)
+        }
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            restored = reader.restore(
+                self.checkpoint / "state",
+                args=ocp.args.PyTreeRestore(
+                    item=target,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+                    partial_restore=True,  # not the optimizer
+                ),
+            )
+        return restored["params"]
+
+    def digest(self) -> str:
+        """Identity of weights, architecture and tokenizer: 16 hex digits.
+
+        Weight files above 64 MiB are read in part: their size and 1024 blocks of 64 KiB, evenly spaced.
+        """
+        digest = hashlib.sha256()
+        for file in sorted(p for p in self.directory.iterdir() if p.suffix in _READ_SUFFIXES):
+            if self.checkpoint is None or file.suffix != ".safetensors":
+                digest.update(file.name.encode() + b"\0" + _content(file))
+        if self.checkpoint is not None:
+            digest.update((self.checkpoint.parent / "manifests" / f"{self.iteration}.json").read_bytes())
+        return digest.hexdigest()[:16]
+
+
+def _content(path: pathlib.Path) -> bytes:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        if size <= _WHOLE_BYTES:
+            return hashlib.file_digest(file, "sha256").digest()
+        digest = hashlib.sha256(str(size).encode())
+        for number in range(_BLOCKS):
+            file.seek((size - _BLOCK_BYTES) * number // (_BLOCKS - 1))
+            digest.update(file.read(_BLOCK_BYTES))
+    return digest.digest()
+
+
+def find(path: str | None, checkpoint: str | None = None) -> ModelSource:
+    """What `path` means.
+
+    Args:
+      path: a Hugging Face directory, a run directory, or the name of a shipped model; None: the arithmetic one.
+      checkpoint: of a run directory, an iteration, "latest" or "best" (on the validation split). Default: the exported
+        model if the run has finished, else the latest.
+
+    Raises:
+      FileNotFoundError: there is no such directory.
+      ValueError: it is neither; or the checkpoint does not exist, or is torn.
+    """
+    directory, shipped = find_directory(path)
+    if shipped:
+        _refuse_checkpoint(checkpoint, "a shipped model")
+        return ModelSource(f"{directory.name} (shipped)", directory)
+    if not (directory / "config.json").is_file():
+        raise FileNotFoundError(f"{directory} is neither a Hugging Face directory nor a run: it has no config.json")
+    config = json.loads((directory / "config.json").read_text())
+    if not (isinstance(config, dict) and {"model", "trainer"} <= config.keys()):
+        _refuse_checkpoint(checkpoint, str(directory))
+        return ModelSource(path, directory)
+    if checkpoint is None and report.is_finished(directory):
+        return ModelSource(path, directory / "hf")
+    iteration = _choose(_Steps(directory / "checkpoints"), checkpoint or "latest", directory)
+    return ModelSource(
+        path,
+        find(config["model"]["path"]).directory,
+        (directory / "checkpoints" / str(iteration)).resolve(),
+        iteration,
+    )
+
+
+def _refuse_checkpoint(checkpoint, what) -> None:
+    if checkpoint is not None:
+        raise ValueError(f"--checkpoint={checkpoint} needs a run directory, and {what} is none")
+
+
+class _Steps(Checkpointer):
+    """The steps of a run, looked at only: the run may be going on."""
+
+    def __init__(self, directory):
+        self._directory, self._manifests = directory, directory / "manifests"
+
+    def steps(self) -> list[int]:
+        return sorted((int(p.stem) for p in self._manifests.glob("*.json") if p.stem.isdigit()), reverse=True)
+
+    def best(self) -> int | None:
+        intact = [step for step in self.steps() if self.problem(step) is None]
+        return max(intact, key=lambda step: (self._read_manifest(step)["score"], step), default=None)
+
+
+def _choose(steps: _Steps, wanted: str, directory) -> int:
+    if wanted in ("latest", "best"):
+        found = steps.latest() if wanted == "latest" else steps.best()
+        if found is None:
+            raise ValueError(f"{directory} is a run without an intact checkpoint")
+        return found
+    if not wanted.isdigit():
+        raise ValueError(f"--checkpoint={wanted} is neither an iteration nor latest nor best")
+    if problem := steps.problem(int(wanted)):
+        there = ", ".join(str(step) for step in sorted(steps.steps()))
+        raise ValueError(
+            f"checkpoint {wanted} of {directory} cannot be used: {problem}; those there are: {there or 'none'}"
+        )
+    return int(wanted)

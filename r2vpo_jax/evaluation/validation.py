@@ -1,0 +1,127 @@
+"""Scores on held-out problems: pass@1 as avg@k, unbiased pass@k, intervals over problems."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from r2vpo_jax import sampler
+from r2vpo_jax.evaluation import estimators
+from r2vpo_jax.sampler import Sampling
+from r2vpo_jax.tasks.base import Outcome
+
+# Evaluation draws depend on nothing of the run: the same problems and keys for base, best and final.
+_KEY_SEED = 0x5EED
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Outcomes of n samples on each problem of a split."""
+
+    split: str
+    right: np.ndarray  # bool [problems, n]
+    errors: int  # responses that the verifier could not judge, counted as not right
+    timeouts: int  # those on which it ran out of time, counted as not right
+    level: np.ndarray  # [problems] labels
+    response_length: np.ndarray  # int32 [problems, n]
+    truncated: np.ndarray  # bool [problems, n]
+    texts: tuple[str, ...]  # first response to each of the first problems
+    prompts: tuple[str, ...]
+
+    def average_at(self, k: int) -> float:
+        """avg@k: mean over problems and their first k samples; an estimate of pass@1."""
+        return float(self.right[:, :k].mean())
+
+    def interval_at(self, k: int) -> tuple[float, float]:
+        """95 % bootstrap interval of avg@k, over problems."""
+        return estimators.bootstrap_interval(self.right[:, :k].mean(axis=1))
+
+    def pass_at(self, k: int) -> float:
+        """Unbiased pass@k from all n samples."""
+        return float(estimators.pass_at_k(self.right.shape[1], self.right.sum(axis=1), k).mean())
+
+    def scores(self, average_over: int) -> dict:
+        """Everything that a table says of it: pass@1 as avg@`average_over` with its interval, by level; pass@n."""
+        low, high = self.interval_at(average_over)
+        samples = self.right.shape[1]
+        return {
+            "pass_at_1": self.average_at(average_over),
+            "pass_at_1_low": low,
+            "pass_at_1_high": high,
+            "problems": len(self.right),
+            "average_at": average_over,
+            "k": samples,
+            "pass_at_k": self.pass_at(samples),
+            "by_level": {
+                str(level): float(self.right[self.level == level, :average_over].mean())
+                for level in sorted(set(self.level.tolist()))
+            },
+            "samples": [list(pair) for pair in zip(self.prompts, self.texts, strict=True)],
+        }
+
+
+def evaluate(
+    model,
+    params,
+    task,
+    *,
+    split: str,
+    num_problems: int,
+    num_samples: int,
+    mesh,
+    temperature=1.0,
+    top_p=1.0,
+    batch_size=64,
+) -> Evaluation:
+    """Sample the first `num_problems` problems of a split and verify.
+
+    The keys are fixed, and a problem's first samples do not depend on how many are drawn: two models, or the
+    same at two times, are compared on the same problems with the same random numbers.
+
+    Args:
+      model, params: the policy; params in its compute dtype.
+      task: a `tasks.base.Task`.
+      split: "validation" while training; "test" for base and final scores only.
+      num_problems: all of the split if it has fewer.
+      num_samples: a problem.
+      mesh: the run's mesh.
+      temperature: 0 is greedy.
+      top_p: 1 keeps all tokens.
+      batch_size: problems sampled at one time.
+    """
+    available = task.num_problems(split)
+    num_problems = num_problems if available is None else min(num_problems, available)
+    problems = task.problems(split, np.arange(num_problems))
+    sampling = Sampling(
+        temperature=temperature,
+        top_p=top_p,
+        group_size=num_samples,
+        max_response_length=task.max_response_length,
+        eos_ids=task.eos_ids,
+    )
+    rollout = sampler.generate(
+        model,
+        params,
+        problems.tokens,
+        problems.length,
+        jax.random.key(_KEY_SEED),
+        sampling,
+        mesh=mesh,
+        problem_ids=problems.index,
+        batch_size=batch_size,
+    )
+    index = np.repeat(problems.index, num_samples)
+    outcome = task.verify(split, index, rollout.response_tokens, rollout.response_length).outcome
+    shown = range(min(3, num_problems))
+    first = rollout.response_tokens[::num_samples], rollout.response_length[::num_samples]
+    return Evaluation(
+        split=split,
+        right=(outcome == Outcome.RIGHT).reshape(num_problems, num_samples),
+        errors=int((outcome == Outcome.ERROR).sum()),
+        timeouts=int((outcome == Outcome.TIMEOUT).sum()),
+        level=task.level(split, problems.index),
+        response_length=rollout.response_length.reshape(num_problems, num_samples),
+        truncated=rollout.truncated.reshape(num_problems, num_samples),
+        texts=tuple(task.decode(first[0][i, : first[1][i]]) for i in shown),
+        prompts=tuple(task.decode(problems.tokens[i, -problems.length[i] :]) for i in shown),
+    )

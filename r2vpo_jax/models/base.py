@@ -1,0 +1,79 @@
+"""The model that a run starts from: its directory, tokenizer, end-of-text ids, and its weights when they are wanted."""
+
+import dataclasses
+import importlib.resources
+import os
+import pathlib
+from typing import Any
+
+from r2vpo_jax import models
+from r2vpo_jax.config import ModelConfig
+from r2vpo_jax.errors import UsageError
+from r2vpo_jax.models.tokenizer import end_of_text_ids, load_tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseModel:
+    """A checkpoint directory that has been looked at; its weights have not been read."""
+
+    path: pathlib.Path
+    model: models.Decoder
+    tokenizer: Any
+    eos_ids: tuple[int, ...]
+    notices: tuple[str, ...]
+
+    def check_length(self, tokens: int) -> None:
+        """Raises ValueError when prompt and response together are longer than the model's positions."""
+        if tokens > self.model.config.max_position_embeddings:
+            raise ValueError(
+                f"prompt and response have up to {tokens} tokens, but the model has positions for "
+                f"{self.model.config.max_position_embeddings}; lower task.prompt.max_length or task.max_response_length"
+            )
+
+    def load_params(self, mesh=None):
+        """The parameters, placed on the mesh as they are read.
+
+        Raises:
+          UsageError: a tensor is missing or does not fit.
+        """
+        try:
+            return models.load_params(self.path, self.model, mesh=mesh)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"cannot load the base model: {error}") from error
+
+
+def open_base_model(config: ModelConfig) -> BaseModel:
+    """Look at `config.path` (default: the shipped arithmetic base model): architecture, tokenizer, end of text.
+
+    Raises:
+      UsageError: the directory or one of its files is missing, or asks for what is not implemented.
+    """
+    path, _ = find_directory(config.path)
+    try:
+        models.read_config(path)
+        tokenizer, notices = load_tokenizer(path)
+        model = models.read_model(
+            path,
+            param_dtype=config.param_dtype,
+            compute_dtype=config.compute_dtype,
+            scan_layers=config.scan_layers,
+            remat=config.remat,
+            attention_block_size=config.attention_block_size,
+            num_tokens=1 + max(tokenizer.get_vocab().values()),
+        )
+        eos_ids = end_of_text_ids(path, tokenizer)
+        if not all(0 <= i < model.config.vocab_size for i in eos_ids):
+            raise ValueError(f"end-of-text ids {eos_ids}: the model has {model.config.vocab_size} tokens")
+        return BaseModel(path, model, tokenizer, eos_ids, notices)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot load the base model: {error}") from error
+
+
+def find_directory(name: str | None) -> tuple[pathlib.Path, bool]:
+    """(directory, whether it ships with the package): a path, a shipped model's name, or None: the arithmetic one."""
+    shipped = (
+        pathlib.Path(str(importlib.resources.files("r2vpo_jax"))) / "assets" / "models" / (name or "arithmetic_base")
+    )
+    if name is None or (not os.path.exists(name) and shipped.is_dir()):
+        return shipped, True
+    return pathlib.Path(name), False

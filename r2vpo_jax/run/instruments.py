@@ -1,0 +1,73 @@
+"""What a run says of itself: where its time goes, the JAX profiler, and which code ran."""
+
+import contextlib
+import hashlib
+import pathlib
+import time
+
+import jax
+
+_compile_seconds = 0.0
+
+
+def _on_duration(event: str, seconds: float, **_) -> None:
+    global _compile_seconds
+    if event.startswith("/jax/core/compile/"):  # tracing, lowering and the backend compiler
+        _compile_seconds += seconds
+
+
+jax.monitoring.register_event_duration_secs_listener(_on_duration)
+
+
+class Timers:
+    """Seconds by phase. Compilation inside a phase is moved to the phase "compile"."""
+
+    def __init__(self):
+        self.seconds = {"compile": 0.0}
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str):
+        start, compiled = time.perf_counter(), _compile_seconds
+        try:
+            yield
+        finally:
+            compiling = _compile_seconds - compiled
+            elapsed = max(time.perf_counter() - start - compiling, 0.0)
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + elapsed
+            self.seconds["compile"] += compiling
+
+
+class Profiler:
+    """Records iterations first to last (counted from 1) under workdir/profile; nothing if there is no range."""
+
+    def __init__(self, workdir, steps):
+        self._directory = str(workdir / "profile")
+        self._first, self._last = steps or (0, -1)
+        self._running = False
+
+    @contextlib.contextmanager
+    def iteration(self, number: int):
+        """Around an iteration."""
+        if self._first <= number <= self._last and not self._running:
+            jax.profiler.start_trace(self._directory)
+            self._running = True
+        with jax.profiler.StepTraceAnnotation("iteration", step_num=number):
+            yield
+        if number == self._last:
+            self.stop()
+
+    def stop(self) -> None:
+        """End a recording that is under way."""
+        if self._running:
+            jax.effects_barrier()
+            jax.profiler.stop_trace()
+            self._running = False
+
+
+def code_identity() -> str:
+    """The first 16 hex digits of the sha256 of all .py files of this package, names and contents."""
+    root = pathlib.Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for file in sorted(root.rglob("*.py")):
+        digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]

@@ -1,0 +1,289 @@
+"""What a finished run shows: summary.json, curves.png, report.html, and a closing table."""
+
+import base64
+import html
+import json
+import pathlib
+
+import numpy as np
+
+from r2vpo_jax import ratio_stats
+from r2vpo_jax.config import Config
+from r2vpo_jax.run import files
+
+_CLIP_EPSILON = 0.2  # of ratio_stats.compute: the clip whose victims are counted
+
+
+def summarize(config: Config, rows, *, base, final, progress, train_seconds, phases, peak_memory_bytes) -> dict:
+    """Everything about a finished run that fits into one flat-ish dictionary.
+
+    Args:
+      config: the run's.
+      rows: of metrics.jsonl.
+      base, final: test scores before and after (trainer).
+      progress: the trainer's counters.
+      train_seconds: from process start to the last evaluation, compilation included.
+      phases: seconds by phase of the last process.
+      peak_memory_bytes: of the process.
+    """
+    train = [r for r in rows if r["kind"] == "train"]
+    second_half = train[len(train) // 2 :]
+    iterations = [r for r in rows if r["kind"] != "evaluation"]  # those that only filled a queue too
+    seconds = {name: sum(r[f"time/{name}"] for r in iterations) for name in ("rollout", "verify", "update")}
+    k = final["k"]
+
+    def mean(name, rows):
+        return float(np.mean([float(r[name]) for r in rows]))  # a row may hold "nan", see files.JsonlWriter
+
+    def mean_where_any(name):
+        values = [float(r[name]) for r in train if r[name] != "nan"]
+        return float(np.mean(values)) if values else None
+
+    return {
+        "objective": config.objective.name,
+        "seed": config.seed,
+        "test_k": k,
+        "base_pass_at_1": base["pass_at_1"],
+        "base_pass_at_1_interval": [base["pass_at_1_low"], base["pass_at_1_high"]],
+        "final_pass_at_1": final["pass_at_1"],
+        "final_pass_at_1_interval": [final["pass_at_1_low"], final["pass_at_1_high"]],
+        "best_pass_at_1": progress["best_validation"],
+        "final_validation_pass_at_1": progress["last_validation"],
+        f"base_pass_at_{k}": base["pass_at_k"],
+        f"final_pass_at_{k}": final["pass_at_k"],
+        "base_by_level": base["by_level"],
+        "final_by_level": final["by_level"],
+        "num_eval_problems": final["problems"],
+        "average_at": final["average_at"],
+        "num_iterations": config.trainer.num_iterations,
+        "num_rollouts": progress["rollouts"],
+        "num_rollout_tokens": progress["rollout_tokens"],
+        "num_trained_tokens": progress["trained_tokens"],
+        "num_updates": train[-1]["version"],
+        "train_seconds": train_seconds,
+        "phase_seconds": dict(phases),
+        "rollout_tokens_per_second": progress["rollout_tokens"] / max(seconds["rollout"], 1e-9),
+        "update_tokens_per_second": progress["trained_tokens"] / max(seconds["update"], 1e-9),
+        "peak_memory_bytes": peak_memory_bytes,
+        "adaptive": config.objective.adaptive,
+        "variance_budget": config.objective.variance_budget,
+        "final_variance_coef": float(train[-1]["dual/variance_coef"]),
+        "max_variance_coef": config.objective.max_variance_coef,
+        "final_ratio_second_moment": float(train[-1]["ratio/second_moment"]),
+        "second_half_ratio_second_moment": mean("ratio/second_moment", second_half),
+        "second_half_variance_coef": mean("dual/variance_coef", second_half),
+        "noise_floor_ratio_second_moment": progress["noise_floor"],
+        "final_entropy": float(train[-1]["policy/entropy"]),
+        "max_ratio": max(float(r["ratio/max"]) for r in train),
+        "clip_fraction": mean("clip/fraction", train),
+        "clip_gradient_share": mean("clip/gradient_share", train),
+        "at_stake": mean("keeps/at_stake", train),
+        "retained": mean_where_any("keeps/retained"),
+        "restoring": mean_where_any("keeps/restoring"),
+        "samples_before": base["samples"],
+        "samples_after": final["samples"],
+    }
+
+
+def table(summary: dict) -> str:
+    """The closing table."""
+    k, average_at = summary["test_k"], summary.get("average_at", 8)
+    phases = summary["phase_seconds"]
+
+    def score(which):
+        low, high = summary[f"{which}_pass_at_1_interval"]
+        return f"{summary[f'{which}_pass_at_1']:.3f} [{low:.3f}, {high:.3f}]"
+
+    kind = "adaptive" if summary["adaptive"] else "fixed"
+    budget = f"budget {summary['variance_budget']:g}, " if summary["adaptive"] else ""
+    lines = [
+        f"{summary['objective']}, seed {summary['seed']}: {summary['num_iterations']} iterations, "
+        f"{summary['num_updates']} updates",
+        "",
+        f"{'test, ' + str(summary['num_eval_problems']) + ' problems':28s}{'base':>26s}{'fine-tuned':>26s}",
+        f"{f'  pass@1 (avg@{average_at}, 95 %)':28s}{score('base'):>26s}{score('final'):>26s}",
+        f"{f'  pass@{k}':28s}{summary[f'base_pass_at_{k}']:>26.3f}{summary[f'final_pass_at_{k}']:>26.3f}",
+        *(
+            f"{f'  pass@1, level {level}':28s}{summary['base_by_level'][level]:>26.3f}{value:>26.3f}"
+            for level, value in summary["final_by_level"].items()
+        ),
+        "",
+        f"validation pass@1           best {summary['best_pass_at_1']:.3f}, last {summary['final_validation_pass_at_1']:.3f}",
+        f"rollouts                    {summary['num_rollouts']} ({summary['num_rollout_tokens']} tokens sampled, "
+        f"{summary['num_trained_tokens']} trained on)",
+        f"time                        {summary['train_seconds']:.0f} s: "
+        + ", ".join(
+            f"{name} {phases.get(name, 0.0):.0f}" for name in ("rollout", "verify", "update", "evaluation", "compile")
+        ),
+        f"speed                       rollout {summary['rollout_tokens_per_second']:.0f} tokens/s, "
+        f"update {summary['update_tokens_per_second']:.0f} tokens/s",
+        f"peak memory                 {summary['peak_memory_bytes'] / 2**20:.0f} MiB",
+        f"E[(r-1)^2], second half     {summary['second_half_ratio_second_moment']:.5f} ({budget}noise floor "
+        f"{summary['noise_floor_ratio_second_moment']:.1e})",
+        f"variance coefficient        {summary['final_variance_coef']:.3f} at the end ({kind}), "
+        f"{summary['second_half_variance_coef']:.3f} on average in the second half",
+        f"entropy at the end          {summary['final_entropy']:.4f} nats a token",
+        f"a clip at {_CLIP_EPSILON} would zero      {100 * summary['clip_fraction']:.3f} % of the tokens, which carry "
+        f"{100 * summary['clip_gradient_share']:.2f} % of this objective's gradient",
+        *_kept(summary),
+        "",
+        "samples (problem | before | after)",
+        *(
+            f"  {_one_line(before[0])} | {_one_line(before[1])} | {_one_line(after[1])}"
+            for before, after in zip(summary["samples_before"], summary["samples_after"], strict=True)
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def _one_line(text: str) -> str:
+    return text.replace("\n", "↵")
+
+
+def _kept(summary: dict) -> list[str]:
+    """What was done with the tokens that a clip would zero, if there were any."""
+    if summary["retained"] is None:
+        return []
+    return [
+        f"of those tokens' gradient   {100 * summary['retained']:.0f} % retained, restoring "
+        f"{100 * summary['restoring']:.0f} % (PPO's clip: 0 and 0; no trust region: 100 and 0)"
+    ]
+
+
+def is_finished(workdir) -> bool:
+    """Whether a run ended here."""
+    return (pathlib.Path(workdir) / "report" / "summary.json").exists()
+
+
+def read_summary(workdir) -> dict:
+    """summary.json of a finished run."""
+    return json.loads((pathlib.Path(workdir) / "report" / "summary.json").read_text())
+
+
+def rewrite(workdir) -> str:
+    """Write the report of a finished run again from its files; returns the closing table.
+
+    Raises:
+      ValueError: the run has not finished.
+    """
+    workdir = pathlib.Path(workdir)
+    if not is_finished(workdir):
+        raise ValueError(f"{workdir} does not hold a finished run (no report/summary.json)")
+    summary = read_summary(workdir)
+    write(workdir, summary, files.read_jsonl(workdir / "metrics.jsonl"))
+    return table(summary)
+
+
+def write(workdir, summary: dict, rows) -> None:
+    """Write workdir/report: curves.png, report.html (the picture inside) and, last, summary.json."""
+    directory = pathlib.Path(workdir) / "report"
+    directory.mkdir(parents=True, exist_ok=True)
+    _plot(directory / "curves.png", summary, rows)
+    picture = base64.b64encode((directory / "curves.png").read_bytes()).decode()
+    config = json.loads((pathlib.Path(workdir) / "config.json").read_text())
+    (directory / "report.html").write_text(
+        "<!doctype html><meta charset='utf-8'><title>r2vpo_jax run</title>"
+        "<style>body{font:15px/1.5 sans-serif;max-width:1080px;margin:2em auto;padding:0 1em}"
+        "pre{background:#f6f6f4;padding:1em;overflow-x:auto}img{max-width:100%}</style>"
+        f"<h1>{html.escape(summary['objective'])}, seed {summary['seed']}</h1>"
+        f"<img alt='curves of the run' src='data:image/png;base64,{picture}'>"
+        f"<h2>Result</h2><pre>{html.escape(table(summary))}</pre>"
+        f"<h2>Configuration</h2><pre>{html.escape(json.dumps(config, indent=2))}</pre>\n",
+        encoding="utf-8",
+    )
+    temporary = directory / "summary.json.tmp"
+    temporary.write_text(json.dumps(summary, indent=2) + "\n")
+    temporary.replace(directory / "summary.json")
+
+
+def _plot(file, summary, rows) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    train = [r for r in rows if r["kind"] == "train"]
+    validation = [r for r in rows if r["kind"] == "evaluation" and r["split"] == "validation"]
+    x = [r["iteration"] for r in train]
+
+    def series(name):
+        return np.array([float(r[name]) for r in train])
+
+    figure = Figure(figsize=(12, 10), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(3, 3)
+
+    ax = axes[0, 0]
+    ax.plot(x, series("reward/mean"), color="0.7", label="train reward")
+    ax.plot([r["iteration"] for r in validation], [r["pass_at_1"] for r in validation], "o-", ms=3, label="validation")
+    ax.axhline(summary["base_pass_at_1"], color="C3", ls=":", label="base, test")
+    ax.axhline(summary["final_pass_at_1"], color="C2", ls="--", label="fine-tuned, test")
+    ax.set(title="pass@1", ylim=(0, 1.02))
+    ax.legend(loc="lower right", fontsize=8)
+
+    ax = axes[0, 1]
+    tiny = 1e-12
+    ax.semilogy(x, np.maximum(series("ratio/second_moment"), tiny), color="C0", lw=1, label="last minibatch")
+    ax.semilogy(x, np.maximum(series("ratio/second_moment_mean"), tiny), color="0.7", lw=1, label="all minibatches")
+    if summary["adaptive"]:
+        ax.axhline(summary["variance_budget"], color="C3", ls="--", label="budget")
+    ax.set(title=f"E[(r - 1)²], noise floor {summary['noise_floor_ratio_second_moment']:.0e}")
+    ax.legend(fontsize=8)
+
+    ax = axes[0, 2]
+    ax.plot(x, series("dual/variance_coef"), color="C4")
+    ax.set(title="variance coefficient", ylim=(0, None))
+
+    ax = axes[1, 0]
+    ax.plot(x, series("policy/entropy"), color="C5")
+    ax.set(title="entropy (nats a token)", ylim=(0, None), xlabel="iteration")
+
+    ax = axes[1, 1]
+    ax.semilogy(x, series("ratio/max"), color="C1", lw=1, label="max r")
+    ax.semilogy(x, series("optimizer/grad_norm"), color="C6", lw=1, label="gradient norm")
+    ax.set(title="largest ratio, gradient norm", xlabel="iteration")
+    ax.legend(fontsize=8)
+
+    ax = axes[1, 2]
+    ax.plot(x, 100 * series("clip/fraction"), color="C7", label="of the tokens")
+    ax.plot(x, 100 * series("clip/gradient_share"), color="C8", lw=1, label="of the gradient")
+    ax.plot(x, 100 * series("keeps/at_stake"), color="0.6", lw=1, ls=":", label="of the unclipped gradient")
+    ax.set(title=f"what a clip at {_CLIP_EPSILON} would zero (%)", ylim=(0, None), xlabel="iteration")
+    ax.legend(fontsize=8)
+    _plot_kept(axes[2], x, series)
+    for ax in axes.flat:
+        ax.grid(alpha=0.3)
+    figure.suptitle(f"{summary['objective']}, seed {summary['seed']}")
+    figure.savefig(file, dpi=110)
+
+
+def _plot_kept(axes, x, series) -> None:
+    """What the objective does with the tokens Z that a clip would zero, as shares of their unclipped gradient."""
+    axes[0].plot(x, series("keeps/retained"), ".-", color="C2", lw=1, ms=4, label="retained")
+    axes[0].plot(x, series("keeps/restoring"), ".-", color="C1", lw=1, ms=4, label="restoring")
+    axes[0].set(title="of the unclipped gradient of those tokens", xlabel="iteration")
+    _compress_above_one(axes[0])
+
+    ax = axes[1]
+    places = np.arange(len(ratio_stats.SPLITS) - 1)
+    for offset, name, color in ((-0.2, "retained", "C2"), (0.2, "restoring", "C1")):
+        columns = [series(f"keeps/{name}_{split}") for split in ratio_stats.SPLITS[1:]]
+        means = [np.mean(c[~np.isnan(c)]) if np.any(~np.isnan(c)) else 0.0 for c in columns]
+        ax.bar(places + offset, means, 0.4, color=color, label=name)
+    _compress_above_one(ax)
+    ax.set_xticks(places, [s.replace("_", " ") for s in ratio_stats.SPLITS[1:]], rotation=60, ha="right", fontsize=8)
+    ax.set(title="the same by part, mean over iterations")
+
+    axes[2].plot(x, 100 * series("ratio/top_permille_share"), color="C0", lw=1, label="of E[(r - 1)²]")
+    axes[2].plot(x, 100 * series("keeps/top_permille_gradient"), color="C6", lw=1, label="of the gradient")
+    axes[2].set(title="share of the largest 0.1 % (%)", ylim=(0, None), xlabel="iteration")
+    axes[2].legend(fontsize=8)
+
+
+def _compress_above_one(ax) -> None:
+    """Linear up to 1, logarithmic beyond, from 0; and a legend."""
+    top = max(1.05, 1.1 * ax.get_ylim()[1])
+    ax.set_yscale("symlog", linthresh=1.0, linscale=1.0)
+    ticks = [t for t in (0, 0.25, 0.5, 0.75, 1, 2, 4, 10, 30, 100, 1e3, 1e4) if t <= top]
+    ax.set_yticks(ticks, [f"{t:g}" for t in ticks], minor=False)
+    ax.set_yticks([], minor=True)
+    ax.set_ylim(0, top)
+    ax.legend(fontsize=8)

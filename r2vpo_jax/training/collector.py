@@ -1,0 +1,110 @@
+"""Verified responses to the next problems of the train split."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from r2vpo_jax import sampler
+from r2vpo_jax.config import Config
+from r2vpo_jax.rollout import Rollout
+from r2vpo_jax.run.instruments import Timers
+from r2vpo_jax.sampler import Sampling
+from r2vpo_jax.tasks.base import Task, Verdicts
+from r2vpo_jax.training import credit
+
+
+def train_problem_index(config: Config, position: int) -> np.ndarray:
+    """Positions in the train split of the next problems, int64 [prompts_per_rollout].
+
+    Args:
+      config: the run's.
+      position: problems that the run has taken so far.
+    """
+    start = (config.seed % 1024) << 20  # seeds walk disjoint stretches of the split
+    return start + (position + np.arange(config.trainer.prompts_per_rollout)) % (1 << 20)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collected:
+    """What one iteration has sampled."""
+
+    rollout: Rollout  # verified, on the host
+    num_problems: int
+    terms: dict[str, float]  # mean of each part of the reward, if it has several
+    reasons: tuple[str, ...]  # why there is no verdict, of those that have none
+
+
+class Collector:
+    """Samples and verifies.
+
+    Args:
+      config: the run's.
+      task, model, mesh: the run's.
+      timers: "rollout" and "verify" are timed.
+    """
+
+    def __init__(self, config: Config, task: Task, model, mesh, timers: Timers):
+        self._config, self._task, self._model, self._mesh, self._timers = config, task, model, mesh, timers
+        self._key = jax.random.key(config.seed)
+        self.sampling = Sampling(
+            temperature=config.sampler.temperature,
+            group_size=config.sampler.group_size,
+            max_response_length=task.max_response_length,
+            eos_ids=task.eos_ids,
+        )
+
+    def sample(self, params, index, *, iteration: int, version: int) -> Rollout:
+        """G responses to each of the train problems at `index`, not verified, on the host."""
+        problems = self._task.problems("train", index)
+        return sampler.generate(
+            self._model,
+            params,
+            problems.tokens,
+            problems.length,
+            jax.random.fold_in(self._key, iteration),
+            self.sampling,
+            mesh=self._mesh,
+            problem_ids=problems.index,
+            version=np.int32(version),
+            batch_size=self._config.sampler.batch_size,
+            buckets=self._config.sampler.prompt_buckets,
+        )
+
+    def verify(self, index, rollout: Rollout) -> tuple[Rollout, Verdicts]:
+        """The rollout with rewards and outcomes, and all that the task said."""
+        index = np.repeat(index, self.sampling.group_size)
+        verdicts = self._task.verify("train", index, rollout.response_tokens, rollout.response_length)
+        return rollout.replace(reward=verdicts.reward, outcome=verdicts.outcome), verdicts
+
+    def collect(self, params, *, position: int, first_id: int, iteration: int, version: int) -> Collected:
+        """Verified responses to the next problems; with dynamic sampling to as many as it takes.
+
+        Args:
+          params: of the sampler.
+          position: problems that the run has taken so far.
+          first_id: responses that the run has sampled so far.
+          iteration, version: of the run; version is stamped on the rollout.
+        """
+        objective, wanted = self._config.objective, self._config.trainer.prompts_per_rollout
+        resample = objective.zero_variance == "resample"
+        parts, verdicts, differing = [], [], 0
+        for _ in range(1 + (objective.max_resamples if resample else 0)):
+            index = train_problem_index(self._config, position + wanted * len(parts))
+            with self._timers("rollout"):
+                rollout = self.sample(params, index, iteration=iteration, version=version)
+                rows = first_id + sum(len(part.reward) for part in parts)
+                rollout = rollout.replace(rollout_id=rollout.rollout_id + np.int32(rows))
+            with self._timers("verify"):
+                rollout, said = self.verify(index, rollout)
+            parts.append(rollout)
+            verdicts.append(said)
+            differing += credit.groups_differ(rollout, objective, self.sampling.group_size).sum()
+            if differing >= wanted:
+                break
+        return Collected(
+            rollout=jax.tree.map(lambda *x: np.concatenate(x), *parts),
+            num_problems=wanted * len(parts),
+            terms={name: float(np.mean([v.terms[name].mean() for v in verdicts])) for name in verdicts[0].terms},
+            reasons=tuple(reason for v in verdicts for reason in v.reasons if reason),
+        )

@@ -1,0 +1,148 @@
+"""From verdicts to what the learner is given: shaped rewards, advantages, and which rows take part.
+
+    verdict ──(shaping)──▶ reward ──(- beta KL)──▶ token rewards ──▶ advantages, value targets
+
+A response without a verdict abstains, unless errors count as wrong: its reward is NaN, it is in no baseline and
+takes no part in learning. All functions are pure; arrays may be NumPy's.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from r2vpo_jax import advantages, kl
+from r2vpo_jax.config.objective import ObjectiveConfig
+from r2vpo_jax.rollout import Rollout
+from r2vpo_jax.verifiers.outcome import unjudged
+
+
+def overlong_penalty(
+    length: Int[Array, " batch"], max_length: int, *, buffer: float, penalty: float
+) -> Float[Array, " batch"]:
+    """DAPO's soft punishment of long responses (arXiv 2503.14476, equation 13), as a positive number.
+
+    0 up to (1 - buffer) max_length, then linear, `penalty` at max_length. The paper has a buffer of 4,096 of
+    20,480 tokens and a penalty of 1.
+
+    Args:
+      length: response tokens.
+      max_length: the longest response that can be sampled.
+      buffer: share of max_length over which the penalty grows, in (0, 1].
+      penalty: at max_length.
+    """
+    free = (1.0 - buffer) * max_length
+    return penalty * np.clip((np.asarray(length) - free) / (max_length - free), 0.0, 1.0).astype(np.float32)
+
+
+def verdicts(rollout: Rollout, objective: ObjectiveConfig) -> np.ndarray:
+    """What the verifier said, f32 [B]: NaN for an abstention, unless `objective.verifier_errors` counts it as wrong."""
+    reward = np.asarray(rollout.reward, np.float32)
+    if objective.verifier_errors == "abstain":
+        reward = np.where(unjudged(rollout.outcome), np.float32(np.nan), reward)
+    return reward
+
+
+def learning_reward(rollout: Rollout, objective: ObjectiveConfig) -> np.ndarray:
+    """Rewards as they are learned from, f32 [B]: the verdicts less the penalty for length.
+
+    Args:
+      rollout: verified, of NumPy arrays; its own `reward` stays what the verifier said.
+      objective: verifier_errors, overlong_buffer and overlong_penalty are used.
+    """
+    reward = verdicts(rollout, objective)
+    if objective.overlong_penalty:
+        reward = reward - overlong_penalty(
+            rollout.response_length,
+            rollout.response_size,
+            buffer=objective.overlong_buffer,
+            penalty=objective.overlong_penalty,
+        )
+    return reward
+
+
+def fill_advantages(rollout: Rollout, objective: ObjectiveConfig, group_size: int, kl_coef: float = 0.0) -> Rollout:
+    """Advantages, value targets if there are values, and `keep`: what takes part in learning.
+
+    Abstentions do not, nor dropped groups, nor masked truncated responses (which do count in the baseline).
+
+    Args:
+      rollout: verified, of NumPy arrays; with reference_logp if the KL goes into the reward; with value if there is a critic.
+      objective: the estimator and its constants.
+      group_size: G.
+      kl_coef: beta now, for a KL in the reward.
+    """
+    reward = learning_reward(rollout, objective)
+    keep = ~np.isnan(reward)
+    if objective.truncated == "mask":
+        keep = keep & ~np.asarray(rollout.truncated)
+    if objective.zero_variance != "keep":
+        keep = keep & np.repeat(groups_differ(rollout, objective, group_size), group_size)
+    in_reward = objective.needs_reference and objective.kl_in == "reward"
+    advantage, target = _assign(
+        reward,
+        rollout.response_mask,
+        rollout.behavior_logp if in_reward else None,
+        rollout.reference_logp if in_reward else None,
+        np.float32(kl_coef),
+        rollout.value,
+        objective=objective,
+        group_size=group_size,
+    )
+    target = None if target is None else np.asarray(target)
+    return rollout.replace(advantage=np.asarray(advantage), value_target=target, keep=keep)
+
+
+@functools.partial(jax.jit, static_argnames=("objective", "group_size"))
+def _assign(reward, mask, behavior_logp, reference_logp, kl_coef, value, *, objective, group_size):
+    """(advantages [B] or [B, T], value targets [B, T] or None)."""
+    last = jnp.cumsum(mask[:, ::-1], axis=1)[:, ::-1] == 1
+    token_rewards = jnp.where(last & mask, reward[:, None], 0.0)
+    if behavior_logp is not None:
+        # The tokens are the sampling policy's own, so this estimates the KL of that policy to the reference.
+        estimate = kl.estimate(behavior_logp, reference_logp, objective.kl_estimator)
+        token_rewards = token_rewards - kl_coef * jnp.where(mask, estimate, 0.0)
+    match objective.advantage:
+        case "gae":
+            rewards = jnp.nan_to_num(token_rewards, nan=0.0)  # an abstention, which takes no part
+            discounts = {"discount": objective.discount, "trace_decay": objective.trace_decay}
+            estimate = advantages.gae(rewards, value, mask, **discounts)
+            voted = mask & ~jnp.isnan(reward)[:, None]
+            advantage = advantages.whiten(estimate, voted) if objective.whiten_advantages else estimate
+            return advantage, estimate + jnp.where(mask, value, 0.0)
+        case "reinforce_pp":
+            return advantages.reinforce_pp(token_rewards, mask, discount=objective.discount), None
+        case "reinforce_pp_baseline":
+            return advantages.reinforce_pp(token_rewards, mask, group_size=group_size), None
+        case "leave_one_out":
+            return advantages.leave_one_out(jnp.sum(token_rewards, axis=1), group_size), None
+        case "group_relative":
+            total = jnp.sum(token_rewards, axis=1)
+            return advantages.group_relative(total, group_size, scale=objective.advantage_scale), None
+    raise ValueError(f"unknown advantage {objective.advantage!r}")
+
+
+def groups_differ(rollout: Rollout, objective: ObjectiveConfig, group_size: int) -> np.ndarray:
+    """bool [groups]: whether the verdicts on the group differ (penalties for length do not count, as in DAPO)."""
+    flat = advantages.zero_variance(verdicts(rollout, objective), group_size)
+    return ~np.asarray(flat).reshape(-1, group_size)[:, 0]
+
+
+def select_groups(rollout: Rollout, objective: ObjectiveConfig, group_size: int, num_groups: int) -> Rollout:
+    """The first `num_groups` groups whose verdicts differ, filled up with the first others if there are too few.
+
+    DAPO's dynamic sampling (arXiv 2503.14476, section 3.2), with a bound on how often more is sampled: the groups
+    that fill up take no part in learning (`fill_advantages`).
+
+    Args:
+      rollout: verified, of NumPy arrays, at least num_groups groups.
+      objective: for `verdicts`.
+      group_size: G.
+      num_groups: groups that are returned, in the order they were sampled in.
+    """
+    order = np.argsort(~groups_differ(rollout, objective, group_size), kind="stable")
+    chosen = np.sort(order[:num_groups])
+    rows = (chosen[:, None] * group_size + np.arange(group_size)).reshape(-1)
+    return jax.tree.map(lambda x: x[rows], rollout)

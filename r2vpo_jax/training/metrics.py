@@ -1,0 +1,166 @@
+"""What is written of an iteration: its line of metrics.jsonl (docs/metrics.md explains every name) and its samples."""
+
+import jax
+import numpy as np
+
+from r2vpo_jax import ratio_stats
+from r2vpo_jax.config.objective import ObjectiveConfig
+from r2vpo_jax.ratio_stats import Stats
+from r2vpo_jax.rollout import Rollout
+from r2vpo_jax.tasks.base import Outcome, Task
+from r2vpo_jax.training import credit, critic
+
+
+def row(
+    objective: ObjectiveConfig,
+    sampled: Rollout,
+    drawn: list[Rollout],
+    learned: list[tuple[Stats, dict]],
+    spent: dict,
+    *,
+    group_size: int,
+    num_epochs: int,
+    counters: dict,
+    variance_coef: float,
+    kl_coef: float,
+    learning_rate: float,
+) -> dict:
+    """Everything that is reported of an iteration that trained.
+
+    Args:
+      objective: the configuration; some names exist only for what it switches on.
+      sampled: all responses sampled in this iteration, verified, on the host.
+      drawn: the batches that were trained on.
+      learned: (stats, variance) of each, from `Learner.train_on_rollout`, on the host.
+      spent: seconds of this iteration by phase.
+      group_size, num_epochs: of the run.
+      counters: totals of the run so far.
+      variance_coef, kl_coef, learning_rate: after this iteration.
+    """
+    stats = jax.tree.map(lambda *x: np.stack(x), *(s for s, _ in learned)).reduce()
+    variance = learned[-1][1]
+    trained_tokens = float(sum(d.learning_mask.sum() for d in drawn)) * num_epochs
+    result = {
+        "kind": "train",
+        **counters,
+        **_of_sampled(objective, sampled, group_size),
+        "reward/kept": np.mean([d.keep.mean() for d in drawn]),
+        "policy/entropy": stats.mean("entropy"),
+        "ratio/second_moment": float(variance["last"]),
+        "ratio/second_moment_first": float(variance["first"]),
+        **ratio_stats.summarize(stats),
+        "ratio/clamped": stats.mean("clamped"),
+        "dual/variance_coef": variance_coef,
+        "dual/signal": float(variance["signal"]),
+        "dual/constraint_violation": float(variance["signal"]) - objective.variance_budget,
+        "loss/total": stats.mean("loss"),
+        "loss/surrogate": stats.mean("surrogate"),
+        "loss/penalty": stats.mean("penalty") if "penalty" in stats.sums else 0.0,
+        "optimizer/grad_norm": stats.mean("grad_norm"),
+        "optimizer/update_norm": stats.mean("update_norm"),
+        "optimizer/learning_rate": learning_rate,
+        "optimizer/nonfinite_updates": int(sum(np.sum(v["nonfinite"]) for _, v in learned)),
+        **_optional(objective, stats, kl_coef),
+        **_of_time(sampled, spent),
+        "throughput/update_tokens_per_second": trained_tokens / max(spent["update"], 1e-9),
+    }
+    return _plain(result)
+
+
+def fill_row(objective: ObjectiveConfig, sampled: Rollout, spent: dict, *, group_size: int, counters: dict) -> dict:
+    """What is reported of an iteration that only filled the queue (`"kind": "fill"`); arguments as for `row`."""
+    result = {"kind": "fill", **counters, **_of_sampled(objective, sampled, group_size), **_of_time(sampled, spent)}
+    return _plain(result)
+
+
+def _of_sampled(objective: ObjectiveConfig, sampled: Rollout, group_size: int) -> dict:
+    right = (sampled.outcome == Outcome.RIGHT).reshape(-1, group_size)
+    learned = credit.learning_reward(sampled, objective)
+    learned = learned[~np.isnan(learned)]
+    length = sampled.response_length
+    return {
+        "reward/mean": sampled.reward.mean(),
+        "reward/learned": learned.mean() if learned.size else float("nan"),
+        "reward/zero_variance_groups": 1.0 - credit.groups_differ(sampled, objective, group_size).mean(),
+        "reward/all_right_groups": right.all(axis=1).mean(),
+        "outcome/errors": int((sampled.outcome == Outcome.ERROR).sum()),
+        "outcome/timeouts": int((sampled.outcome == Outcome.TIMEOUT).sum()),
+        "response/length": length.mean(),
+        "response/length_max": int(length.max()),
+        "response/truncated": sampled.truncated.mean(),
+    }
+
+
+def _of_time(sampled: Rollout, spent: dict) -> dict:
+    tokens = float(sampled.response_length.sum())
+    return {
+        "throughput/rollout_tokens_per_second": tokens / max(spent["rollout"], 1e-9),
+        **{f"time/{phase}": spent.get(phase, 0.0) for phase in ("rollout", "verify", "update", "compile")},
+    }
+
+
+def _plain(result: dict) -> dict:
+    return {k: v.item() if hasattr(v, "item") else v for k, v in result.items()}
+
+
+def _optional(objective: ObjectiveConfig, stats: Stats, kl_coef: float) -> dict:
+    """What exists only with a KL divergence, a critic, or a correction."""
+    result = {}
+    if objective.kl_coef:
+        result |= {"kl/mean": stats.mean("kl"), "kl/coef": kl_coef}
+    if objective.critic:
+        result |= {
+            "critic/loss": stats.mean("value_loss"),
+            "critic/explained_variance": critic.explained_variance(stats),
+            "critic/clip_fraction": stats.mean("value_clip_fraction"),
+            "critic/target_mean": stats.mean("value_target"),
+        }
+    if objective.correction != "none":
+        mean, second = float(stats.mean("weight")), float(stats.mean("weight_squared"))
+        result |= {
+            "correction/weight_mean": mean,
+            "correction/effective_sample_size": mean**2 / second if second > 0 else 0.0,
+        }
+    return result
+
+
+def samples(rollout: Rollout, task: Task, number: int):
+    """The first responses of a batch, readable, as rows of samples.jsonl.
+
+    Args:
+      rollout: verified, with advantages, on the host.
+      task: decodes tokens.
+      number: of responses.
+    """
+    for i in range(min(number, len(rollout.reward))):
+        prompt = rollout.tokens[i, rollout.prompt_size - rollout.prompt_length[i] : rollout.prompt_size]
+        advantage = rollout.advantage[i]
+        if advantage.ndim == 1:  # of each token, from a critic
+            advantage = np.mean(advantage, where=rollout.response_mask[i])
+        yield {
+            "version": int(rollout.version[i]),
+            "problem": int(rollout.group_id[i]),
+            "prompt": task.decode(prompt),
+            "response": task.decode(rollout.response_tokens[i, : rollout.response_length[i]]),
+            "reward": float(rollout.reward[i]),
+            "outcome": Outcome(int(rollout.outcome[i])).name.lower(),
+            "advantage": float(advantage),
+        }
+
+
+def progress_text(row: dict, *, validation: float, budget: float, seconds: float) -> str:
+    """What a progress line says of a row.
+
+    Args:
+      row: of `row` or `fill_row`.
+      validation: the last validation score.
+      budget: of the ratio variance.
+      seconds: spent so far.
+    """
+    text = f"rollouts {row['rollouts']}  reward {row['reward/mean']:.3f}  "
+    if row["kind"] == "fill":
+        return text + "filling the queue"
+    return text + (
+        f"val {validation:.3f}  V {row['ratio/second_moment']:.4f}/{budget:g}  lambda {row['dual/variance_coef']:.2f}  "
+        f"entropy {row['policy/entropy']:.3f}  {row['rollout_tokens'] / max(seconds, 1e-9):.0f} tok/s"
+    )

@@ -1,0 +1,102 @@
+"""The files that numbers go to."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from r2vpo_jax.run import console, files
+from r2vpo_jax.run.files import JsonlWriter, read_jsonl
+
+
+def test_rows_come_back(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    writer = JsonlWriter(file)
+    writer.write({"kind": "train", "iteration": 1, "reward/mean": np.float32(0.5), "ok": True, "none": None})
+    writer.write({"iteration": jnp.int32(2), "text": "Löwe"})
+    assert len(read_jsonl(file)) == 2, "each row is on disk at once"
+    writer.close()
+    assert read_jsonl(file) == [
+        {"kind": "train", "iteration": 1, "reward/mean": 0.5, "ok": True, "none": None},
+        {"iteration": 2, "text": "Löwe"},
+    ]
+
+
+def test_what_is_not_finite_is_a_name(tmp_path):
+    """NaN is no JSON; strict readers must get through, and nobody may take it for a number."""
+    writer = JsonlWriter(tmp_path / "m.jsonl")
+    writer.write({"a": float("nan"), "b": np.float32("inf"), "c": -np.inf})
+
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    text = (tmp_path / "m.jsonl").read_text()
+    assert json.loads(text, parse_constant=refuse) == {"a": "nan", "b": "inf", "c": "-inf"}
+
+
+def test_a_writer_is_cut_back_to_a_position(tmp_path):
+    file = tmp_path / "m.jsonl"
+    writer = JsonlWriter(file)
+    writer.write({"text": "ä"})
+    position = writer.position()
+    assert position == len(file.read_bytes()) > len(file.read_text()), "bytes, not characters"
+    writer.write({"n": 2})
+    writer.close()
+    with file.open("a") as torn:
+        torn.write('{"n": 3')
+    writer = JsonlWriter(file, position)
+    assert writer.position() == position
+    writer.write({"n": 4})
+    writer.close()
+    assert read_jsonl(file) == [{"text": "ä"}, {"n": 4}]
+    # Without a position nothing is lost.
+    JsonlWriter(file).close()
+    assert len(read_jsonl(file)) == 2
+
+
+def test_a_file_of_another_run_is_refused(tmp_path):
+    file = tmp_path / "m.jsonl"
+    file.write_text("{}\n")
+    with pytest.raises(ValueError, match=r"has 3 bytes, but the checkpoint was written at 100"):
+        JsonlWriter(file, 100)
+    assert file.read_text() == "{}\n"
+
+
+def test_a_torn_last_line_is_left_out(tmp_path):
+    file = tmp_path / "m.jsonl"
+    file.write_text('{"n": 1}\n{"n": 2}\n{"n": 3')
+    assert read_jsonl(file) == [{"n": 1}, {"n": 2}]
+
+
+def test_the_null_writer_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    writer = files.NullWriter()
+    writer.write({"n": 1})
+    assert writer.position() == 0
+    writer.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensorboard_gets_the_numbers(tmp_path):
+    board = files.TensorBoard(tmp_path)
+    board.write(3, {"kind": "train", "reward/mean": 0.25, "flag": True, "broken": "nan", "count": 2})
+    board.close()
+    (file,) = tmp_path.iterdir()
+    data = file.read_bytes()
+    assert b"reward/mean" in data
+    assert b"count" in data
+    assert b"kind" not in data
+    assert b"flag" not in data
+
+
+def test_progress_speaks_now_and_then(capsys):
+    progress = console.Progress(25, 0, every=10)
+    for i in range(1, 26):
+        progress.update(i, f"reward {i}", 5.0)
+    progress.close()
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[1] for line in lines] == ["10/25", "20/25", "25/25"]
+    assert lines[0] == "iteration 10/25  reward 10  5 s left"
+    console.Progress(1, 0, enabled=False).update(1, "text", 0.0)
+    assert capsys.readouterr().err == ""

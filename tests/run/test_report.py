@@ -1,0 +1,72 @@
+"""The report of a run: what the closing table and summary say of known rows."""
+
+import json
+
+import pytest
+
+from r2vpo_jax import ratio_stats
+from r2vpo_jax.run import report
+
+
+@pytest.fixture
+def summary(tiny_config):
+    names = (
+        "policy/entropy", "ratio/max", "clip/fraction", "clip/gradient_share", "reward/mean", "optimizer/grad_norm",
+        "ratio/second_moment_mean", "ratio/top_permille_share", "keeps/at_stake", "keeps/top_permille_gradient",
+    )  # fmt: skip
+    kept = [f"keeps/{name}_{split}" for name in ("retained", "restoring") for split in ratio_stats.SPLITS[1:]]
+    rows = [
+        {
+            "kind": "train", "iteration": i + 1, "version": 4 * (i + 1), **dict.fromkeys(names, 0.5),
+            # In the first two iterations there is nothing that a clip would cut.
+            **dict.fromkeys(kept, "nan"), "keeps/retained": "nan" if i < 2 else 0.1 * i,
+            "keeps/restoring": "nan" if i < 2 else 2.0,
+            "ratio/second_moment": 0.01 * i, "dual/variance_coef": float(i), "time/rollout": 2.0, "time/verify": 0.0,
+            "time/update": 4.0,
+        }
+        for i in range(4)
+    ]  # fmt: skip
+    rows.append({"kind": "evaluation", "split": "validation", "iteration": 4, "pass_at_1": 0.75})
+    scores = {
+        "pass_at_1": 0.25, "pass_at_1_low": 0.2, "pass_at_1_high": 0.3, "k": 16, "pass_at_k": 0.9, "problems": 16, "average_at": 8,
+        "by_level": {"2": 0.4}, "samples": [["1+2=", "3<eos>"]],
+    }  # fmt: skip
+    progress = {
+        "rollouts": 64, "rollout_tokens": 800, "trained_tokens": 1600, "best_validation": 0.8,
+        "last_validation": 0.75, "noise_floor": 1e-13,
+    }  # fmt: skip
+    made = report.summarize(
+        tiny_config(), rows, base=scores, final=scores | {"pass_at_1": 0.5}, progress=progress, train_seconds=12.0,
+        phases={"rollout": 8.0, "compile": 3.0}, peak_memory_bytes=2**20,
+    )  # fmt: skip
+    return made, rows
+
+
+def test_summary(summary):
+    made, _ = summary
+    # The second half are iterations 3 and 4: (0.02 + 0.03) / 2 and (2 + 3) / 2.
+    assert made["second_half_ratio_second_moment"] == pytest.approx(0.025)
+    assert made["second_half_variance_coef"] == pytest.approx(2.5)
+    assert made["rollout_tokens_per_second"] == pytest.approx(800 / 8)
+    assert made["update_tokens_per_second"] == pytest.approx(1600 / 16)
+    assert (made["retained"], made["restoring"]) == (pytest.approx((0.2 + 0.3) / 2), 2.0)
+    assert (made["base_pass_at_16"], made["final_pass_at_1"], made["num_updates"]) == (0.9, 0.5, 16)
+
+
+def test_report_files_and_rewrite(summary, tmp_path):
+    made, rows = summary
+    with pytest.raises(ValueError, match="does not hold a finished run"):
+        report.rewrite(tmp_path)
+    (tmp_path / "config.json").write_text('{"seed": 0}')
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    report.write(tmp_path, made, rows)
+    assert report.read_summary(tmp_path) == made
+    text = report.table(made)
+    assert "0.500 [0.200, 0.300]" in text
+    assert "1+2= | 3<eos> | 3<eos>" in text
+    assert "25 % retained, restoring 200 %" in text
+    assert "retained" not in report.table(made | {"retained": None, "restoring": None})
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "data:image/png;base64," in page
+    assert "3&lt;eos&gt;" in page, "model output is escaped"
+    assert report.rewrite(tmp_path) == text
