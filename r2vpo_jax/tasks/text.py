@@ -12,8 +12,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from r2vpo_jax import data, verifiers
+from r2vpo_jax import verifiers
 from r2vpo_jax.config.task import TaskConfig
+from r2vpo_jax.data import digest, disjoint, load
 from r2vpo_jax.tasks.base import SPLITS, Outcome, Problems, Verdicts
 from r2vpo_jax.tasks.prompts import PromptTemplate, unknown_share
 from r2vpo_jax.verifiers.outcome import unjudged
@@ -78,21 +79,21 @@ class TextTask:
 
     def _load(self, splits) -> dict:
         config = self._config
-        data = {split: data.load(getattr(config, split), split, config.data_dir) for split in splits}
-        data = data.disjoint(data)
+        loaded = {split: load(getattr(config, split), split, config.data_dir) for split in splits}
+        loaded = disjoint(loaded)
         for split in splits:
-            data[split] = self._only_short(split, data[split])
-        self._check_same_on_all_processes(data)
+            loaded[split] = self._only_short(split, loaded[split])
+        self._check_same_on_all_processes(loaded)
         for split in splits:
-            data[split] = self._only_good_gold(split, data[split])
-            if data[split].num_examples == 0:
-                raise ValueError(f"task.{split}={getattr(config, split)} has no problems left ({data[split].counts})")
-            size = data[split].num_examples
-            counts = ", ".join(f"{name} {count}" for name, count in data[split].counts.items())
+            loaded[split] = self._only_good_gold(split, loaded[split])
+            if loaded[split].num_examples == 0:
+                raise ValueError(f"task.{split}={getattr(config, split)} has no problems left ({loaded[split].counts})")
+            size = loaded[split].num_examples
+            counts = ", ".join(f"{name} {count}" for name, count in loaded[split].counts.items())
             kind = "endless" if size is None else size
             self.notices.append(f"{split}: {kind} problems" + (f" ({counts})" if counts else ""))
-        self.digest = data.digest(data)
-        return data
+        self.digest = digest(loaded)
+        return loaded
 
     def _only_short(self, split, data):
         finite = [self._template.tokens(example.question) for example in data.examples()]
@@ -133,7 +134,7 @@ class TextTask:
     def _check_same_on_all_processes(self, data) -> None:
         if jax.process_count() == 1:
             return
-        mine = np.frombuffer(bytes.fromhex(data.digest(data)), np.uint8)
+        mine = np.frombuffer(bytes.fromhex(digest(data)), np.uint8)
         if np.any(multihost_utils.process_allgather(mine) != mine):
             raise ValueError("the processes of this run read different data; give all hosts the same files")
 
