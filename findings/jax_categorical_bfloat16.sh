@@ -4,8 +4,8 @@
 # Expected by most: logits that are all equal are drawn from uniformly, in whatever dtype they are.
 # Seen: of 4,096 equal logits in bfloat16 the first 512 get 98 % of the draws. The noise is made in the dtype of the
 # logits, where it has 128 values by default; with a vocabulary there are always ties for the largest, and the lowest
-# index wins. mode="high", whose documentation speaks of float32 only, nearly mends it. `bernoulli` with a bfloat16 probability
-# of 0.001 says yes 7.7 times too often.
+# index wins. mode="high", whose documentation speaks of float32 only, nearly mends it. `bernoulli` with a bfloat16
+# probability of 0.001 says yes 7.7 times too often.
 set -euo pipefail
 folder="$(mktemp -d)"
 trap 'rm -rf "$folder"' EXIT
