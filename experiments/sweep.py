@@ -24,9 +24,7 @@ def main():
     cli.start_devices()
     from r2vpo_jax.training import sweeps
 
-    results = sweeps.run_sweep(base, sweep, workdir)
-    if results is not None:
-        print(sweeps.table(results))
+    print(sweeps.table(sweeps.run_sweep(base, sweep, workdir)))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from r2vpo_jax import config as config_lib
-from r2vpo_jax.errors import NonFiniteUpdateError, UsageError, usage_errors
+from r2vpo_jax.errors import NonFiniteUpdateError, Stopped, UsageError, usage_errors
 
 _PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print every config field with its value and help, and exit.")
 _DISTRIBUTED = flags.DEFINE_bool(
@@ -130,6 +130,9 @@ def run(main) -> None:
             return main()
         except UsageError as error:
             _fail(error)
+        except Stopped as stopped:
+            print(stopped)
+            return 0
         except NonFiniteUpdateError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1

@@ -77,7 +77,7 @@ def tiny_checkpoint(pretrained, tmp_path_factory):
 def tiny_sections(tiny_checkpoint):
     """The arguments of config.make for a run of seconds: 4 iterations of 4 problems x 4 samples, 4 updates each."""
     return {
-        "objective": {"variance_budget": 0.01, "dual_step": 0.1},
+        "objective": {"dual": {"budget": 0.01, "step": 0.1}},
         "trainer": {
             "num_iterations": 4,
             "prompts_per_rollout": 4,
@@ -88,14 +88,14 @@ def tiny_sections(tiny_checkpoint):
             "eval_every": 2,
             "eval_problems": 16,
             "eval_samples": 2,
-            "eval_batch_size": 256,
             "test_problems": 16,
             "test_samples": 16,
             "checkpoint_every": 2,
         },
         "sampler": {"group_size": 4},
         "optimizer": {"learning_rate": 1e-3, "warmup_updates": 2},
-        "task": TASK,
+        "task": {"arithmetic": TASK},
+        "evaluation": {"batch_size": 256},
         "mesh": {"data": 1},
         "model": {"path": str(tiny_checkpoint)},
     }

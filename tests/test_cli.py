@@ -12,11 +12,11 @@ import time
 
 import numpy as np
 import pytest
-from r2vpo_jax.errors import UsageError
 from safetensors.numpy import load_file, save_file
 
 from r2vpo_jax import cli
 from r2vpo_jax.config import Config
+from r2vpo_jax.errors import UsageError
 from r2vpo_jax.run import files
 from r2vpo_jax.run.directory import claim
 from tests.conftest import ROOT

@@ -12,13 +12,15 @@ def get_config():
         model={"path": "word_problems_base"},
         task={
             "name": "text",
-            "train": "gsm8k_fixture?split=train&rows=128:&kind=math",
-            "validation": "gsm8k_fixture?split=train&rows=:128&kind=math",
-            "test": "gsm8k_fixture?split=test&kind=math",
-            "max_response_length": 56,
+            "text": {
+                "train": "gsm8k_fixture?split=train&rows=128:&kind=math",
+                "validation": "gsm8k_fixture?split=train&rows=:128&kind=math",
+                "test": "gsm8k_fixture?split=test&kind=math",
+                "max_response_length": 56,
+            },
             "prompt": {"max_length": 48},
         },
-        objective={"variance_budget": 0.0015, "variance_coef": 2.0, "dual_step": 0.15, "dual_max_step": 0.5},
+        objective={"dual": {"budget": 0.0015, "coef": 2.0, "step": 0.15, "max_step": 0.5}},
         optimizer={"learning_rate": 1e-4, "schedule": "linear", "max_grad_norm": 0.2},
         sampler={"group_size": 8},
         trainer={

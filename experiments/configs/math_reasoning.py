@@ -17,13 +17,19 @@ from r2vpo_jax import config
 METHODS = {
     # The budget is [ours], a guess that has to be above the rounding of bfloat16, which the run measures first.
     # docs/algorithms/r2vpo.md, "Choosing delta", says how to set it from 20 iterations without a constraint.
-    "r2vpo_on": {"objective": {"name": "r2vpo", "variance_budget": 0.004}},
+    "r2vpo_on": {"objective": {"name": "r2vpo", "dual": {"budget": 0.004}}},
     # [ours] Every batch is trained on four iterations, 16 updates, after it was sampled.
-    "r2vpo_off": {"objective": {"name": "r2vpo", "variance_budget": 0.004}, "replay": {"lag": 4}},
+    "r2vpo_off": {"objective": {"name": "r2vpo", "dual": {"budget": 0.004}}, "replay": {"lag": 4}},
     # [public] As that run: token mean, clip 0.2, dual clip 3, no KL.
-    "grpo": {"objective": {"name": "grpo", "kl_coef": 0.0, "reduction": "token_mean", "dual_clip": 3.0}},
+    "grpo": {
+        "objective": {
+            "name": "grpo",
+            "kl": {"coef": 0.0},
+            "loss": {"reduction": "token_mean", "options": {"dual_clip": 3.0}},
+        }
+    },
     # [dapo] The preset: clip 0.2 / 0.28, dynamic sampling, soft penalty for length. A bound on resampling is [ours].
-    "dapo": {"objective": {"name": "dapo", "max_resamples": 2}},
+    "dapo": {"objective": {"name": "dapo", "groups": {"max_resamples": 2}}},
 }
 SIZES = ("full", "smoke")
 
@@ -31,13 +37,13 @@ SIZES = ("full", "smoke")
 QUESTION = "{question}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 
-def math_run(choice: str, directory: str, *, prompts_at_a_time: int = 16, prompt=None):
+def math_run(choice: str, directory: str, *, responses_at_once: int = 256, prompt=None):
     """The ConfigDict of one run.
 
     Args:
       choice: "METHOD" or "METHOD,SIZE".
       directory: name of the model's directory; `--config.model.path` says where it really is.
-      prompts_at_a_time: of the sampler, 16 responses each, all devices together; bounds the memory.
+      responses_at_once: sampled at one time, all devices together; bounds the memory.
       prompt: more fields of `task.prompt`.
     """
     method, _, size = choice.partition(",")
@@ -58,15 +64,17 @@ def math_run(choice: str, directory: str, *, prompts_at_a_time: int = 16, prompt
         mesh={"data": 1, "fsdp": -1},
         task={
             "name": "text",
-            "data_dir": "data",
-            "train": "dapo_math_17k?rows=256:",
-            "validation": "dapo_math_17k?rows=:256",  # [ours] held out: the benchmarks serve the final score only
-            "test": "aime24 + aime25",
-            "max_response_length": 8192,  # [public]
+            "text": {
+                "data_dir": "data",
+                "train": "dapo_math_17k?rows=256:",
+                "validation": "dapo_math_17k?rows=:256",  # [ours] held out: the benchmarks serve the final score only
+                "test": "aime24 + aime25",
+                "max_response_length": 8192,  # [public]
+            },
             "prompt": {"text": QUESTION, "max_length": 2048} | (prompt or {}),  # [public]
             "verifier": {"num_workers": 8, "bad_gold": "drop"},
         },
-        sampler={"group_size": 16, "temperature": 1.0, "batch_size": prompts_at_a_time},  # [public] G, T
+        sampler={"group_size": 16, "temperature": 1.0, "batch_size": responses_at_once},  # [public] G, T
         optimizer={  # [public]
             "learning_rate": 1e-6,
             "warmup_updates": 0,
@@ -74,7 +82,8 @@ def math_run(choice: str, directory: str, *, prompts_at_a_time: int = 16, prompt
             "max_grad_norm": 1.0,
             "b2": 0.999,
         },
-        objective={"verifier_errors": "wrong"},  # [ours] what cannot be judged was not an answer
+        evaluation={"temperature": 0.8, "top_p": 0.7, "batch_size": responses_at_once},  # [public] temperature, top_p
+        objective={"groups": {"verifier_errors": "wrong"}},  # [ours] what cannot be judged was not an answer
         trainer={
             "num_iterations": 500,  # [ours]
             "prompts_per_rollout": 128,  # [public]
@@ -85,9 +94,6 @@ def math_run(choice: str, directory: str, *, prompts_at_a_time: int = 16, prompt
             "eval_every": 10,
             "eval_problems": 256,
             "eval_samples": 1,
-            "eval_temperature": 0.8,  # [public]
-            "eval_top_p": 0.7,  # [public]
-            "eval_batch_size": 16 * prompts_at_a_time,
             "test_samples": 16,
             "checkpoint_every": 10,
         },
@@ -101,13 +107,11 @@ def math_run(choice: str, directory: str, *, prompts_at_a_time: int = 16, prompt
 def _make_small(run) -> None:
     """Two iterations of the same run that a laptop's CPU goes through in a minute; nothing is learned."""
     run.task.update(
-        train="dapo_math_17k?rows=4:",
-        validation="dapo_math_17k?rows=:4",
-        max_response_length=32,
+        text={"train": "dapo_math_17k?rows=4:", "validation": "dapo_math_17k?rows=:4", "max_response_length": 32},
         prompt={"max_length": 512},
         verifier={"num_workers": 1},
     )
-    run.sampler.update(group_size=4, batch_size=4)
+    run.sampler.update(group_size=4, batch_size=16)
     run.trainer.update(
         num_iterations=2 + run.replay.lag,
         prompts_per_rollout=8,

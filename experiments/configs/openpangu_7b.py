@@ -7,4 +7,4 @@ from experiments.configs.math_reasoning import math_run
 
 
 def get_config(choice: str = "r2vpo_on"):
-    return math_run(choice, "openPangu-Embedded-7B", prompts_at_a_time=8, prompt={"bos": True})
+    return math_run(choice, "openPangu-Embedded-7B", responses_at_once=128, prompt={"bos": True})

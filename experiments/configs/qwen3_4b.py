@@ -7,4 +7,4 @@ from experiments.configs.math_reasoning import math_run
 
 
 def get_config(choice: str = "r2vpo_on"):
-    return math_run(choice, "Qwen3-4B", prompts_at_a_time=8, prompt={"thinking": True})
+    return math_run(choice, "Qwen3-4B", responses_at_once=128, prompt={"thinking": True})

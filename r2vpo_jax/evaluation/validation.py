@@ -6,12 +6,14 @@ import jax
 import numpy as np
 
 from r2vpo_jax import sampler
+from r2vpo_jax.config import Config
 from r2vpo_jax.evaluation import estimators
 from r2vpo_jax.sampler import Sampling
 from r2vpo_jax.tasks.base import Outcome
 
 # Evaluation draws depend on nothing of the run: the same problems and keys for base, best and final.
 _KEY_SEED = 0x5EED
+AVERAGE_AT = 8  # samples per test problem that pass@1 is averaged over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +42,17 @@ class Evaluation:
         """Unbiased pass@k from all n samples."""
         return float(estimators.pass_at_k(self.right.shape[1], self.right.sum(axis=1), k).mean())
 
+    def row(self, scores: dict) -> dict:
+        """Its line of metrics.jsonl, with those of the scores that are plain numbers."""
+        return {
+            "split": self.split,
+            **{name: value for name, value in scores.items() if not isinstance(value, (list, dict))},
+            "response_length": float(self.response_length.mean()),
+            "truncated": float(self.truncated.mean()),
+            "verifier_errors": self.errors,
+            "verifier_timeouts": self.timeouts,
+        }
+
     def scores(self, average_over: int) -> dict:
         """Everything that a table says of it: pass@1 as avg@`average_over` with its interval, by level; pass@n."""
         low, high = self.interval_at(average_over)
@@ -60,6 +73,34 @@ class Evaluation:
         }
 
 
+def average_over(config: Config) -> int:
+    """Samples per test problem that pass@1 is averaged over: 8, or all where there are fewer."""
+    return min(AVERAGE_AT, config.trainer.test_samples)
+
+
+def evaluate_run(config: Config, model, params, task, *, split: str, mesh) -> Evaluation:
+    """`evaluate` with the numbers of problems and samples that a run has for its validation or test split."""
+    trainer = config.trainer
+    sizes = {
+        "validation": (trainer.eval_problems, trainer.eval_samples),
+        "test": (trainer.test_problems, trainer.test_samples),
+    }
+    num_problems, num_samples = sizes[split]
+    return evaluate(
+        model,
+        params,
+        task,
+        split=split,
+        num_problems=num_problems,
+        num_samples=num_samples,
+        mesh=mesh,
+        temperature=config.evaluation.temperature,
+        top_p=config.evaluation.top_p,
+        top_k=config.evaluation.top_k,
+        batch_size=max(1, config.evaluation.batch_size // num_samples),
+    )
+
+
 def evaluate(
     model,
     params,
@@ -71,6 +112,7 @@ def evaluate(
     mesh,
     temperature=1.0,
     top_p=1.0,
+    top_k=0,
     batch_size=64,
 ) -> Evaluation:
     """Sample the first `num_problems` problems of a split and verify.
@@ -86,7 +128,7 @@ def evaluate(
       num_samples: a problem.
       mesh: the run's mesh.
       temperature: 0 is greedy.
-      top_p: 1 keeps all tokens.
+      top_p, top_k: 1 and 0 keep all tokens.
       batch_size: problems sampled at one time.
     """
     available = task.num_problems(split)
@@ -95,6 +137,7 @@ def evaluate(
     sampling = Sampling(
         temperature=temperature,
         top_p=top_p,
+        top_k=top_k,
         group_size=num_samples,
         max_response_length=task.max_response_length,
         eos_ids=task.eos_ids,

@@ -1,6 +1,7 @@
 """What people see while a run goes on."""
 
 import sys
+import time
 
 
 def say(text: str) -> None:
@@ -8,19 +9,22 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-class Progress:
+class ProgressBar:
     """A bar on a terminal, plain lines elsewhere."""
 
     def __init__(self, total: int, initial: int, enabled=True, every: int = 10):
         self._every, self._total, self._enabled, self._bar = every, total, enabled, None
-        self._last = initial
+        self._last = self._initial = initial
+        self._start = time.perf_counter()
         if enabled and sys.stderr.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(total=total, initial=initial, unit="it", dynamic_ncols=True)
 
-    def update(self, iteration: int, text: str, seconds_left: float) -> None:
+    def update(self, iteration: int, text: str) -> None:
         """Show that `iteration` iterations are done."""
+        pace = (time.perf_counter() - self._start) / (iteration - self._initial)
+        seconds_left = pace * (self._total - iteration)
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(iteration - self._last)

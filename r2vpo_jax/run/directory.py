@@ -1,10 +1,10 @@
 """The directory of one run: whose it is, and what is in it."""
 
-import dataclasses
 import json
 import os
 import pathlib
 
+from r2vpo_jax import config as config_lib
 from r2vpo_jax.config import Config
 from r2vpo_jax.errors import UsageError
 
@@ -27,7 +27,7 @@ def claim(workdir, config: Config, *, write=True) -> pathlib.Path:
     Raises:
       UsageError: the directory belongs to a run with another configuration, or cannot be written.
     """
-    return claim_file(workdir, "config.json", dataclasses.asdict(config), write=write)
+    return claim_file(workdir, "config.json", config_lib.to_dict(config), write=write)
 
 
 def claim_file(workdir, name: str, identity: dict, *, write=True) -> pathlib.Path:

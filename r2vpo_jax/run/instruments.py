@@ -54,9 +54,9 @@ class Profiler:
         with jax.profiler.StepTraceAnnotation("iteration", step_num=number):
             yield
         if number == self._last:
-            self.stop()
+            self.close()
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """End a recording that is under way."""
         if self._running:
             jax.effects_barrier()

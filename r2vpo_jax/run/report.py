@@ -65,13 +65,15 @@ def summarize(config: Config, rows, *, base, final, progress, train_seconds, pha
         "rollout_tokens_per_second": progress["rollout_tokens"] / max(seconds["rollout"], 1e-9),
         "update_tokens_per_second": progress["trained_tokens"] / max(seconds["update"], 1e-9),
         "peak_memory_bytes": peak_memory_bytes,
-        "adaptive": config.objective.adaptive,
+        "adaptive": config.objective.dual.adaptive,
         "variance_budget": config.objective.variance_budget,
-        "final_variance_coef": float(train[-1]["dual/variance_coef"]),
-        "max_variance_coef": config.objective.max_variance_coef,
-        "final_ratio_second_moment": float(train[-1]["ratio/second_moment"]),
-        "second_half_ratio_second_moment": mean("ratio/second_moment", second_half),
-        "second_half_variance_coef": mean("dual/variance_coef", second_half),
+        "final_variance_coef": float(train[-1].get("dual/variance_coef", 0.0)),
+        "max_variance_coef": config.objective.dual.max_coef,
+        "final_ratio_second_moment": float(train[-1]["ratio/variance"]),
+        "ratio_variance_second_half": mean("ratio/variance", second_half),
+        "second_half_variance_coef": mean("dual/variance_coef", second_half)
+        if config.objective.has_multiplier
+        else 0.0,
         "noise_floor_ratio_second_moment": progress["noise_floor"],
         "final_entropy": float(train[-1]["policy/entropy"]),
         "max_ratio": max(float(r["ratio/max"]) for r in train),
@@ -118,7 +120,7 @@ def table(summary: dict) -> str:
         f"speed                       rollout {summary['rollout_tokens_per_second']:.0f} tokens/s, "
         f"update {summary['update_tokens_per_second']:.0f} tokens/s",
         f"peak memory                 {summary['peak_memory_bytes'] / 2**20:.0f} MiB",
-        f"E[(r-1)^2], second half     {summary['second_half_ratio_second_moment']:.5f} ({budget}noise floor "
+        f"E[(r-1)^2], second half     {summary['ratio_variance_second_half']:.5f} ({budget}noise floor "
         f"{summary['noise_floor_ratio_second_moment']:.1e})",
         f"variance coefficient        {summary['final_variance_coef']:.3f} at the end ({kind}), "
         f"{summary['second_half_variance_coef']:.3f} on average in the second half",
@@ -221,15 +223,15 @@ def _plot(file, summary, rows) -> None:
 
     ax = axes[0, 1]
     tiny = 1e-12
-    ax.semilogy(x, np.maximum(series("ratio/second_moment"), tiny), color="C0", lw=1, label="last minibatch")
-    ax.semilogy(x, np.maximum(series("ratio/second_moment_mean"), tiny), color="0.7", lw=1, label="all minibatches")
+    ax.semilogy(x, np.maximum(series("ratio/variance"), tiny), color="C0", lw=1, label="last minibatch")
+    ax.semilogy(x, np.maximum(series("ratio/variance_mean"), tiny), color="0.7", lw=1, label="all minibatches")
     if summary["adaptive"]:
         ax.axhline(summary["variance_budget"], color="C3", ls="--", label="budget")
     ax.set(title=f"E[(r - 1)²], noise floor {summary['noise_floor_ratio_second_moment']:.0e}")
     ax.legend(fontsize=8)
 
     ax = axes[0, 2]
-    ax.plot(x, series("dual/variance_coef"), color="C4")
+    ax.plot(x, [r.get("dual/variance_coef", 0.0) for r in train], color="C4")
     ax.set(title="variance coefficient", ylim=(0, None))
 
     ax = axes[1, 0]

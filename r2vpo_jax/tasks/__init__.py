@@ -1,14 +1,44 @@
 """Tasks: problems and their verifiers."""
 
+import dataclasses
+import importlib
+import inspect
+
 from r2vpo_jax.tasks.arithmetic import ArithmeticTask
 from r2vpo_jax.tasks.base import Problems, Task, Verdicts
 from r2vpo_jax.verifiers.outcome import SPLITS, Outcome
 
-__all__ = ["SPLITS", "ArithmeticTask", "Outcome", "Problems", "Task", "Verdicts", "make"]
+__all__ = ["SPLITS", "TASKS", "ArithmeticTask", "Outcome", "Problems", "Task", "Verdicts", "make", "task_class"]
+
+
+# Name -> class, or the module that has it where importing it takes long.
+TASKS = {"arithmetic": "r2vpo_jax.tasks.arithmetic:ArithmeticTask", "text": "r2vpo_jax.tasks.text:TextTask"}
+
+
+def task_class(name: str) -> type:
+    """The class behind `task.name`: a row of `TASKS`, or module:Class.
+
+    Raises:
+      ValueError: there is no such task, module or class.
+    """
+    if ":" not in name and name not in TASKS:
+        raise ValueError(f"task.name={name!r} is unknown; one of {', '.join(TASKS)}, or module:Class")
+    module, _, attribute = TASKS.get(name, name).partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module.startswith(error.name):
+            raise  # something that the module itself imports
+        raise ValueError(f"task.name={name!r}: there is no module {module}") from error
+    except AttributeError as error:
+        raise ValueError(f"task.name={name!r}: {module} has no {attribute}") from error
 
 
 def make(config, tokenizer=None, eos_ids=()) -> Task:
     """The task of a `config.TaskConfig`.
+
+    A class of your own gets `task.options` as keyword arguments, and `tokenizer` and `eos_ids` if its constructor names
+    them (docs/extending.md).
 
     Args:
       config: of the task.
@@ -19,13 +49,18 @@ def make(config, tokenizer=None, eos_ids=()) -> Task:
       ValueError: parameters out of range, data or verifiers that cannot work, a tokenizer of another language.
       FileNotFoundError: a data set that is not there.
     """
+    kind = task_class(config.name)
     if config.name == "text":
-        from r2vpo_jax.tasks.text import TextTask
-
-        return TextTask(config, tokenizer, eos_ids)
-    task = ArithmeticTask(
-        min_operands=config.min_operands, max_operands=config.max_operands, num_digits=config.num_digits
-    )
-    if tokenizer is not None:
+        return kind(config, tokenizer, eos_ids)
+    options = dataclasses.asdict(config.arithmetic) if config.name == "arithmetic" else dict(config.options)
+    parameters = inspect.signature(kind).parameters
+    given = {"tokenizer": tokenizer, "eos_ids": eos_ids}
+    options = {name: value for name, value in given.items() if name in parameters} | options
+    try:
+        inspect.signature(kind).bind(**options)
+    except TypeError as error:
+        raise ValueError(f"task.name={config.name}: {error}; it takes {', '.join(parameters)}") from error
+    task = kind(**options)
+    if tokenizer is not None and hasattr(task, "check_tokenizer"):
         task.check_tokenizer(tokenizer)
     return task

@@ -45,7 +45,7 @@ class TextTask:
     def __init__(self, config: TaskConfig, tokenizer, eos_ids: tuple[int, ...], splits=SPLITS):
         self.eos_ids = tuple(eos_ids)
         self.max_prompt_length = config.prompt.max_length
-        self.max_response_length = config.max_response_length
+        self.max_response_length = config.text.max_response_length
         self.notices: list[str] = []  # what a user should know of the data
         self._config, self._tokenizer = config, tokenizer
         self._template = PromptTemplate(config.prompt, tokenizer)
@@ -79,7 +79,7 @@ class TextTask:
 
     def _load(self, splits) -> dict:
         config = self._config
-        loaded = {split: load(getattr(config, split), split, config.data_dir) for split in splits}
+        loaded = {split: load(getattr(config.text, split), split, config.text.data_dir) for split in splits}
         loaded = disjoint(loaded)
         for split in splits:
             loaded[split] = self._only_short(split, loaded[split])
@@ -87,7 +87,9 @@ class TextTask:
         for split in splits:
             loaded[split] = self._only_good_gold(split, loaded[split])
             if loaded[split].num_examples == 0:
-                raise ValueError(f"task.{split}={getattr(config, split)} has no problems left ({loaded[split].counts})")
+                raise ValueError(
+                    f"task.text.{split}={getattr(config.text, split)} has no problems left ({loaded[split].counts})"
+                )
             size = loaded[split].num_examples
             counts = ", ".join(f"{name} {count}" for name, count in loaded[split].counts.items())
             kind = "endless" if size is None else size
@@ -103,12 +105,12 @@ class TextTask:
         share = unknown_share(self._tokenizer, rows)
         if share > 0.1:
             self.notices.append(
-                f"warning: {100 * share:.0f} % of the prompt tokens of task.{split} are unknown to the tokenizer: the "
+                f"warning: {100 * share:.0f} % of the prompt tokens of task.text.{split} are unknown to the tokenizer: the "
                 "model cannot read these problems"
             )
         if rows and not short.any():
             raise ValueError(
-                f"all prompts of task.{split} are longer than task.prompt.max_length={self.max_prompt_length} (the "
+                f"all prompts of task.text.{split} are longer than task.prompt.max_length={self.max_prompt_length} (the "
                 f"shortest has {min(map(len, rows))} tokens); raise it"
             )
         short = short[: len(finite)]
@@ -124,7 +126,7 @@ class TextTask:
         if not good.all() and self._config.verifier.bad_gold == "refuse":
             number = int(np.argmin(good))
             raise ValueError(
-                f"{(~good).sum()} of {len(good)} gold answers of task.{split} do not verify against themselves, first "
+                f"{(~good).sum()} of {len(good)} gold answers of task.text.{split} do not verify against themselves, first "
                 f"{examples[number].gold[:80]!r} of the question {examples[number].question[:80]!r} "
                 f"({bad.get(number, 'process 0 knows why')}); mend them, choose another kind= in the data set's spec, or "
                 "drop them by task.verifier.bad_gold=drop"
@@ -160,7 +162,7 @@ class TextTask:
             if data.num_examples is not None:
                 break
         raise ValueError(
-            f"problem {index} of task.{split} has a prompt of {len(tokens)} tokens, more than "
+            f"problem {index} of task.text.{split} has a prompt of {len(tokens)} tokens, more than "
             f"task.prompt.max_length={self.max_prompt_length}"
         )
 

@@ -38,9 +38,9 @@ def overlong_penalty(
 
 
 def verdicts(rollout: Rollout, objective: ObjectiveConfig) -> np.ndarray:
-    """What the verifier said, f32 [B]: NaN for an abstention, unless `objective.verifier_errors` counts it as wrong."""
+    """What the verifier said, f32 [B]: NaN for an abstention, unless `objective.groups.verifier_errors` counts it as wrong."""
     reward = np.asarray(rollout.reward, np.float32)
-    if objective.verifier_errors == "abstain":
+    if objective.groups.verifier_errors == "abstain":
         reward = np.where(unjudged(rollout.outcome), np.float32(np.nan), reward)
     return reward
 
@@ -53,12 +53,12 @@ def learning_reward(rollout: Rollout, objective: ObjectiveConfig) -> np.ndarray:
       objective: verifier_errors, overlong_buffer and overlong_penalty are used.
     """
     reward = verdicts(rollout, objective)
-    if objective.overlong_penalty:
+    if objective.groups.overlong_penalty:
         reward = reward - overlong_penalty(
             rollout.response_length,
             rollout.response_size,
-            buffer=objective.overlong_buffer,
-            penalty=objective.overlong_penalty,
+            buffer=objective.groups.overlong_buffer,
+            penalty=objective.groups.overlong_penalty,
         )
     return reward
 
@@ -76,11 +76,11 @@ def fill_advantages(rollout: Rollout, objective: ObjectiveConfig, group_size: in
     """
     reward = learning_reward(rollout, objective)
     keep = ~np.isnan(reward)
-    if objective.truncated == "mask":
+    if objective.groups.truncated == "mask":
         keep = keep & ~np.asarray(rollout.truncated)
-    if objective.zero_variance != "keep":
+    if objective.groups.zero_variance != "keep":
         keep = keep & np.repeat(groups_differ(rollout, objective, group_size), group_size)
-    in_reward = objective.needs_reference and objective.kl_in == "reward"
+    in_reward = objective.needs_reference and objective.kl.where == "reward"
     advantage, target = _assign(
         reward,
         rollout.response_mask,
@@ -102,26 +102,26 @@ def _assign(reward, mask, behavior_logp, reference_logp, kl_coef, value, *, obje
     token_rewards = jnp.where(last & mask, reward[:, None], 0.0)
     if behavior_logp is not None:
         # The tokens are the sampling policy's own, so this estimates the KL of that policy to the reference.
-        estimate = kl.estimate(behavior_logp, reference_logp, objective.kl_estimator)
+        estimate = kl.estimate(behavior_logp, reference_logp, objective.kl.estimator)
         token_rewards = token_rewards - kl_coef * jnp.where(mask, estimate, 0.0)
-    match objective.advantage:
+    match objective.advantage.estimator:
         case "gae":
             rewards = jnp.nan_to_num(token_rewards, nan=0.0)  # an abstention, which takes no part
-            discounts = {"discount": objective.discount, "trace_decay": objective.trace_decay}
+            discounts = {"discount": objective.advantage.discount, "trace_decay": objective.advantage.trace_decay}
             estimate = advantages.gae(rewards, value, mask, **discounts)
             voted = mask & ~jnp.isnan(reward)[:, None]
-            advantage = advantages.whiten(estimate, voted) if objective.whiten_advantages else estimate
+            advantage = advantages.whiten(estimate, voted) if objective.advantage.whiten else estimate
             return advantage, estimate + jnp.where(mask, value, 0.0)
         case "reinforce_pp":
-            return advantages.reinforce_pp(token_rewards, mask, discount=objective.discount), None
+            return advantages.reinforce_pp(token_rewards, mask, discount=objective.advantage.discount), None
         case "reinforce_pp_baseline":
             return advantages.reinforce_pp(token_rewards, mask, group_size=group_size), None
         case "leave_one_out":
             return advantages.leave_one_out(jnp.sum(token_rewards, axis=1), group_size), None
         case "group_relative":
             total = jnp.sum(token_rewards, axis=1)
-            return advantages.group_relative(total, group_size, scale=objective.advantage_scale), None
-    raise ValueError(f"unknown advantage {objective.advantage!r}")
+            return advantages.group_relative(total, group_size, scale=objective.advantage.scale), None
+    raise ValueError(f"unknown advantage {objective.advantage.estimator!r}")
 
 
 def groups_differ(rollout: Rollout, objective: ObjectiveConfig, group_size: int) -> np.ndarray:

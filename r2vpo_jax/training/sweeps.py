@@ -5,6 +5,7 @@ same keys. Every method has the same number of runs per value and the same data,
 A sweep that was stopped goes on where it was: finished runs are kept, the one at hand resumes.
 """
 
+import copy
 import dataclasses
 import json
 import pathlib
@@ -15,19 +16,19 @@ import numpy as np
 
 from r2vpo_jax import config as config_lib
 from r2vpo_jax.config import Config, SweepConfig
-from r2vpo_jax.errors import UsageError
+from r2vpo_jax.errors import Stopped, UsageError
 from r2vpo_jax.evaluation import estimators
 from r2vpo_jax.run import console, directory, files, report
 from r2vpo_jax.training import trainer
 
 TARGET = 0.8  # "rollouts to": first validation score of at least this
 
-# Method -> (preset, objective fields that take the swept value, label of the value). The values of "preset" are names.
+# Method -> (preset, fields of `objective` that take the swept value, label of the value). The values of "preset" are names.
 METHODS = {
     "preset": (None, (), "preset"),
-    "variance_coef": ("r2vpo_fixed", ("variance_coef",), "variance coefficient λ (fixed)"),
-    "variance_budget": ("r2vpo", ("variance_budget",), "variance budget δ (adaptive λ)"),
-    "clip": ("ppo_clip", ("clip_low", "clip_high"), "clip ε (PPO)"),
+    "variance_coef": ("r2vpo_fixed", ("dual.coef",), "variance coefficient λ (fixed)"),
+    "variance_budget": ("r2vpo", ("dual.budget",), "variance budget δ (adaptive λ)"),
+    "clip": ("ppo_clip", ("loss.options.clip_low", "loss.options.clip_high"), "clip ε (PPO)"),
 }
 
 
@@ -62,11 +63,17 @@ def runs(sweep: SweepConfig) -> list[Run]:
 def run_config(base: dict, run: Run) -> Config:
     """The configuration of one run: the base, with this method's preset, value and seed."""
     preset, fields, _ = METHODS[run.method]
-    objective = {**base["objective"], "name": preset or run.value, **dict.fromkeys(fields, run.value)}
+    objective = copy.deepcopy(base["objective"]) | {"name": preset or run.value}
+    for field in fields:
+        *sections, name = field.split(".")
+        node = objective
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[name] = run.value
     return config_lib.from_dict({**base, "objective": objective, "seed": run.seed})
 
 
-def run_sweep(base: dict, sweep: SweepConfig, workdir, say=console.say) -> list[dict] | None:
+def run_sweep(base: dict, sweep: SweepConfig, workdir, say=console.say) -> list[dict]:
     """Run what is not done yet, then write table and picture.
 
     Args:
@@ -76,9 +83,10 @@ def run_sweep(base: dict, sweep: SweepConfig, workdir, say=console.say) -> list[
       say: where progress lines go.
 
     Returns:
-      One result a run, or None when a run was stopped before its end (Ctrl-C).
+      One result per run.
 
     Raises:
+      Stopped: a run was stopped before its end (Ctrl-C); the same call goes on there.
       UsageError: the directory holds another sweep, or a run's configuration is invalid.
     """
     todo = runs(sweep)
@@ -92,9 +100,8 @@ def run_sweep(base: dict, sweep: SweepConfig, workdir, say=console.say) -> list[
         result = _result(directory, run)
         if result is None:
             try:
-                if trainer.train(configs[run], directory, say=lambda _: None) is None:
-                    return None
-            except UsageError:
+                trainer.train(configs[run], directory, say=lambda _: None)
+            except (UsageError, Stopped):
                 raise
             except Exception as error:  # a run that dies is a result; the next one is tried
                 say(f"{run.name} failed: {error}")

@@ -32,10 +32,10 @@ ALLOWED = {"allow_single_update": True}
     ],
 )
 def test_presets(name, loss, adaptive, variance_coef):
-    objective = ObjectiveConfig(name=name)
-    assert (objective.loss, objective.adaptive, objective.variance_coef) == (loss, adaptive, variance_coef)
+    objective = make_objective(name=name)
+    assert (objective.loss.name, objective.dual.adaptive, objective.dual.coef) == (loss, adaptive, variance_coef)
     # What is given wins over the preset.
-    assert ObjectiveConfig(name=name, variance_coef=7.0).variance_coef == 7.0
+    assert make_objective(name=name, dual={"coef": 7.0}).variance_coef == 7.0
 
 
 @pytest.mark.parametrize(
@@ -49,16 +49,16 @@ def test_presets(name, loss, adaptive, variance_coef):
         (ObjectiveConfig, {"dual_max_step": 0.0}, "dual_max_step must be > 0"),
         (ObjectiveConfig, {"variance_coef": 60.0}, "max_variance_coef=50.0 is below"),
         (ObjectiveConfig, {"name": "ppo_clip", "adaptive": True}, "adaptive needs loss r2vpo"),
-        (ObjectiveConfig, {"clip_low": 0.1}, "objective.clip_low is not a hyper-parameter of loss r2vpo"),
+        (ObjectiveConfig, {"clip_low": 0.1}, "objective.loss.options.clip_low is not a hyper-parameter of loss r2vpo"),
         (
             ObjectiveConfig,
             {"name": "spo", "max_ratio": 2.0},
-            "objective.max_ratio is not a hyper-parameter of loss spo",
+            "objective.loss.options.max_ratio is not a hyper-parameter of loss spo",
         ),
         (
             ObjectiveConfig,
             {"name": "ppo_clip", "m2_budget": 0.1},
-            "objective.m2_budget is not a hyper-parameter of loss",
+            "objective.loss.options.budget is not a hyper-parameter of loss",
         ),
         (ObjectiveConfig, {"name": "ppo_clip", "clip_low": 1.5}, "objective: clip_low must be in"),
         (ObjectiveConfig, {"name": "gspo", "clip_high": -0.1}, "clip_high >= 0"),
@@ -148,35 +148,37 @@ def test_the_way_through_flags_changes_nothing():
     # And through the file in the run directory.
     made = config.from_flags(config.make(seed=3, sampler={"group_size": 8}, objective={"name": "ppo_clip"}))
     assert config.from_dict(json.loads(json.dumps(dataclasses.asdict(made)))) == made
-    assert (made.seed, made.sampler.group_size, made.objective.loss) == (3, 8, "ppo_clip")
+    assert (made.seed, made.sampler.group_size, made.objective.loss.name) == (3, 8, "ppo_clip")
 
 
 def test_overrides_leave_the_other_fields_open_to_flags():
-    values = config.make(sampler={"group_size": 8}, objective={"name": "ppo_clip", "clip_low": 0.1})
+    values = config.make(
+        sampler={"group_size": 8}, objective={"name": "ppo_clip", "loss": {"options": {"clip_low": 0.1}}}
+    )
     values.sampler.temperature = 0.5
-    values.objective.clip_high = 0.3
+    values.objective.loss.options.clip_high = 0.3
     made = config.from_flags(values)
     assert (made.sampler.group_size, made.sampler.temperature) == (8, 0.5)
-    assert (made.objective.clip_low, made.objective.clip_high) == (0.1, 0.3)
+    assert (made.objective.loss.options.clip_low, made.objective.loss.options.clip_high) == (0.1, 0.3)
     for section, kind in (("sampler", SamplerConfig), ("objective", ObjectiveConfig)):
         assert set(values[section]) == {field.name for field in dataclasses.fields(kind)}
 
 
 def test_a_preset_chosen_by_a_flag_fills_the_rest():
     """The config file leaves the preset's fields open; what it sets stays."""
-    values = config.make(objective={"variance_budget": 0.5})
+    values = config.make(objective={"dual": {"budget": 0.5}})
     values.objective.name = "r2vpo_fixed"
     objective = config.from_flags(values).objective
-    assert (objective.adaptive, objective.variance_coef, objective.variance_budget) == (False, 2.5, 0.5)
+    assert (objective.dual.adaptive, objective.dual.coef, objective.dual.budget) == (False, 2.5, 0.5)
 
 
 def test_flags_have_types():
     """A field that is None may be set to a value of its type only."""
     values = config.make()
-    values.objective.variance_budget = 0.1
+    values.objective.dual.budget = 0.1
     values.model.path = "somewhere"
     with pytest.raises(TypeError):
-        values.objective.variance_budget = "much"
+        values.objective.dual.budget = "much"
     with pytest.raises((TypeError, ValueError)):
         values.trainer.num_iterations = "many"
 

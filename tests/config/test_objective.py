@@ -136,15 +136,15 @@ EXPECTED = {
 
 def in_force(objective):
     """The constants that the loss runs with: those that are set, over its own defaults."""
-    parameters = inspect.signature(losses.get(objective.loss)).parameters
-    return {name: parameters[name].default for name in HYPER[objective.loss]} | objective.hyperparameters()
+    parameters = inspect.signature(losses.get(objective.loss.name)).parameters
+    return {name: parameters[name].default for name in HYPER[objective.loss.name]} | objective.hyperparameters()
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_what_its_source_says(name):
     objective = ObjectiveConfig(name=name)
     loss, constants, changes = EXPECTED[name]
-    assert objective.loss == loss
+    assert objective.loss.name == loss
     assert in_force(objective) == constants
     other = {field: getattr(objective, field) for field in FIELDS if field not in {"name", "loss", *constants}}
     unset = {field: None for field in other if field not in COMMON}  # the hyper-parameters of other losses
@@ -188,7 +188,11 @@ def test_through_json_and_flags_and_back(name):
 def test_another_loss_on_top_of_a_preset_leaves_its_foreign_constants_behind():
     """DAPO's sampling with R2VPO's loss: its clip has no meaning there; what is given stays refused."""
     objective = ObjectiveConfig(name="dapo", loss="r2vpo", adaptive=True)
-    assert (objective.clip_high, objective.zero_variance, objective.overlong_penalty) == (None, "resample", 1.0)
+    assert (objective.loss.options.clip_high, objective.groups.zero_variance, objective.groups.overlong_penalty) == (
+        None,
+        "resample",
+        1.0,
+    )
     assert ObjectiveConfig(name="m2po", loss="ppo_clip").m2_budget is None
     assert ObjectiveConfig(name="ppo_clip", loss="m2po").m2_budget == 0.04
     with pytest.raises(ValueError, match="clip_high is not a hyper-parameter of loss r2vpo"):
@@ -198,7 +202,7 @@ def test_another_loss_on_top_of_a_preset_leaves_its_foreign_constants_behind():
 def test_what_is_given_wins_over_the_preset():
     objective = ObjectiveConfig(name="dapo", clip_high=0.4, zero_variance="drop", overlong_penalty=0.0)
     assert in_force(objective) == PPO | {"clip_high": 0.4}
-    assert (objective.zero_variance, objective.overlong_penalty) == ("drop", 0.0)
+    assert (objective.groups.zero_variance, objective.groups.overlong_penalty) == ("drop", 0.0)
     assert ObjectiveConfig(name="ppo", whiten_advantages=False).whiten_advantages is False
     assert ObjectiveConfig(name="r2vpo", adaptive=False).adaptive is False
 
@@ -228,7 +232,7 @@ def test_a_hyper_parameter_that_the_loss_does_not_take_is_refused(loss):
         with pytest.raises(ValueError, match=f"objective.{name} is not a hyper-parameter of loss {loss}$"):
             ObjectiveConfig(name="policy_gradient", loss=loss, **{name: "token" if name == "penalty_scope" else 1.0})
     if loss != "m2po":
-        with pytest.raises(ValueError, match="objective.m2_budget is not a hyper-parameter of loss"):
+        with pytest.raises(ValueError, match="objective.loss.options.budget is not a hyper-parameter of loss"):
             ObjectiveConfig(name="policy_gradient", loss=loss, m2_budget=0.1)
 
 

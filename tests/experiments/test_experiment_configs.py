@@ -44,11 +44,15 @@ def test_the_methods_are_what_they_are_called():
     on, off, grpo, dapo = (get("qwen3_8b", method) for method in math_reasoning.METHODS)
     assert on == get("qwen3_8b")
     assert on.objective == off.objective
-    assert (on.objective.loss, on.objective.adaptive) == ("r2vpo", True)
+    assert (on.objective.loss.name, on.objective.dual.adaptive) == ("r2vpo", True)
     assert (on.replay.lag, off.replay.lag) == (0, 4)
-    assert (grpo.objective.loss, grpo.objective.dual_clip, grpo.objective.kl_coef) == ("ppo_clip", 3.0, 0.0)
-    assert (dapo.objective.clip_high, dapo.objective.zero_variance) == (0.28, "resample")
-    assert dapo.objective.overlong_penalty > 0
+    assert (grpo.objective.loss.name, grpo.objective.loss.options.dual_clip, grpo.objective.kl.coef) == (
+        "ppo_clip",
+        3.0,
+        0.0,
+    )
+    assert (dapo.objective.loss.options.clip_high, dapo.objective.groups.zero_variance) == (0.28, "resample")
+    assert dapo.objective.groups.overlong_penalty > 0
     # Everything else is the same for all.
     assert on.trainer == off.trainer == grpo.trainer == dapo.trainer
     assert on.task == off.task == grpo.task == dapo.task

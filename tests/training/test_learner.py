@@ -388,7 +388,7 @@ def test_the_objective_gets_its_hyper_parameters(name, hyper):
     loss, _ = learner.policy_loss(objective)(*arrays, **given)
     if name == "ce_gppo":
         hyper = hyper | {"keep_low": 0.5}
-    expected, _ = losses.get(objective.loss)(*arrays, reduction="sequence_mean", **given, **hyper)
+    expected, _ = losses.get(objective.loss.name)(*arrays, reduction="sequence_mean", **given, **hyper)
     assert loss == expected
 
 

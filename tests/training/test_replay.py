@@ -584,8 +584,8 @@ def test_train_metrics_of_replay_are_documented(run):
 def test_train_dual_signal_is_what_the_updates_added(run):
     """On stale data V of the last minibatch less V of the first; on fresh data V of the last."""
     lagged = run(6, lag=2)
-    budget = lagged.config.objective.variance_budget
-    coef = lagged.config.objective.variance_coef
+    budget = lagged.config.objective.dual.budget
+    coef = lagged.config.objective.dual.coef
     for row in lagged.trained:
         last, first = np.float32(row["ratio/second_moment"]), np.float32(row["ratio/second_moment_first"])
         assert row["dual/signal"] == last - first

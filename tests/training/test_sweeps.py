@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from r2vpo_jax.errors import UsageError
 
 from r2vpo_jax import config
 from r2vpo_jax.config import SweepConfig
+from r2vpo_jax.errors import UsageError
 from r2vpo_jax.training import sweeps, trainer
 
 GRID = SweepConfig(variance_coefs=(0.5,), variance_budgets=(0.01,), clips=(0.2,), seeds=(0, 1))
@@ -51,13 +51,17 @@ def test_runs_are_paired_and_configured(base):
         "variance_coef=0.5_seed=1", "variance_budget=0.01_seed=1", "clip=0.2_seed=1",
     ]  # fmt: skip
     fixed, adaptive, clip = (sweeps.run_config(base, r) for r in runs[:3])
-    assert (fixed.objective.name, fixed.objective.variance_coef, fixed.objective.adaptive) == (
+    assert (fixed.objective.name, fixed.objective.dual.coef, fixed.objective.dual.adaptive) == (
         "r2vpo_fixed",
         0.5,
         False,
     )
-    assert (adaptive.objective.variance_budget, adaptive.objective.adaptive) == (0.01, True)
-    assert (clip.objective.loss, clip.objective.clip_low, clip.objective.clip_high) == ("ppo_clip", 0.2, 0.2)
+    assert (adaptive.objective.dual.budget, adaptive.objective.dual.adaptive) == (0.01, True)
+    assert (clip.objective.loss.name, clip.objective.loss.options.clip_low, clip.objective.loss.options.clip_high) == (
+        "ppo_clip",
+        0.2,
+        0.2,
+    )
     assert fixed.trainer == adaptive.trainer == clip.trainer
     assert sweeps.run_config(base, runs[4]).seed == 1
 

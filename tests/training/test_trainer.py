@@ -9,10 +9,10 @@ import signal
 import jax
 import numpy as np
 import pytest
-from r2vpo_jax.errors import NonFiniteUpdateError, UsageError
 from transformers import AutoTokenizer
 
 from r2vpo_jax import models, sharding
+from r2vpo_jax.errors import NonFiniteUpdateError, UsageError
 from r2vpo_jax.run import files
 from r2vpo_jax.run.checkpoints import Checkpointer
 from r2vpo_jax.tasks.arithmetic import SYMBOLS
@@ -94,7 +94,7 @@ def test_the_summary_has_what_comparisons_need(finished, tiny_config):
         "num_eval_problems": 16,
         "num_rollouts": NUM_ITERATIONS * ROWS,
         "num_updates": NUM_ITERATIONS * UPDATES,
-        "variance_budget": tiny_config().objective.variance_budget,
+        "variance_budget": tiny_config().objective.dual.budget,
     }
     assert expected.items() <= summary.items()
     scores = ["base_pass_at_1", "final_pass_at_1", "best_pass_at_1", "final_validation_pass_at_1"]
@@ -279,7 +279,9 @@ def test_a_run_that_is_interrupted_ends_like_one_that_is_not(
 @pytest.mark.slow
 def test_a_run_with_a_reference_goes_on_with_the_same_one(tiny_config, tiny_model, mesh, tmp_path):
     """The KL is measured against the base model, not against what was being trained when the run stopped."""
-    config = tiny_config(objective={"kl_coef": 0.5, "reduction": "sequence_mean"}, trainer={"tensorboard": True})
+    config = tiny_config(
+        objective={"kl": {"coef": 0.5}, "loss": {"reduction": "sequence_mean"}}, trainer={"tensorboard": True}
+    )
     train(config, tmp_path / "whole")
     train(config, tmp_path / "parts", stop_after_iteration=3)
     train(config, tmp_path / "parts")

@@ -258,7 +258,7 @@ def test_ppo_kl_adapts_its_weight_once_a_rollout(finished, configure, tiny_model
 
 def assert_resampling_is_in_order(recorder, objective, workdir):
     """Whole rounds of the next problems, until enough groups differ or the rounds are used up."""
-    position, most = 0, 1 + objective.max_resamples
+    position, most = 0, 1 + objective.groups.max_resamples
     for sampled, learned, row in zip(recorder.sampled, recorder.learned, train_rows(workdir), strict=True):
         rounds = len(sampled.reward) // (GROUP * PROMPTS)
         problems = position + np.arange(rounds * PROMPTS)
@@ -365,7 +365,7 @@ def test_a_run_goes_on_where_it_stopped(name, objective, extra, configure, tiny_
         assert progress["problems"] > 2 * PROMPTS, "nothing was sampled again"
     else:
         # What the second half needed of the first: a weight that had moved, and a head that had.
-        assert stopped.kl_coef not in (config.objective.kl_coef, state.kl_coef)
+        assert stopped.kl_coef not in (config.objective.kl.coef, state.kl_coef)
     if name == "ppo":
         assert np.any(stopped.critic.kernel != 0)
         assert np.any(stopped.critic.kernel != state.critic.kernel)

@@ -40,7 +40,7 @@ def make(data_dir):
         sections = {
             "model": {"path": "word_problems_base"},
             "mesh": {"data": 1},
-            "objective": {"variance_budget": 0.01, "verifier_errors": "wrong"},
+            "objective": {"dual": {"budget": 0.01}, "groups": {"verifier_errors": "wrong"}},
             "task": {
                 "name": "text",
                 "data_dir": str(data_dir),
@@ -153,7 +153,7 @@ def test_errors_are_events_and_cost_no_run(make, tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(tmp_path)
     task = make_task(make, reward={"correct": 0.0, "function": "failing:score", "function_batch_size": 1})
-    chosen = make(task=task, objective={"variance_budget": 0.01, "verifier_errors": "abstain"})
+    chosen = make(task=task, objective={"dual": {"budget": 0.01}, "groups": {"verifier_errors": "abstain"}})
     train(chosen, tmp_path / "run", stop_after_iteration=1, say=lambda _: None)
     (row,) = (row for row in files.read_jsonl(tmp_path / "run" / "metrics.jsonl") if row["kind"] == "train")
     assert 0 < row["outcome/errors"] < 16
