@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from r2vpo_jax.losses.arrays import Mask, PerToken, check_tokens, unmasked
+
 SCALES = ("std", "std_biased", "none")
 
 
@@ -94,9 +96,7 @@ def leave_one_out(rewards: Float[Array, " batch"], group_size: int) -> Float[Arr
     return (centered * (votes / jnp.maximum(votes - 1.0, 1.0))).reshape(-1)
 
 
-def whiten(
-    advantages: Float[Array, "batch time"], mask: Bool[Array, "batch time"], *, epsilon: float = 1e-8
-) -> Float[Array, "batch time"]:
+def whiten(advantages: PerToken, mask: Mask, *, epsilon: float = 1e-8) -> PerToken:
     """Zero mean and unit (unbiased) deviation over the unmasked tokens of the whole batch.
 
         A <- (A - mean(A)) / sqrt(var(A) + epsilon)
@@ -112,26 +112,24 @@ def whiten(
     Raises:
       AssertionError: shapes or ranks do not fit (chex).
     """
-    chex.assert_rank([advantages, mask], 2)
-    chex.assert_equal_shape([advantages, mask])
-    mask = jnp.asarray(mask).astype(bool)
-    advantages = jnp.where(mask, jnp.asarray(advantages, jnp.float32), 0.0)
+    mask = check_tokens(mask, advantages)
+    advantages = unmasked(advantages, mask)
     number = jnp.sum(mask, dtype=jnp.float32)
     lowest = jnp.min(jnp.where(mask, advantages, jnp.inf))
     differ = ~(lowest >= jnp.max(jnp.where(mask, advantages, -jnp.inf)))  # true for a NaN too: nothing is hidden
     mean = jnp.sum(advantages) / jnp.maximum(number, 1.0)
-    centered = jnp.where(mask & differ, advantages - mean, 0.0)
+    centered = unmasked(advantages - mean, mask & differ)
     variance = jnp.sum(centered**2) / jnp.maximum(number - 1.0, 1.0)
     return centered * jax.lax.rsqrt(variance + epsilon)
 
 
 def reinforce_pp(
-    token_rewards: Float[Array, "batch time"],
-    mask: Bool[Array, "batch time"],
+    token_rewards: PerToken,
+    mask: Mask,
     *,
     group_size: int | None = None,
     discount: float = 1.0,
-) -> Float[Array, "batch time"]:
+) -> PerToken:
     """REINFORCE++ (arXiv 2501.03262): returns to go, whitened over all tokens of the batch.
 
     With `group_size` it is the paper's variant with a baseline: the mean return of the group is taken off first,
@@ -151,14 +149,12 @@ def reinforce_pp(
       AssertionError: shapes or ranks do not fit (chex).
       ValueError: B is not a multiple of G.
     """
-    chex.assert_rank([token_rewards, mask], 2)
-    chex.assert_equal_shape([token_rewards, mask])
-    mask = jnp.asarray(mask).astype(bool)
-    token_rewards = jnp.where(mask, jnp.asarray(token_rewards, jnp.float32), 0.0)
+    mask = check_tokens(mask, token_rewards)
+    token_rewards = unmasked(token_rewards, mask)
     voted = ~jnp.any(jnp.isnan(token_rewards), axis=1, keepdims=True)
     counted = mask & voted
     if group_size is None:
-        rewards = jnp.where(counted, token_rewards, 0.0)
+        rewards = unmasked(token_rewards, counted)
         returns = gae(rewards, jnp.zeros_like(rewards), mask, discount=discount, trace_decay=1.0)
     else:
         centered = group_relative(jnp.sum(token_rewards, axis=1), group_size, scale="none")
@@ -167,13 +163,13 @@ def reinforce_pp(
 
 
 def gae(
-    rewards: Float[Array, "batch time"],
-    values: Float[Array, "batch time"],
-    mask: Bool[Array, "batch time"],
+    rewards: PerToken,
+    values: PerToken,
+    mask: Mask,
     *,
     discount: float = 1.0,
     trace_decay: float = 0.95,
-) -> Float[Array, "batch time"]:
+) -> PerToken:
     """Generalized advantage estimation (arXiv 1506.02438) over the unmasked tokens of each row.
 
         delta_t = R_t + discount V_{t+1} - V_t,    A_t = delta_t + discount trace_decay A_{t+1}
@@ -190,10 +186,8 @@ def gae(
     Raises:
       AssertionError: shapes or ranks do not fit (chex).
     """
-    chex.assert_rank([rewards, values, mask], 2)
-    chex.assert_equal_shape([rewards, values, mask])
-    mask = jnp.asarray(mask).astype(bool)
-    rewards, values = (jnp.where(mask, jnp.asarray(x, jnp.float32), 0.0) for x in (rewards, values))
+    mask = check_tokens(mask, rewards, values)
+    rewards, values = unmasked(rewards, mask), unmasked(values, mask)
 
     def step(following, token):
         next_advantage, next_value = following

@@ -9,21 +9,24 @@ lambda* = std(A) / (2 sqrt(budget)) (our derivation, checked in tests/test_theor
 one default serve both: give `advantage_scale(A, mask) * lambda` to the loss.
 """
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
-from flax import struct
-from jaxtyping import Array, Bool, Float
+
+from r2vpo_jax.losses.arrays import Advantages, Mask, Scalar, check_tokens, spread
 
 RULES = ("projected", "multiplicative")
 _SMALLEST = 1e-6  # the multiplicative rule cannot leave 0
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class DualState:
     """The dual variable."""
 
-    variance_coef: Float[Array, ""]  # lambda >= 0
+    variance_coef: Scalar  # lambda >= 0
 
 
 def init(coef: float) -> DualState:
@@ -39,7 +42,7 @@ def init(coef: float) -> DualState:
 
 def update(
     state: DualState,
-    ratio_variance: Float[Array, ""],
+    ratio_variance: Scalar,
     *,
     budget: float,
     step: float,
@@ -86,9 +89,7 @@ def update(
     return DualState(variance_coef=jax.lax.stop_gradient(coef))
 
 
-def advantage_scale(
-    advantages: Float[Array, "batch"] | Float[Array, "batch time"], mask: Bool[Array, "batch time"]
-) -> Float[Array, ""]:
+def advantage_scale(advantages: Advantages, mask: Mask) -> Scalar:
     """sigma_A: the root mean square of the advantages over the unmasked tokens; 0 for an empty mask.
 
     Advantages are centered by construction, so this is their deviation. With sigma_A lambda as the multiplier
@@ -105,11 +106,7 @@ def advantage_scale(
     Raises:
       AssertionError: shapes or ranks do not fit (chex).
     """
-    chex.assert_rank(mask, 2)
-    chex.assert_rank(advantages, {1, 2})
-    chex.assert_equal_shape_prefix([advantages, mask], jnp.ndim(advantages))
-    mask = jnp.asarray(mask).astype(bool)
-    advantages = jnp.asarray(advantages, jnp.float32)
-    advantages = jnp.where(mask, advantages[:, None] if advantages.ndim == 1 else advantages, 0.0)
+    mask = check_tokens(mask)
+    advantages = spread(advantages, mask)
     number = jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1.0)
     return jax.lax.stop_gradient(jnp.sqrt(jnp.sum(advantages**2) / number))

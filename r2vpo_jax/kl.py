@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from r2vpo_jax.losses.arrays import LOG_RATIO_CLAMP, clamp
+
 ESTIMATORS = ("k1", "k2", "k3")
-_CLAMP = 20.0  # numerical guard, as in losses.LOG_RATIO_CLAMP
 
 
 def estimate(
@@ -99,4 +100,4 @@ def _log_ratio(first, second):
     first, second = jnp.asarray(first, jnp.float32), jnp.asarray(second, jnp.float32)
     chex.assert_equal_shape([first, second])
     x = first - second
-    return jnp.where(jnp.abs(x) <= _CLAMP, x, jax.lax.stop_gradient(jnp.clip(x, -_CLAMP, _CLAMP)))
+    return jnp.where(jnp.abs(x) <= LOG_RATIO_CLAMP, x, clamp(x))

@@ -20,8 +20,8 @@ from r2vpo_jax import accumulation, corrections, critic, dual, kl, losses, model
 from r2vpo_jax.config import Config, OptimizerConfig
 from r2vpo_jax.critic import CriticState
 from r2vpo_jax.objective import ObjectiveConfig
-from r2vpo_jax.ratio_stats import Stats
 from r2vpo_jax.rollout import Rollout
+from r2vpo_jax.train_stats import TrainStats
 
 
 @struct.dataclass
@@ -84,7 +84,7 @@ class Learner:
     """The jitted functions of one run. Holds no state: `LearnerState` goes in and comes out (donated).
 
     Attributes:
-      update: (state, minibatch) -> (state, Stats). The optimizer step; the state is donated.
+      update: (state, minibatch) -> (state, TrainStats). The optimizer step; the state is donated.
       state_shardings: where each part of a LearnerState lives.
     """
 
@@ -189,7 +189,7 @@ class Learner:
 
     # One optimizer update -------------------------------------------------------------------------------
 
-    def _update(self, state: LearnerState, batch: Rollout) -> tuple[LearnerState, Stats]:
+    def _update(self, state: LearnerState, batch: Rollout) -> tuple[LearnerState, TrainStats]:
         normalizer = self._normalizer(batch)
         with sharding.activate(self.mesh):
             traced = self._traced_hyperparameters(state, batch)
@@ -241,7 +241,7 @@ class Learner:
         return {}
 
     def _micro_batch_loss(self, trained, batch: Rollout, *, state: LearnerState, normalizer, traced):
-        """(loss, Stats) of one micro-batch; losses add up over those of a minibatch."""
+        """(loss, TrainStats) of one micro-batch; losses add up over those of a minibatch."""
         objective, mask = self.config.objective, batch.learning_mask
         scores = self._score_rows(*trained, batch)
         logp, anchor = scores.logp, _anchor(batch)
@@ -399,7 +399,7 @@ class Learner:
           key: decides the shuffle.
 
         Returns:
-          (state, merged Stats, {"first", "last": ratio variance of the first and last minibatch before their
+          (state, merged TrainStats, {"first", "last": ratio variance of the first and last minibatch before their
           updates, "signal": what the multiplier was given, "nonfinite": f32 [N], 1 where an update was skipped}).
         """
         if self.config.objective.correction != "none":

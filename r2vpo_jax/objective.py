@@ -8,16 +8,12 @@ loss function itself. A hyper-parameter that the chosen loss does not have is re
 import dataclasses
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from r2vpo_jax import advantages, corrections, dual, kl, losses
 
 ADVANTAGES = ("group_relative", "leave_one_out", "reinforce_pp", "reinforce_pp_baseline", "gae")
 # Estimators whose baseline is the group: a group of equal rewards has no gradient.
 GROUP_ADVANTAGES = ("group_relative", "leave_one_out", "reinforce_pp_baseline")
-_TRACED = ("variance_coef", "threshold")  # hyper-parameters that the learner computes
-
+_FIELD_OF = {"budget": "m2_budget"}  # the field of a hyper-parameter, where the names differ
 
 _DEFAULTS = {
     "reduction": "token_mean",
@@ -222,8 +218,8 @@ class ObjectiveConfig:
 
     def hyperparameters(self) -> dict[str, Any]:
         """The keyword arguments of the loss that are set: what is None keeps the loss function's default."""
-        names = [n for n in losses.hyperparameters(self.loss) if n not in _TRACED]
-        return {n: getattr(self, n) for n in names if getattr(self, n) is not None}
+        fields = {n: _FIELD_OF.get(n, n) for n in losses.hyperparameters(self.loss)}
+        return {n: getattr(self, field) for n, field in fields.items() if getattr(self, field) is not None}
 
     def _check_choices(self):
         for name, known in (
@@ -288,23 +284,15 @@ class ObjectiveConfig:
         """Refuse what the loss does not take; the ranges are the loss function's own checks."""
         for name in sorted(_LOSS_HYPERPARAMETERS - _taken_by(self.loss)):
             require(getattr(self, name) is None, f"objective.{name} is not a hyper-parameter of loss {self.loss}")
-        traced = {n: 1.0 for n in losses.hyperparameters(self.loss) if n in _TRACED}
-        token = jax.ShapeDtypeStruct((1, 1), jnp.float32)
         try:
-            jax.eval_shape(
-                lambda x: losses.get(self.loss)(
-                    x, x, x, x, normalizer=1.0, reduction=self.reduction, **traced, **self.hyperparameters()
-                ),
-                token,
-            )
+            losses.check_hyperparameters(self.loss, **self.hyperparameters())
         except ValueError as error:
             raise ValueError(f"objective: {error}") from error
 
 
 def _taken_by(loss: str) -> set[str]:
-    """The fields that are hyper-parameters of a loss. M2PO's budget is one of its threshold."""
-    names = set(losses.hyperparameters(loss)) if loss in losses.names() else set()
-    return (names - set(_TRACED)) | ({"m2_budget"} if loss == "m2po" else set())
+    """The fields that are hyper-parameters of a loss."""
+    return {_FIELD_OF.get(n, n) for n in losses.hyperparameters(loss)} if loss in losses.names() else set()
 
 
 _LOSS_HYPERPARAMETERS = set().union(*map(_taken_by, losses.names()))

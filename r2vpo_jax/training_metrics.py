@@ -5,16 +5,16 @@ import numpy as np
 
 from r2vpo_jax import credit, critic, ratio_stats
 from r2vpo_jax.objective import ObjectiveConfig
-from r2vpo_jax.ratio_stats import Stats
 from r2vpo_jax.rollout import Rollout
 from r2vpo_jax.tasks.base import Outcome, Task
+from r2vpo_jax.train_stats import TrainStats
 
 
 def row(
     objective: ObjectiveConfig,
     sampled: Rollout,
     drawn: list[Rollout],
-    learned: list[tuple[Stats, dict]],
+    learned: list[tuple[TrainStats, dict]],
     spent: dict,
     *,
     group_size: int,
@@ -102,7 +102,7 @@ def _plain(result: dict) -> dict:
     return {k: v.item() if hasattr(v, "item") else v for k, v in result.items()}
 
 
-def _optional(objective: ObjectiveConfig, stats: Stats, kl_coef: float) -> dict:
+def _optional(objective: ObjectiveConfig, stats: TrainStats, kl_coef: float) -> dict:
     """What exists only with a KL divergence, a critic, or a correction."""
     result = {}
     if objective.kl_coef:

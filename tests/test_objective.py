@@ -1,7 +1,6 @@
 """Presets set what their sources say; what a loss does not take, or what does not go together, is refused."""
 
 import dataclasses
-import inspect
 import json
 import re
 
@@ -12,8 +11,8 @@ from r2vpo_jax.objective import ADVANTAGES, GROUP_ADVANTAGES, PRESETS, Objective
 from tests.conftest import ROOT
 
 FIELDS = {field.name: field for field in dataclasses.fields(ObjectiveConfig)}
-TRACED = {"variance_coef", "threshold"}  # the learner computes them
-HYPER = {name: set(losses.hyperparameters(name)) - TRACED for name in losses.names()}
+# M2PO's budget is the field m2_budget.
+HYPER = {name: set(losses.hyperparameters(name)) - {"budget"} for name in losses.names()}
 
 # What a preset has unless its row below says otherwise.
 COMMON = {
@@ -136,8 +135,8 @@ EXPECTED = {
 
 def in_force(objective):
     """The constants that the loss runs with: those that are set, over its own defaults."""
-    parameters = inspect.signature(losses.get(objective.loss)).parameters
-    return {name: parameters[name].default for name in HYPER[objective.loss]} | objective.hyperparameters()
+    constants = losses.hyperparameters(objective.loss) | objective.hyperparameters()
+    return {name: value for name, value in constants.items() if name != "budget"}
 
 
 @pytest.mark.parametrize("name", PRESETS)

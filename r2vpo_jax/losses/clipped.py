@@ -1,11 +1,10 @@
 """Objectives that cut something off at a bound of each token's ratio, or of its change of probability."""
 
-import chex
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
-from r2vpo_jax.losses.core import Advantages, Logp, Loss, Mask, Normalizer, Weights, check_clip, prepare, require
+from r2vpo_jax.losses.arrays import Advantages, Logp, Mask, Normalizer, Scalar, Weights, scalar
+from r2vpo_jax.losses.core import Loss, check_clip, prepare, require
 
 
 def ppo_clip_loss(
@@ -42,20 +41,11 @@ def ppo_clip_loss(
     """
     check_clip(clip_low, clip_high, dual_clip)
     x = prepare(logp, behavior_logp, advantages, mask, weights)
+    low, high = x.outside(x.ratio, 1 - clip_low, 1 + clip_high)
     # A choice, not a minimum: on the bound itself a minimum would share the gradient between its arguments.
-    low = (x.advantages < 0) & (x.ratio < 1 - clip_low)
-    high = (x.advantages > 0) & (x.ratio > 1 + clip_high)
-    bounded = jnp.zeros_like(x.mask) if dual_clip is None else (x.advantages < 0) & (x.ratio > dual_clip)
     ratio = jnp.where(high, 1 + clip_high, jnp.where(low, 1 - clip_low, x.ratio))
-    ratio = ratio if dual_clip is None else jnp.where(bounded, dual_clip, ratio)
-    return x.finish(
-        ratio * x.advantages,
-        reduction,
-        normalizer,
-        clip_fraction_low=low,
-        clip_fraction_high=high,
-        dual_clip_fraction=bounded,
-    )
+    surrogate, bounded = _dual_clip(x, ratio * x.advantages, dual_clip)
+    return x.finish(surrogate, reduction, normalizer, cut=(low, high), dual_clip_fraction=bounded)
 
 
 def cispo_loss(
@@ -125,22 +115,10 @@ def gppo_loss(
     check_clip(clip_low, clip_high, dual_clip)
     require(keep_low >= 0 and keep_high >= 0, f"keep_low and keep_high must be >= 0, got {keep_low} and {keep_high}")
     x = prepare(logp, behavior_logp, advantages, mask, weights)
-    low = (x.advantages < 0) & (x.ratio < 1 - clip_low)
-    high = (x.advantages > 0) & (x.ratio > 1 + clip_high)
+    low, high = x.outside(x.ratio, 1 - clip_low, 1 + clip_high)
     factor = jnp.where(high, keep_high * (1 + clip_high), jnp.where(low, keep_low * (1 - clip_low), x.ratio))
-    surrogate = x.with_coefficient(factor * x.advantages)
-    bounded = jnp.zeros_like(x.mask)
-    if dual_clip is not None:
-        bounded = (x.advantages < 0) & (x.ratio > dual_clip)
-        surrogate = jnp.where(bounded, dual_clip * x.advantages, surrogate)
-    return x.finish(
-        surrogate,
-        reduction,
-        normalizer,
-        clip_fraction_low=low,
-        clip_fraction_high=high,
-        dual_clip_fraction=bounded,
-    )
+    surrogate, bounded = _dual_clip(x, x.with_coefficient(factor * x.advantages), dual_clip)
+    return x.finish(surrogate, reduction, normalizer, cut=(low, high), dual_clip_fraction=bounded)
 
 
 def aspo_loss(
@@ -173,13 +151,12 @@ def aspo_loss(
     """
     check_clip(clip_low, clip_high, dual_clip)
     x = prepare(logp, behavior_logp, advantages, mask, weights)
-    low = (x.advantages < 0) & (x.ratio < 1 - clip_low)
-    high = (x.advantages > 0) & (x.ratio > 1 + clip_high)
+    low, high = x.outside(x.ratio, 1 - clip_low, 1 + clip_high)
     positive = jnp.minimum(jnp.exp(-x.log_ratio), dual_clip)
     factor = jnp.where(x.advantages > 0, positive, jnp.minimum(x.ratio, dual_clip))
     cut = jnp.where(high, 1 / (1 + clip_high), 1 - clip_low) * x.advantages
     surrogate = jnp.where(low | high, cut, x.with_coefficient(factor * x.advantages))
-    return x.finish(surrogate, reduction, normalizer, clip_fraction_low=low, clip_fraction_high=high)
+    return x.finish(surrogate, reduction, normalizer, cut=(low, high))
 
 
 def dppo_tv_loss(
@@ -267,7 +244,7 @@ def dppo_kl_loss(
 
 def m2po_threshold(
     logp: Logp, behavior_logp: Logp, advantages: Advantages, mask: Mask, *, budget: float = 0.04
-) -> Float[Array, ""]:
+) -> Scalar:
     """The |log r| beyond which `m2po_loss` cuts: the second moment of what is kept stays within the budget.
 
     Harmful tokens are those that a step along the advantage moves further away: A > 0 and r > 1, or A < 0 and
@@ -291,7 +268,7 @@ def m2po_threshold(
       AssertionError: shapes or ranks do not fit (chex).
       ValueError: budget out of range.
     """
-    require(budget > 0, f"budget must be > 0, got {budget}")
+    _check_budget(budget)
     x = prepare(logp, behavior_logp, advantages, mask, None)
     harmful = x.advantages * x.log_ratio > 0
     magnitude = jnp.sort(jnp.where(harmful, jnp.abs(jax.lax.stop_gradient(x.log_ratio)), jnp.inf).reshape(-1))
@@ -313,7 +290,8 @@ def m2po_loss(
     advantages: Advantages,
     mask: Mask,
     *,
-    threshold: float | Float[Array, ""],
+    budget: float = 0.04,
+    threshold: float | Scalar | None = None,
     weights: Weights = None,
     reduction: str = "token_mean",
     normalizer: Normalizer = None,
@@ -327,27 +305,37 @@ def m2po_loss(
     Source: arXiv 2510.01161; see `m2po_threshold`.
 
     Args: as `r2vpo_loss`, and
-      threshold: of |log r|, from `m2po_threshold`; inf is the unclipped policy gradient.
+      budget: > 0, of `m2po_threshold`.
+      threshold: of |log r|; inf is the unclipped policy gradient. None takes `m2po_threshold` of the arrays given;
+        where these are one micro-batch of many, give that of the whole minibatch instead.
 
     Returns:
       (loss, stats); stats also has `clip_fraction_low` and `clip_fraction_high`.
 
     Raises:
-      AssertionError, ValueError: as `r2vpo_loss`.
+      AssertionError, ValueError: as `r2vpo_loss`; ValueError for a budget out of range.
     """
+    _check_budget(budget)
     x = prepare(logp, behavior_logp, advantages, mask, weights)
-    threshold = jax.lax.stop_gradient(jnp.asarray(threshold, jnp.float32))
-    chex.assert_rank(threshold, 0)
-    low = (x.advantages < 0) & (x.log_ratio < -threshold)
-    high = (x.advantages > 0) & (x.log_ratio > threshold)
+    if threshold is None:
+        threshold = m2po_threshold(logp, behavior_logp, advantages, mask, budget=budget)
+    threshold = scalar(threshold)
+    low, high = x.outside(x.log_ratio, -threshold, threshold)
     bound = jnp.exp(jnp.clip(jax.lax.stop_gradient(x.log_ratio), -threshold, threshold))
-    return x.finish(
-        jnp.where(low | high, bound, x.ratio) * x.advantages,
-        reduction,
-        normalizer,
-        clip_fraction_low=low,
-        clip_fraction_high=high,
-    )
+    surrogate = jnp.where(low | high, bound, x.ratio) * x.advantages
+    return x.finish(surrogate, reduction, normalizer, cut=(low, high))
+
+
+def _dual_clip(x, surrogate, bound):
+    """(the surrogate, held at bound * A where A < 0 and r > bound; those tokens). None is no bound."""
+    if bound is None:
+        return surrogate, jnp.zeros_like(x.mask)
+    beyond = (x.advantages < 0) & (x.ratio > bound)
+    return jnp.where(beyond, bound * x.advantages, surrogate), beyond
+
+
+def _check_budget(budget):
+    require(budget > 0, f"budget must be > 0, got {budget}")
 
 
 def _check_divergences(low, high, largest):
@@ -365,11 +353,4 @@ def _probabilities(x):
 
 def _masked_score(x, low, high, max_ratio, reduction, normalizer, penalty=None):
     factor = jnp.where(low | high, 0.0, jnp.minimum(x.ratio, max_ratio))
-    return x.finish(
-        x.score_function(factor * x.advantages),
-        reduction,
-        normalizer,
-        penalty=penalty,
-        clip_fraction_low=low,
-        clip_fraction_high=high,
-    )
+    return x.finish(x.score_function(factor * x.advantages), reduction, normalizer, penalty=penalty, cut=(low, high))

@@ -1,11 +1,9 @@
 """Objectives without a cliff: the importance-weighted policy gradient, and what subtracts a penalty from it."""
 
-import chex
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
-from r2vpo_jax.losses.core import Advantages, Logp, Loss, Mask, Normalizer, Weights, prepare, require
+from r2vpo_jax.losses.arrays import Advantages, Logp, Mask, Normalizer, Scalar, Weights, scalar
+from r2vpo_jax.losses.core import Loss, prepare, require
 
 PENALTY_SCOPES = ("token", "sequence")
 
@@ -16,7 +14,7 @@ def r2vpo_loss(
     advantages: Advantages,
     mask: Mask,
     *,
-    variance_coef: float | Float[Array, ""],
+    variance_coef: float | Scalar,
     penalty_scope: str = "token",
     weights: Weights = None,
     reduction: str = "token_mean",
@@ -53,8 +51,6 @@ def r2vpo_loss(
     """
     require(penalty_scope in PENALTY_SCOPES, f"unknown penalty_scope {penalty_scope!r}; one of {PENALTY_SCOPES}")
     x = prepare(logp, behavior_logp, advantages, mask, weights)
-    variance_coef = jax.lax.stop_gradient(jnp.asarray(variance_coef, jnp.float32))
-    chex.assert_rank(variance_coef, 0)
     if penalty_scope == "token":
         excess, square = x.excess, x.excess**2
     else:
@@ -63,7 +59,9 @@ def r2vpo_loss(
         excess = jnp.expm1(mean)
         slope = 2 * jnp.exp(mean) * excess
         square = excess**2 + (x.with_coefficient(slope) - slope)
-    return x.finish(x.ratio * x.advantages, reduction, normalizer, penalty=variance_coef * square, excess=excess)
+    return x.finish(
+        x.ratio * x.advantages, reduction, normalizer, penalty=scalar(variance_coef) * square, excess=excess
+    )
 
 
 def policy_gradient_loss(

@@ -3,17 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from r2vpo_jax.losses.core import (
-    LOG_RATIO_CLAMP,
-    Advantages,
-    Logp,
-    Loss,
-    Mask,
-    Normalizer,
-    Weights,
-    prepare,
-    require,
-)
+from r2vpo_jax.losses.arrays import Advantages, Logp, Mask, Normalizer, Weights, clamp
+from r2vpo_jax.losses.core import Loss, prepare, require
 
 
 def sapo_loss(
@@ -85,7 +76,7 @@ def vespo_loss(
         f"{decay_negative}",
     )
     x = prepare(logp, behavior_logp, advantages, mask, weights)
-    log_w = jnp.clip(x.sequence_log_ratio(), -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
+    log_w = clamp(x.sequence_log_ratio())
     power = jnp.where(x.advantages >= 0, power_positive, power_negative)
     decay = jnp.where(x.advantages >= 0, decay_positive, decay_negative)
     phi = jnp.exp(power * log_w - decay * jnp.expm1(log_w))
@@ -119,6 +110,6 @@ def topr_loss(
     """
     require(max_ratio > 0, f"max_ratio must be > 0, got {max_ratio}")
     x = prepare(logp, behavior_logp, advantages, mask, weights)
-    w = jnp.exp(jnp.clip(x.sequence_log_ratio(), -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP))
+    w = jnp.exp(clamp(x.sequence_log_ratio()))
     factor = jnp.where(x.advantages >= 0, 1.0, jnp.minimum(w, max_ratio))
     return x.finish(x.score_function(factor * x.advantages), reduction, normalizer)
