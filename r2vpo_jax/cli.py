@@ -9,9 +9,7 @@ import pathlib
 import re
 import sys
 
-import r2vpo_jax  # noqa: F401  (first: it takes the start time)
-
-# isort: split
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -86,8 +84,6 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 def start_devices() -> None:
     """Compilation cache, and the other processes of a pod. Call before anything touches a device."""
-    import jax
-
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path.cwd() / ".cache" / "jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
