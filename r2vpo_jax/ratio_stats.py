@@ -197,10 +197,10 @@ def summarize(stats: TrainStats) -> dict[str, float]:
     ess = mean("ratio") ** 2 / mean("ratio_squared") if number > 0 else 1.0
     return {
         "ratio/mean": 1 + first,
-        "ratio/second_moment_mean": second,
-        "ratio/variance": max(second - first**2, 0.0),  # rounding may leave it below zero
-        "ratio/second_moment_positive": mean("excess_squared_positive"),
-        "ratio/second_moment_negative": mean("excess_squared_negative"),
+        "ratio/token_second_moment": second,
+        "ratio/token_variance": max(second - first**2, 0.0),  # rounding may leave it below zero
+        "ratio/token_second_moment_positive": mean("excess_squared_positive"),
+        "ratio/token_second_moment_negative": mean("excess_squared_negative"),
         "ratio/effective_sample_size": ess,
         "ratio/max": float(stats.maxima["ratio"]),
         "ratio/max_abs_log": float(stats.maxima["abs_log"]),
