@@ -2,13 +2,13 @@
 
 from r2vpo_jax.verifiers.answers import canonical, exact, extract, math, numeric
 from r2vpo_jax.verifiers.extraction import STYLES, format_score
-from r2vpo_jax.verifiers.pool import KINDS, Check, Verdict, VerifierPool
+from r2vpo_jax.verifiers.pool import KINDS, Check, Judgement, VerifierPool
 
 __all__ = [
     "KINDS",
     "STYLES",
     "Check",
-    "Verdict",
+    "Judgement",
     "VerifierPool",
     "canonical",
     "exact",
