@@ -9,7 +9,7 @@ import re
 from r2vpo_jax.data.base import Example
 from r2vpo_jax.verifiers.extraction import extract
 
-ANSWER_STYLES = ("verbatim", "hash", "boxed", "list")
+ANSWER_STYLES = ("verbatim", "hash", "boxed", "list")  # where in a stored answer the final one is
 
 
 class MissingError(ValueError):

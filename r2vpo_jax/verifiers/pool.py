@@ -27,7 +27,7 @@ from r2vpo_jax.verifiers import answers, extraction, notation
 from r2vpo_jax.verifiers.outcome import Outcome
 from r2vpo_jax.verifiers.process import Process, ProtocolError, Starter
 
-KINDS = ("math", "numeric", "exact", "reasoning_gym")
+KINDS = ("math", "numeric", "exact", "reasoning_gym")  # how an answer is judged
 STARTUP_LIMIT = 60.0  # seconds for a process to start, or to import a kind or a function
 RIGHT_ABOVE = 0.5  # value of a user's function that counts as right
 _MAX_FAILED_STARTS = 3
