@@ -12,7 +12,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a finished run.")
 
 
 def main():
-    cli.require(_WORKDIR, "runs/quickstart")
+    cli.require_flag(_WORKDIR, "runs/quickstart")
     from r2vpo_jax.run import report
 
     with cli.usage_errors():
