@@ -268,13 +268,13 @@ class VerifierPool:
                     while queue or any(slot.job for slot in self._slots):
                         self._fill(queue)
                         self._wait(selector)
-                        self._look_after()
+                        self._poll()
             except BaseException:
                 for slot in self._slots:  # their answers are not waited for
                     if slot.job is not None:
                         self._drop(slot)
                 raise
-            self._bury()
+            self._reap()
 
     def _fill(self, queue) -> None:
         """Gives jobs to slots without one, and the next request to processes that are ready for one."""
@@ -283,9 +283,9 @@ class VerifierPool:
                 slot.job = queue.popleft()
                 if slot.process is not None and slot.process.has_ended():  # idle, and killed from outside
                     process, slot.process = slot.process, None
-                    self._retire(process)
+                    self._terminate(process)
                 if slot.process is not None:
-                    self._proceed(slot)
+                    self._send_next(slot)
             if slot.job is not None and slot.process is None:
                 self._start(slot)
 
@@ -293,7 +293,7 @@ class VerifierPool:
         slot.process = Process(self._starter, self._memory_limit_mb)
         slot.number, slot.deadline = 0, time.monotonic() + STARTUP_LIMIT
 
-    def _proceed(self, slot) -> None:
+    def _send_next(self, slot) -> None:
         """Sends the slot's next request: what to import, or its job."""
         job = slot.job
         self._number += 1
@@ -321,7 +321,7 @@ class VerifierPool:
         nearest = min((slot.deadline for slot in busy), default=0.0)
         selector.select(max(0.0, min(_POLL, nearest - time.monotonic())))
 
-    def _look_after(self) -> None:
+    def _poll(self) -> None:
         now = time.monotonic()
         for slot in self._slots:
             if slot.job is None:
@@ -338,7 +338,7 @@ class VerifierPool:
                 self._died(slot)
             except ProtocolError as error:  # it does not keep to the protocol
                 self._fail(slot, Judgement(Outcome.ERROR, f"verifier process sent {error}"))
-        self._bury()
+        self._reap()
 
     def _receive(self, slot, reply) -> None:
         if reply.get("id") != slot.number:
@@ -359,7 +359,7 @@ class VerifierPool:
             else:
                 self._finish(slot, reply)
             return
-        self._proceed(slot)
+        self._send_next(slot)
 
     def _finish(self, slot, result) -> None:
         job, slot.job, slot.loading, slot.deadline = slot.job, None, None, math.inf
@@ -368,7 +368,7 @@ class VerifierPool:
     def _fail(self, slot, result) -> None:
         """Closes the job with this judgement or reply and kills the process."""
         process, slot.process = slot.process, None
-        self._retire(process)
+        self._terminate(process)
         self._finish(slot, result)
 
     def _expire(self, slot) -> None:
@@ -391,7 +391,7 @@ class VerifierPool:
     def _start_failed(self, slot, reason) -> None:
         """Tries again with another process, a few times."""
         process, slot.process = slot.process, None
-        self._retire(process)
+        self._terminate(process)
         self._failed_starts += 1
         if self._failed_starts >= _MAX_FAILED_STARTS:
             self._failed_starts = 0
@@ -406,13 +406,13 @@ class VerifierPool:
     def _drop(self, slot) -> None:
         process, slot.process, slot.job, slot.loading = slot.process, None, None, None
         if process is not None:
-            self._retire(process)
+            self._terminate(process)
 
-    def _retire(self, process) -> None:
+    def _terminate(self, process) -> None:
         process.kill()
         self._dying.append(process)
 
-    def _bury(self) -> None:
+    def _reap(self) -> None:
         self._dying[:] = [process for process in self._dying if not process.reap()]
 
 

@@ -329,7 +329,7 @@ def test_an_interrupted_call_leaves_a_pool_that_works(folder, monkeypatch):
     with VerifierPool(num_workers=2, time_limit=60) as pool:
         pool.check([Check("math", "5", r"\boxed{5}"), Check("math", "5", r"\boxed{6}")])
         with monkeypatch.context() as patch:
-            look, calls = pool._look_after, []
+            look, calls = pool._poll, []
 
             def interrupted():
                 calls.append(None)
@@ -337,7 +337,7 @@ def test_an_interrupted_call_leaves_a_pool_that_works(folder, monkeypatch):
                     raise KeyboardInterrupt
                 look()
 
-            patch.setattr(pool, "_look_after", interrupted)
+            patch.setattr(pool, "_poll", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 pool.check([Check("math", str(n), r"\boxed{9^{9^{9^{9}}}}") for n in range(4)])
         start = time.monotonic()
