@@ -32,8 +32,8 @@ _CONFIG = _define_flags(EvaluationConfig)
 
 
 def main():
-    cli.require(_CONFIG["tasks"], "arithmetic,gsm8k_fixture")
-    cli.require(_OUTPUT, "runs/eval")
+    cli.require_flag(_CONFIG["tasks"], "arithmetic,gsm8k_fixture")
+    cli.require_flag(_OUTPUT, "runs/eval")
     with cli.usage_errors():
         config = EvaluationConfig(**{name: flag.value for name, flag in _CONFIG.items()})
     cli.start_devices()
