@@ -193,9 +193,7 @@ def write(workdir, summary: dict, rows) -> None:
         f"<h2>Configuration</h2><pre>{html.escape(json.dumps(config, indent=2))}</pre>\n",
         encoding="utf-8",
     )
-    temporary = directory / "summary.json.tmp"
-    temporary.write_text(json.dumps(summary, indent=2) + "\n")
-    temporary.replace(directory / "summary.json")
+    files.write_atomically(directory / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
 def _plot(file, summary, rows) -> None:
