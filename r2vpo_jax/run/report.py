@@ -131,7 +131,7 @@ def table(summary: dict) -> str:
         f"{summary['noise_floor_ratio_second_moment']:.1e})",
         f"variance coefficient        {summary['final_variance_coef']:.3f} at the end ({kind}), "
         f"{summary['second_half_variance_coef']:.3f} on average in the second half",
-        f"entropy at the end          {summary['final_entropy']:.4f} nats a token",
+        f"entropy at the end          {summary['final_entropy']:.4f} nats per token",
         f"a clip at {_CLIP_EPSILON} would zero      {100 * summary['clip_fraction']:.3f} % of the tokens, which carry "
         f"{100 * summary['clip_gradient_share']:.2f} % of this objective's gradient",
         *_kept(summary),
@@ -333,7 +333,7 @@ def _draw_kept(axes, x, series) -> None:
     names = {"retained": ("kept (retained)", "C2"), "restoring": ("reversed (restoring)", "C1")}
     for name, (label, color) in names.items():
         axes[0].plot(x, series(f"keeps/{name}"), ".-", color=color, lw=1, ms=4, label=label)
-    axes[0].set(title="Those tokens: gradient kept / reversed", ylabel="share of their unclipped gradient")
+    axes[0].set(title="Cut tokens: gradient kept / reversed", ylabel="share of their unclipped gradient")
     _compress_above_one(axes[0])
 
     ax = axes[1]
@@ -344,7 +344,7 @@ def _draw_kept(axes, x, series) -> None:
         ax.bar(places + offset, means, 0.4, color=color, label=label)
     _compress_above_one(ax)
     ax.set_xticks(places, list(_KINDS_OF_TOKENS.values()), rotation=60, ha="right", fontsize=8)
-    ax.set(title="Kept / reversed by kind (mean of the run)", ylabel="share of their unclipped gradient")
+    ax.set(title="Cut tokens by kind (mean of the run)", ylabel="share of their unclipped gradient")
 
     axes[2].plot(x, 100 * series("ratio/top_permille_share"), color="C0", lw=1, label="share of V")
     axes[2].plot(x, 100 * series("keeps/top_permille_gradient"), color="C6", lw=1, label="share of the gradient")
