@@ -249,7 +249,12 @@ def _draw_summary(figure, summary, rows) -> None:
         left.plot(_series(rows_of, "rollouts") / 1000, _series(rows_of, name), **style)
     left.axhline(summary["base_pass_at_1"], color="C3", ls=":", label="base model, test")
     left.axhline(summary["final_pass_at_1"], color="C2", ls="--", label="fine-tuned, test")
-    left.set(title="Share of right answers", xlabel="thousands of rollouts (responses sampled)", ylabel="pass@1", ylim=(0, 1.02))
+    left.set(
+        title="Share of right answers",
+        xlabel="thousands of rollouts (responses sampled)",
+        ylabel="pass@1",
+        ylim=(0, 1.02),
+    )
 
     x, variance = _series(train, "iteration"), np.maximum(_series(train, "ratio/variance"), _TINY)
     right.semilogy(x, variance, color="C0", lw=0.8, alpha=0.45, label="V of each iteration")
@@ -293,7 +298,9 @@ def _draw_curves(figure, summary, rows) -> None:
 
     ax = axes[0, 1]
     ax.semilogy(x, np.maximum(series("ratio/variance"), _TINY), color="C0", lw=1, label="last minibatch (λ sees it)")
-    ax.semilogy(x, np.maximum(series("ratio/variance_mean"), _TINY), color="0.7", lw=1, label="mean over all minibatches")
+    ax.semilogy(
+        x, np.maximum(series("ratio/variance_mean"), _TINY), color="0.7", lw=1, label="mean over all minibatches"
+    )
     if summary["variance_budget"] is not None:
         ax.axhline(summary["variance_budget"], color="C3", ls="--", label="budget δ")
     floor = summary["noise_floor_ratio_second_moment"]
