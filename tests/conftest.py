@@ -8,16 +8,15 @@ import dataclasses
 import math
 import os
 import pathlib
+import shutil
 
 import jax
 import jax.extend
 import numpy as np
 import pytest
 
-from experiments.base_models import pretraining
 from r2vpo_jax import advantages, config, models, sampler, sharding, tasks
 from r2vpo_jax.models import base as base_model
-from r2vpo_jax.tasks.arithmetic import SYMBOLS, make_tokenizer
 
 ROOT = pathlib.Path(__file__).parent.parent
 # In the environment too, for the processes that tests start.
@@ -30,20 +29,8 @@ jax.config.update(
 
 # Two or three operands of one digit: prompts of 4 or 6 tokens, responses of up to 14.
 TASK = {"min_operands": 2, "max_operands": 3, "num_digits": 1}
-PRETRAIN = pretraining.PretrainConfig(
-    num_steps=300,
-    batch_size=64,
-    micro_batch_size=64,
-    learning_rate=2e-2,
-    warmup_steps=10,
-    forget_carry=0.0,
-    slip=0.2,
-    hidden_size=16,
-    intermediate_size=32,
-    num_layers=1,
-    num_heads=2,
-    num_kv_heads=1,
-)
+# A base model of 3,000 parameters that is right now and then (tests/make_tiny_base.py).
+TINY_BASE = ROOT / "tests" / "tiny_base"
 
 
 @pytest.fixture(scope="session")
@@ -58,19 +45,9 @@ def mesh():
 
 
 @pytest.fixture(scope="session")
-def pretrained(task):
-    """(model, params, losses by step) of a base model that is right now and then: rewards differ in a group."""
-    losses = {}
-    model, params = pretraining.pretrain(PRETRAIN, task, len(SYMBOLS), losses.__setitem__)
-    return model, params, losses
-
-
-@pytest.fixture(scope="session")
-def tiny_checkpoint(pretrained, tmp_path_factory):
-    """A Hugging Face directory with that model and the task's tokenizer. Copy it before changing it."""
-    path = tmp_path_factory.mktemp("tiny") / "checkpoint"
-    models.save_pretrained(path, *pretrained[:2], make_tokenizer())
-    return path
+def tiny_checkpoint(tmp_path_factory):
+    """A Hugging Face directory with the tests' base model and the task's tokenizer. Copy it before changing it."""
+    return shutil.copytree(TINY_BASE, tmp_path_factory.mktemp("tiny") / "checkpoint")
 
 
 @pytest.fixture(scope="session")
