@@ -11,7 +11,7 @@ import pathlib
 from experiments.base_models import pretraining
 from r2vpo_jax import models, tasks
 from r2vpo_jax.tasks.arithmetic import SYMBOLS, make_tokenizer
-from tests.conftest import TASK, TINY_BASE
+from tests.helpers.paths import TASK, TINY_BASE
 
 CONFIG = pretraining.PretrainConfig(
     num_steps=300,

@@ -13,7 +13,7 @@ from r2vpo_jax.config import ModelConfig
 from r2vpo_jax.evaluation.validation import evaluate
 from r2vpo_jax.models.base import open_base_model
 from r2vpo_jax.tasks.arithmetic import SYMBOLS
-from tests.conftest import random_params
+from tests.helpers.params import random_params
 from tests.make_tiny_base import CONFIG
 
 

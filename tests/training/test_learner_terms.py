@@ -17,7 +17,7 @@ from r2vpo_jax import dual, losses, sharding
 from r2vpo_jax.config import ObjectiveConfig
 from r2vpo_jax.training import critic
 from r2vpo_jax.training.learner import Learner
-from tests.conftest import random_params
+from tests.helpers.params import random_params
 from tests.training.test_learner import KEY, RATE, assert_same
 
 COEF = 2.5

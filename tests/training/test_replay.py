@@ -16,7 +16,7 @@ from r2vpo_jax.run import files
 from r2vpo_jax.training.learner import Learner
 from r2vpo_jax.training.replay import ReplayBuffer, ReplayError
 from r2vpo_jax.training.trainer import train
-from tests.conftest import ROOT
+from tests.helpers.paths import ROOT
 from tests.training.test_trainer import rows
 
 GROUPS, GROUP, PROMPT, RESPONSE = 4, 2, 3, 5

@@ -20,7 +20,7 @@ from r2vpo_jax.training import trainer
 from r2vpo_jax.training.collector import train_problem_index
 from r2vpo_jax.training.learner import Learner
 from r2vpo_jax.training.trainer import train
-from tests.conftest import ROOT
+from tests.helpers.paths import ROOT
 
 NUM_ITERATIONS, ROWS, UPDATES = 4, 16, 4  # of the tiny run
 

@@ -13,7 +13,7 @@ from r2vpo_jax.tasks.base import Outcome, Verdicts
 from r2vpo_jax.training import credit, trainer
 from r2vpo_jax.training.collector import Collector
 from r2vpo_jax.training.trainer import train
-from tests.conftest import ROOT
+from tests.helpers.paths import ROOT
 from tests.training.test_trainer import assert_same_run, final_state, rows
 
 GROUP, PROMPTS = 4, 4  # of the tiny run
