@@ -6,11 +6,10 @@ any work is done; everything unexpected keeps its traceback and exit code 1.
 
 import os
 import pathlib
+import re
 import sys
 
-import r2vpo_jax  # noqa: F401  (first: it takes the start time)
-
-# isort: split
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -58,6 +57,8 @@ def resolve(flag) -> config_lib.Config:
     if _PRINT_CONFIG.value:
         print(config_lib.describe(config))
         sys.exit(0)
+    if ignored := config_lib.without_effect(flag.value.to_dict()):
+        print(f"note: {', '.join(ignored)} have no effect with these settings", file=sys.stderr)
     return config
 
 
@@ -83,8 +84,6 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 def start_devices() -> None:
     """Compilation cache, and the other processes of a pod. Call before anything touches a device."""
-    import jax
-
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path.cwd() / ".cache" / "jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -100,15 +99,21 @@ def _fail(message: str) -> None:
 
 
 def _reason(error: Exception, argv) -> str:
-    """What was wrong with the flags; an unknown config field by its full name."""
-    lines = (str(error) or repr(error)).strip().splitlines()
+    """What was wrong with the flags; an unknown config field by its full name, an old one with its new name."""
+    while error.args and isinstance(error.args[0], Exception):  # ml_collections wraps one error into another
+        error = error.args[0]
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    lines = (text or repr(error)).strip().splitlines()
     # What a configuration file raises comes as a traceback, the exception itself in the last line.
     message = lines[-1] if "whilst parsing config file" in lines[0] else lines[0]
-    if isinstance(error, (KeyError, AttributeError)):
-        for argument in argv[1:]:
-            path = argument.lstrip("-").partition("=")[0]
-            if path.startswith("config.") and any(f"'{name}'" in str(error) for name in path.split(".")[1:]):
-                return f"unknown config field {path.removeprefix('config.')}"
+    names = [argument.lstrip("-").partition("=")[0] for argument in argv[1:]]
+    for field in (name.removeprefix("config.") for name in names if name.startswith("config.")):
+        base = "base." if field.startswith("base.") else ""  # of a sweep
+        if now := config_lib.new_name(field.removeprefix(base)):
+            return f"config field {field} is now {base}{now}"
+        if isinstance(error, (KeyError, AttributeError)) and any(f"'{name}'" in text for name in field.split(".")):
+            near = re.search(r'Did you mean "(\w+)"', text)
+            return f"unknown config field {field}" + (f"; did you mean {near[1]}?" if near else "")
     return message
 
 
@@ -140,8 +145,9 @@ def run(main) -> None:
             print("interrupted; what was saved is intact", file=sys.stderr)
             return 130
 
-    for flag in (_PRINT_CONFIG, _DISTRIBUTED, _COORDINATOR, _NUM_PROCESSES, _PROCESS_ID):
-        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])  # so that --help shows it
+    shared = (_PRINT_CONFIG, _DISTRIBUTED, _COORDINATOR, _NUM_PROCESSES, _PROCESS_ID)
+    for name in (*(flag.name for flag in shared), *({"config"} & set(flags.FLAGS))):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])  # so that --help shows it
     app.run(guarded, flags_parser=parse)
 
 

@@ -110,7 +110,7 @@ def explained_variance(stats) -> float:
     1 is a perfect critic, 0 is as good as the mean, negative is worse.
 
     Args:
-      stats: has `mean(name)`, as `ratio_stats.Stats`.
+      stats: has `mean(name)`, as `TrainStats`.
     """
     mean_square = float(stats.mean("value_target_squared"))
     variance = mean_square - float(stats.mean("value_target")) ** 2

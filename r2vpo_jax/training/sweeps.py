@@ -95,20 +95,20 @@ def run_sweep(base: dict, sweep: SweepConfig, workdir, say=console.say) -> list[
     _claim(workdir, base, sweep)
     results = []
     for number, run in enumerate(todo, 1):
-        directory = workdir / "runs" / run.name
+        folder = workdir / "runs" / run.name
         say(f"[{number}/{len(todo)}] {run.name}")
-        result = _result(directory, run)
+        result = _result(folder, run)
         if result is None:
             try:
-                trainer.train(configs[run], directory, say=lambda _: None)
+                trainer.train(configs[run], folder, say=lambda _: None)
             except (UsageError, Stopped):
                 raise
             except Exception as error:  # a run that dies is a result; the next one is tried
                 say(f"{run.name} failed: {error}")
-                (directory / "failed.json").write_text(
+                (folder / "failed.json").write_text(
                     json.dumps({"error": repr(error), "traceback": traceback.format_exc()}, indent=2) + "\n"
                 )
-            result = _result(directory, run)
+            result = _result(folder, run)
         results.append(result)
     write_results(workdir, results)
     return results
@@ -119,17 +119,17 @@ def _claim(workdir: pathlib.Path, base: dict, sweep: SweepConfig) -> None:
     directory.claim_file(workdir, "sweep.json", identity)
 
 
-def _result(directory: pathlib.Path, run: Run) -> dict | None:
+def _result(folder: pathlib.Path, run: Run) -> dict | None:
     """What is known of a run: its result, its failure, or None if it has not ended."""
     row = {"method": run.method, "value": run.value, "seed": run.seed, "failed": False}
-    if (directory / "failed.json").exists():
+    if (folder / "failed.json").exists():
         return row | {"failed": True}
-    if not (directory / "report" / "summary.json").exists():
+    if not (folder / "report" / "summary.json").exists():
         return None
-    summary = report.read_summary(directory)
+    summary = report.read_summary(folder)
     reached = [
         r["rollouts"]
-        for r in files.read_jsonl(directory / "metrics.jsonl")
+        for r in files.read_jsonl(folder / "metrics.jsonl")
         if r["kind"] == "evaluation" and r["split"] == "validation" and r["pass_at_1"] >= TARGET
     ]
     return row | {
@@ -149,7 +149,7 @@ def _cells(results: list[dict]) -> Iterator[tuple[str, float | str, list[dict]]]
 
 
 def table(results: list[dict]) -> str:
-    """A Markdown table, one row a cell: mean ± half of the 95 % interval over seeds."""
+    """A Markdown table, one row per cell: mean ± half of the 95 % interval over seeds."""
     lines = [
         "| method | value | runs | failed | final pass@1 (test) | best pass@1 (validation) "
         f"| rollouts to {TARGET:g} | final entropy |",
@@ -188,7 +188,7 @@ def write_results(workdir: pathlib.Path, results: list[dict]) -> None:
 
 
 def plot(results: list[dict], file) -> None:
-    """Final pass@1 against the value, one panel a method, every seed a dot."""
+    """Final pass@1 against the value, one panel per method, every seed a dot."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
