@@ -11,7 +11,7 @@ import pytest
 
 from r2vpo_jax import models
 from r2vpo_jax.run import files
-from tests.conftest import ROOT
+from tests.helpers.paths import ROOT
 
 pytestmark = pytest.mark.slow
 

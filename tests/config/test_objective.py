@@ -9,7 +9,7 @@ import pytest
 
 from r2vpo_jax import config, losses
 from r2vpo_jax.config.objective import ADVANTAGES, GROUP_ADVANTAGES, PRESETS, ObjectiveConfig
-from tests.conftest import ROOT
+from tests.helpers.paths import ROOT
 
 FIELDS = {field.name: field for field in dataclasses.fields(ObjectiveConfig)}
 TRACED = {"variance_coef", "threshold"}  # the learner computes them
