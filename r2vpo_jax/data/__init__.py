@@ -11,7 +11,7 @@ import pathlib
 from r2vpo_jax.data import files, generators, gsm8k, rows, specs
 from r2vpo_jax.data.base import Dataset, Example, InMemoryDataset, same_question
 from r2vpo_jax.data.files import SUFFIXES
-from r2vpo_jax.data.known import KNOWN, LOCAL_FILE, KnownDataset
+from r2vpo_jax.data.known import KNOWN, LOCAL_FILE, RENAMED, KnownDataset
 from r2vpo_jax.data.mixtures import Mixture
 from r2vpo_jax.data.specs import SourceSpec, parse
 from r2vpo_jax.data.splits import digest, disjoint
@@ -30,7 +30,7 @@ __all__ = [
     "same_question",
 ]
 
-_FIXTURES = pathlib.Path(__file__).parents[1] / "assets" / "data" / "word_problems"
+_SHIPPED = pathlib.Path(__file__).parents[1] / "assets" / "data"
 
 
 def load(spec: str, split: str, data_dir: str | pathlib.Path | None = None) -> Dataset:
@@ -59,6 +59,8 @@ def load(spec: str, split: str, data_dir: str | pathlib.Path | None = None) -> D
 
 def _load_one(spec: SourceSpec, split: str, data_dir) -> Dataset:
     is_path = "/" in spec.name or spec.name.endswith(SUFFIXES)
+    if spec.name in RENAMED:
+        raise ValueError(f"{spec.text!r}: the data set {spec.name} is called {RENAMED[spec.name]} now")
     if spec.name in KNOWN:
         return _load_known(spec, KNOWN[spec.name], split, data_dir)
     if is_path:
@@ -88,7 +90,7 @@ def _load_known(spec: SourceSpec, known: KnownDataset, split: str, data_dir) -> 
     plan, stated = rows.make_plan(spec, known, known.name)
     wanted = stated or split
     if known.shipped:
-        base = _FIXTURES / known.name.removesuffix("_fixture")
+        base = _SHIPPED / known.name
     elif data_dir is None:
         raise ValueError(f"{spec.text!r} needs a data folder (task.text.data_dir) with a copy of {known.published}")
     else:

@@ -41,7 +41,7 @@ KNOWN = {
             tfds=True,
         ),
         KnownDataset(
-            "gsm8k_fixture",
+            "word_problems",
             "shipped with r2vpo_jax: invented problems in the format of GSM8K",
             Columns(("question",), (("answer", "hash"),), kind="numeric"),
             shipped=True,
@@ -112,6 +112,9 @@ KNOWN = {
         ),
     )
 }
+
+# Earlier name -> name.
+RENAMED = {"gsm8k_fixture": "word_problems"}
 
 # A file of any other name.
 LOCAL_FILE = KnownDataset(
