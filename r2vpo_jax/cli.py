@@ -39,7 +39,7 @@ def require_flag(flag, example: str) -> None:
 
 
 def directory_of(flag) -> str:
-    """Where a run goes that was given no --workdir: runs/ and the name of its configuration, as runs/qwen3_8b_grpo."""
+    """Where a run goes that was given no --workdir: runs/ and the name of its configuration, as runs/sweep_variance_smoke."""
     file, _, choice = config_flags.get_config_filename(flags.FLAGS[flag.name]).partition(":")
     words = [pathlib.Path(file).stem, *(word for word in choice.split(",") if word)]
     return str(pathlib.Path("runs") / "_".join(words))
