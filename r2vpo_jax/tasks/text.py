@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 
 from r2vpo_jax import verifiers
 from r2vpo_jax.config.task import TaskConfig
-from r2vpo_jax.data import digest, disjoint, load
+from r2vpo_jax.data import Example, digest, disjoint, load
 from r2vpo_jax.tasks.base import SPLITS, Outcome, Problems, Verdicts
 from r2vpo_jax.tasks.prompts import PromptTemplate, unknown_share
 from r2vpo_jax.verifiers.outcome import unjudged
@@ -151,7 +151,7 @@ class TextTask:
     def num_problems(self, split: str) -> int | None:
         return self._data[split].num_examples
 
-    def example(self, split: str, index: int) -> tuple[data.Example, np.ndarray]:
+    def example(self, split: str, index: int) -> tuple[Example, np.ndarray]:
         """The problem at a position and its prompt tokens."""
         data = self._data[split]
         for attempt in range(_REDRAWS):
