@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from r2vpo_jax.config.task import PromptConfig, RewardConfig, TaskConfig, VerifierConfig
+from r2vpo_jax.config.task import PromptConfig, RewardConfig, TaskConfig, TextConfig, VerifierConfig
 from r2vpo_jax.models import base as base_model
 from r2vpo_jax.tasks.prompts import PromptTemplate, unknown_share
 
@@ -115,8 +115,8 @@ def test_refusals(config, tokenizer, message):
         (RewardConfig, {"correct": -1.0}, "nothing to learn from|must be >= 0"),
         (RewardConfig, {"function": "my_rewards"}, "must be module:function"),
         (RewardConfig, {"format_pattern": "("}, "not a regular expression"),
-        (TaskConfig, {"name": "text", "train": "a"}, "needs task.validation"),
-        (TaskConfig, {"max_response_length": 0}, "at least 1"),
+        (TaskConfig, {"name": "text", "text": TextConfig(train="a")}, "needs task.text.validation"),
+        (TextConfig, {"max_response_length": 0}, "at least 1"),
     ],
 )
 def test_configuration_is_refused(cls, fields, message):
