@@ -1,6 +1,6 @@
 """Score a model on benchmarks: pass@1 over k samples, unbiased pass@k, maj@k and greedy, with intervals and by level.
 
-    python -m experiments.evaluate --tasks=arithmetic,chain_sum,gsm8k_fixture --k=16 --output=runs/eval
+    python -m experiments.evaluate --tasks=arithmetic,chain_sum,word_problems --k=16 --output=runs/eval
     python -m experiments.evaluate --model=runs/arithmetic --output=runs/eval_arithmetic      # as the run was trained
 
 The same command continues an evaluation that was stopped; a finished one shows its tables. See docs/evaluation.md.
@@ -29,7 +29,7 @@ _SECTIONS = cli.define_sections(flag_sections(), RENAMED_FLAGS)
 
 
 def main():
-    cli.require(_OUTPUT, "runs/eval")
+    cli.require_flag(_OUTPUT, "runs/eval")
     values = {flag.name: flag.value for flag in _FLAGS}
     chosen = settings.resolve(**values, sections=_SECTIONS.value.to_dict())
     cli.show_if_asked(

@@ -53,7 +53,7 @@ def define_sections(sections, renamed: Mapping[str, str]) -> flags.FlagHolder:
         _refuse(error, sys.argv)
 
 
-def require(flag, example: str) -> None:
+def require_flag(flag, example: str) -> None:
     """Raises UsageError when a flag that has no default was not given."""
     if not flag.value:
         raise UsageError(f"--{flag.name} is required, for example --{flag.name}={example}")
@@ -79,7 +79,7 @@ def resolve(flag) -> config_lib.Config:
     Raises:
       UsageError: no --config, an unknown field or a value out of range.
     """
-    require(flag, "experiments/configs/arithmetic.py")
+    require_flag(flag, "experiments/configs/arithmetic.py")
     with usage_errors(TypeError):
         config = config_lib.from_flags(flag.value)
     show_if_asked(lambda: config_lib.describe(config))
@@ -90,7 +90,7 @@ def resolve(flag) -> config_lib.Config:
 
 def resolve_sweep(flag) -> tuple[dict, config_lib.SweepConfig]:
     """The same for a sweep: (plain values shared by all runs, the grid)."""
-    require(flag, "experiments/configs/sweep_variance.py:smoke")
+    require_flag(flag, "experiments/configs/sweep_variance.py:smoke")
     with usage_errors(TypeError):
         if set(flag.value) != {"base", "sweep"}:
             raise UsageError(

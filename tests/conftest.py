@@ -4,45 +4,26 @@ Compiling costs more than computing here, so shapes are few and the same everywh
 kept on disk: the programs that the tests start in processes of their own find them there.
 """
 
-import dataclasses
-import math
 import os
-import pathlib
+import shutil
 
 import jax
-import jax.extend
 import numpy as np
 import pytest
 
-from experiments.base_models import pretraining
-from r2vpo_jax import advantages, config, models, sampler, sharding, tasks
+from r2vpo_jax import advantages, config, sampler, sharding, tasks
 from r2vpo_jax.models import base as base_model
-from r2vpo_jax.tasks.arithmetic import SYMBOLS, make_tokenizer
 
-ROOT = pathlib.Path(__file__).parent.parent
+pytest.register_assert_rewrite("tests.helpers")
+
+from tests.helpers.paths import ROOT, TASK, TINY_BASE  # noqa: E402
+
 # In the environment too, for the processes that tests start.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update(
     "jax_persistent_cache_min_compile_time_secs", float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"])
-)
-
-# Two or three operands of one digit: prompts of 4 or 6 tokens, responses of up to 14.
-TASK = {"min_operands": 2, "max_operands": 3, "num_digits": 1}
-PRETRAIN = pretraining.PretrainConfig(
-    num_steps=300,
-    batch_size=64,
-    micro_batch_size=64,
-    learning_rate=2e-2,
-    warmup_steps=10,
-    forget_carry=0.0,
-    slip=0.2,
-    hidden_size=16,
-    intermediate_size=32,
-    num_layers=1,
-    num_heads=2,
-    num_kv_heads=1,
 )
 
 
@@ -58,19 +39,9 @@ def mesh():
 
 
 @pytest.fixture(scope="session")
-def pretrained(task):
-    """(model, params, losses by step) of a base model that is right now and then: rewards differ in a group."""
-    losses = {}
-    model, params = pretraining.pretrain(PRETRAIN, task, len(SYMBOLS), losses.__setitem__)
-    return model, params, losses
-
-
-@pytest.fixture(scope="session")
-def tiny_checkpoint(pretrained, tmp_path_factory):
-    """A Hugging Face directory with that model and the task's tokenizer. Copy it before changing it."""
-    path = tmp_path_factory.mktemp("tiny") / "checkpoint"
-    models.save_pretrained(path, *pretrained[:2], make_tokenizer())
-    return path
+def tiny_checkpoint(tmp_path_factory):
+    """A Hugging Face directory with the tests' base model and the task's tokenizer. Copy it before changing it."""
+    return shutil.copytree(TINY_BASE, tmp_path_factory.mktemp("tiny") / "checkpoint")
 
 
 @pytest.fixture(scope="session")
@@ -103,13 +74,15 @@ def tiny_sections(tiny_checkpoint):
 
 @pytest.fixture(scope="session")
 def tiny_config(tiny_sections):
-    """Makes the frozen Config of that run; `section={field: value}` changes it."""
+    """Makes the frozen Config of that run; `section={field: value}` changes it, at any depth."""
+
+    def merged(below, above):
+        if not (isinstance(below, dict) and isinstance(above, dict)):
+            return above
+        return below | {name: merged(below.get(name), value) for name, value in above.items()}
 
     def make(**overrides):
-        sections = {name: dict(fields) for name, fields in tiny_sections.items()}
-        for name, value in overrides.items():
-            sections[name] = sections.get(name, {}) | value if isinstance(value, dict) else value
-        return config.from_flags(config.make(**sections))
+        return config.from_flags(config.make(**merged(tiny_sections, overrides)))
 
     return make
 
@@ -152,31 +125,3 @@ def rollout(tiny_model, task, mesh):
     assert len(set(drawn.response_length)) > 1, "ragged responses are wanted"
     assert np.any(drawn.advantage != 0), "rewards that differ are wanted"
     return drawn
-
-
-def random_params(model, seed=0):
-    """NumPy parameters none of which is at a value that hides it (biases at 0, norms at 1); compiles nothing."""
-    generator = np.random.default_rng(seed)
-
-    def draw(path, leaf):
-        spread = {"embed": 0.6, "lm_head": 0.3, "kernel": 0.3, "bias": 0.3, "scale": 0.2}[path[-1].key]
-        center = 1.0 if path[-1].key == "scale" else 0.0
-        return np.asarray(center + spread * generator.standard_normal(leaf.shape), leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(draw, models.abstract_params(model))
-
-
-def with_config(model, **changes):
-    """The same decoder with other fields of its configuration."""
-    return models.Decoder(dataclasses.replace(model.config, **changes))
-
-
-def jaxpr_sizes(jaxpr):
-    """Elements of every array in a jaxpr, those of the programs inside of it too."""
-    kinds = (jax.extend.core.Jaxpr, jax.extend.core.ClosedJaxpr)
-    for equation in jaxpr.eqns:
-        for variable in (*equation.invars, *equation.outvars):
-            yield math.prod(getattr(variable.aval, "shape", ()))
-        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: isinstance(x, kinds)):
-            if isinstance(value, kinds):
-                yield from jaxpr_sizes(getattr(value, "jaxpr", value))

@@ -18,7 +18,7 @@ import pytest
 from r2vpo_jax import config, models, sampler, sharding
 from r2vpo_jax.rollout import Rollout
 from r2vpo_jax.training.learner import Learner
-from tests.conftest import random_params
+from tests.helpers.params import random_params
 
 RATE = 2.0**20  # swamps the parameters: the new ones are -RATE * gradient
 ROWS, MICRO, PROMPT, RESPONSE = 16, 8, 6, 5

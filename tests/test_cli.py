@@ -19,7 +19,7 @@ from r2vpo_jax.config import Config
 from r2vpo_jax.errors import UsageError
 from r2vpo_jax.run import files
 from r2vpo_jax.run.directory import claim
-from tests.conftest import ROOT
+from tests.helpers.paths import ROOT
 
 
 def command(*args):

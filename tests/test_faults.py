@@ -22,7 +22,7 @@ from r2vpo_jax.run import instruments
 from r2vpo_jax.run.checkpoints import Checkpointer
 from r2vpo_jax.training.trainer import train
 from tests import run_and_kill
-from tests.conftest import ROOT
+from tests.helpers.paths import ROOT
 from tests.training.test_trainer import assert_same_run, final_state, rows
 
 SMALL = {

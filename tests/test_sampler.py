@@ -11,7 +11,7 @@ import scipy.stats
 from r2vpo_jax import sampler, scoring
 from r2vpo_jax.models import Decoder, DecoderConfig
 from r2vpo_jax.sampler import Sampling
-from tests.conftest import random_params
+from tests.helpers.params import random_params
 
 NUM_TOKENS, EOS, PAD = 17, 16, 0
 CONFIG = DecoderConfig(

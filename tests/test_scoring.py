@@ -9,7 +9,7 @@ import pytest
 
 from r2vpo_jax import scoring
 from r2vpo_jax.models import Decoder, DecoderConfig, abstract_params
-from tests.conftest import jaxpr_sizes, random_params, with_config
+from tests.helpers.params import jaxpr_sizes, random_params, with_config
 
 MODEL = Decoder(
     DecoderConfig(

@@ -52,7 +52,7 @@ class EvaluationConfig:
     task: DataTaskConfig = section(DataTaskConfig, when=lambda s: s.has_data)
 
     def __post_init__(self):
-        require(self.tasks and all(self.tasks), "--tasks is required, for example --tasks=arithmetic,gsm8k_fixture")
+        require(self.tasks and all(self.tasks), "--tasks is required, for example --tasks=arithmetic,word_problems")
         require(len(set(self.tasks)) == len(self.tasks), f"--tasks={','.join(self.tasks)} names a benchmark twice")
         for name, low in {"num_problems": 1, "k": 1, "seed": 0, "texts": 0}.items():
             value = getattr(self, name)

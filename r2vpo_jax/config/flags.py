@@ -55,7 +55,7 @@ def _template(kind: type, node=None, *, open=False):
         if isinstance(value, Options):
             result[field.name] = config_dict.ConfigDict({} if open else dict(value))
         elif dataclasses.is_dataclass(value):
-            result[field.name] = _template(type(value), None if open else value, open=open)
+            result[field.name] = _template(type(value), None if node is None else value, open=open)
         elif value is None or open or (node is None and field.metadata.get("derived")):
             kinds = [t for t in typing.get_args(hints[field.name]) if t is not type(None)]
             result[field.name] = _placeholder(kinds[0] if kinds else hints[field.name])
@@ -184,8 +184,14 @@ def _described(node, prefix="") -> Iterator[tuple[str, Any, str]]:
 
 
 def _help_in_docstring(function, name: str) -> str | None:
-    """What a docstring says of an argument: the text of a line `name, other: text`."""
-    for names, text in re.findall(r"^\s+([a-z_]+(?:, [a-z_]+)*): (.+)$", inspect.getdoc(function) or "", re.MULTILINE):
+    """What a docstring says of an argument: the text of a line `name, other: text`, there or where it refers to."""
+    text = inspect.getdoc(function) or ""
+    for names, said in re.findall(r"^\s+([a-z_]+(?:, [a-z_]+)*): (.+)$", text, re.MULTILINE):
         if name in names.split(", "):
-            return text.rstrip(".")
-    return None
+            return said.rstrip(".")
+    others = (
+        getattr(losses, other)
+        for other in re.findall(r"^Args\b.*: as `(\w+)`", text, re.MULTILINE)
+        if hasattr(losses, other)
+    )
+    return next((said for other in others if (said := _help_in_docstring(other, name))), None)

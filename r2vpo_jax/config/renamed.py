@@ -40,7 +40,7 @@ _RENAMED = {
     "trainer.eval_batch_size": "evaluation.batch_size",
     "alarms.max_second_moment": "alarms.max_ratio_variance",
 }
-_NEW_NAMES = _RENAMED | {
+NEW_NAMES = _RENAMED | {
     f"{section.split('.')[0]}.{name}": f"{section}.{name}"
     for section, names in _MOVED.items()
     for name in names.split()
@@ -49,4 +49,4 @@ _NEW_NAMES = _RENAMED | {
 
 def new_name(path: str) -> str | None:
     """Today's name of a field, if `path` is an old one; without `config.` in front."""
-    return _NEW_NAMES.get(path)
+    return NEW_NAMES.get(path)

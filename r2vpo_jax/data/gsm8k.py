@@ -27,7 +27,7 @@ def prepared(folder: pathlib.Path) -> pathlib.Path | None:
     return found[-1] if found else None
 
 
-def rows(path: pathlib.Path, split: str) -> Iterator[tuple[int, dict]]:
+def read_prepared(path: pathlib.Path, split: str) -> Iterator[tuple[int, dict]]:
     """(number, row) of a split of a prepared data set.
 
     Raises:

@@ -23,7 +23,7 @@ def test_there_is_a_file_for_each_published_run():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["arithmetic", "arithmetic_stale", "gsm8k_tiny"])
+@pytest.mark.parametrize("name", ["arithmetic", "arithmetic_stale", "word_problems"])
 def test_small_runs(name):
     get(name)
 

@@ -92,10 +92,10 @@ def test_tensorboard_gets_the_numbers(tmp_path):
 
 
 def test_progress_speaks_now_and_then(capsys):
-    bar = console.ProgressBar(25, 0, every=10)
+    progress = console.ProgressBar(25, 0, every=10)
     for i in range(1, 26):
-        bar.update(i, f"reward {i}")
-    bar.close()
+        progress.update(i, f"reward {i}")
+    progress.close()
     lines = capsys.readouterr().err.splitlines()
     assert [line.split()[1] for line in lines] == ["10/25", "20/25", "25/25"]
     assert lines[0] == "iteration 10/25  reward 10  0 s left"
@@ -132,3 +132,13 @@ def test_the_sha256_of_a_file_is_that_of_its_bytes(tmp_path):
     (tmp_path / "file").write_bytes(b"abc")
     assert files.sha256_of(tmp_path / "file") == files.sha256_of(b"abc")
     assert files.sha256_of(b"abc").startswith("ba7816bf8f01cfea")
+
+
+def test_progress_extrapolates_the_pace_of_this_process(capsys, monkeypatch):
+    """Resumed at 10 of 30: ten iterations in 20 seconds leave another ten, and 20 seconds."""
+    now = [100.0]
+    monkeypatch.setattr(console.time, "perf_counter", lambda: now[0])
+    progress = console.ProgressBar(30, 10)
+    now[0] = 120.0
+    progress.update(20, "text")
+    assert capsys.readouterr().err == "iteration 20/30  text  20 s left\n"

@@ -12,7 +12,7 @@ from r2vpo_jax import losses, models, sharding
 from r2vpo_jax.config import ObjectiveConfig, OptimizerConfig
 from r2vpo_jax.training import learner
 from r2vpo_jax.training.learner import Learner
-from tests.conftest import jaxpr_sizes, random_params, with_config
+from tests.helpers.params import jaxpr_sizes, random_params, with_config
 
 # A step that swamps the parameters: the new ones are -RATE * gradient to float32's last digits.
 RATE = 2.0**20

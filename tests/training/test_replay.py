@@ -16,7 +16,7 @@ from r2vpo_jax.run import files
 from r2vpo_jax.training.learner import Learner
 from r2vpo_jax.training.replay import ReplayBuffer, ReplayError
 from r2vpo_jax.training.trainer import train
-from tests.conftest import ROOT
+from tests.helpers.paths import ROOT
 from tests.training.test_trainer import rows
 
 GROUPS, GROUP, PROMPT, RESPONSE = 4, 2, 3, 5
@@ -503,15 +503,18 @@ QUICK = {
 
 
 class Run:
-    """A tiny run: its rows by kind, and every batch that the learner was given."""
+    """A tiny run: its rows by kind, and every batch that the learner was given.
 
-    def __init__(self, workdir, config):
+    `noise` is added to the log-probabilities of the sampler that the learner is given.
+    """
+
+    def __init__(self, workdir, config, noise=0.0):
         self.batches, learn = [], Learner.train_on_rollout
 
         def spy(learner, state, rollout, key):
             now = int(state.version)
             self.batches.append((now, jax.tree.map(np.asarray, rollout)))
-            return learn(learner, state, rollout, key)
+            return learn(learner, state, rollout.replace(behavior_logp=rollout.behavior_logp + noise), key)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Learner, "train_on_rollout", spy)
@@ -529,12 +532,12 @@ def run(tiny_config, tmp_path_factory):
     """Makes runs, each once: `run(iterations, objective, **replay)`."""
     made = {}
 
-    def get(num_iterations, objective=None, **replay):
-        key = repr((num_iterations, objective, replay))
+    def get(num_iterations, objective=None, noise=0.0, **replay):
+        key = repr((num_iterations, objective, noise, replay))
         if key not in made:
             trainer = QUICK | {"num_iterations": num_iterations}
             config = tiny_config(trainer=trainer, replay=replay, objective=objective or {})
-            made[key] = Run(tmp_path_factory.mktemp("run") / "run", config)
+            made[key] = Run(tmp_path_factory.mktemp("run") / "run", config, noise)
         return made[key]
 
     return get
@@ -596,9 +599,10 @@ def test_train_dual_signal_is_what_the_updates_added(run):
     assert lagged.trained[0]["ratio/second_moment_first"] < 1e-6, "the first batch is as old as the learner"
     for row in lagged.trained[1:]:
         assert row["ratio/second_moment_first"] > 1e-4
-    fresh = run(1)
+    # V of the first minibatch is that of noise of 0.01: large enough that subtracting it would show.
+    fresh = run(1, noise=0.01)
     assert [row["dual/signal"] for row in fresh.trained] == [row["ratio/second_moment"] for row in fresh.trained]
-    assert fresh.trained[0]["ratio/second_moment_first"] > 0, "subtracting it would show"
+    np.testing.assert_allclose(fresh.trained[0]["ratio/second_moment_first"], 1e-4, rtol=0.05)
     assert not any(name.startswith("replay/") for name in fresh.trained[0])
     assert not (fresh.workdir / "replay").exists()
 

@@ -20,7 +20,7 @@ from r2vpo_jax.training import trainer
 from r2vpo_jax.training.collector import train_problem_index
 from r2vpo_jax.training.learner import Learner
 from r2vpo_jax.training.trainer import train
-from tests.conftest import ROOT
+from tests.helpers.paths import ROOT
 
 NUM_ITERATIONS, ROWS, UPDATES = 4, 16, 4  # of the tiny run
 
@@ -47,14 +47,15 @@ def final_state(workdir, config, tiny_model, mesh):
 
 
 class Watched:
-    """Counts compilations by iteration while it is entered."""
+    """Counts compilations by iteration while it is entered, and keeps the noise floors that were measured."""
 
     def __init__(self):
-        self.by_iteration, self.learner = [], None
+        self.by_iteration, self.floors, self.learner = [], [], None
 
     def __enter__(self):
         self._patch = pytest.MonkeyPatch()
         iterate, count = trainer._Run._iterate, [0]
+        measure = trainer.noise_floor.measure
 
         def listener(event, _, **__):
             count[0] += event == "/jax/core/compile/backend_compile_duration"
@@ -65,8 +66,13 @@ class Watched:
             self.by_iteration.append(count[0] - before)
             return row
 
+        def measured(*args):
+            self.floors.append(measure(*args)[0])
+            return measure(*args)
+
         jax.monitoring.register_event_duration_secs_listener(listener)
         self._patch.setattr(trainer._Run, "_iterate", counted)
+        self._patch.setattr(trainer.noise_floor, "measure", measured)
         return self
 
     def __exit__(self, *_):
@@ -86,7 +92,7 @@ def finished(tiny_config, tmp_path_factory):
 
 
 def test_the_summary_has_what_comparisons_need(finished, tiny_config):
-    workdir, summary, _ = finished
+    workdir, summary, watched = finished
     assert json.loads((workdir / "report" / "summary.json").read_text()) == summary
     expected = {
         "objective": "r2vpo",
@@ -105,7 +111,8 @@ def test_the_summary_has_what_comparisons_need(finished, tiny_config):
         assert low <= summary[f"{which}_pass_at_1"] <= high
     for name in ("train_seconds", "rollout_tokens_per_second", "update_tokens_per_second", "final_variance_coef"):
         assert summary[name] > 0
-    assert 0 < summary["noise_floor_ratio_second_moment"] < 1e-6
+    assert [summary["noise_floor_ratio_second_moment"]] == watched.floors
+    assert watched.floors[0] < 1e-6  # 0 where sampling and scoring round alike
     assert summary["second_half_ratio_second_moment"] > 1e-5
     train_rows = [row for row in rows(workdir) if row["kind"] == "train"]
     mean = np.mean([row["ratio/second_moment"] for row in train_rows[2:]])
@@ -320,8 +327,11 @@ def test_rows_that_a_checkpoint_counts_on_must_be_there(finished, tiny_config, t
 # ---- refusals and alarms ----
 
 
-def test_a_noisy_set_up_is_refused_before_training(tiny_config, tmp_path):
-    config = tiny_config(trainer={"max_noise_floor": 1e-20})
+def test_a_noisy_set_up_is_refused_before_training(tiny_config, tmp_path, monkeypatch):
+    """Scores that are off by 1e-3: the ratio's second moment is 1e-6."""
+    measure = trainer.noise_floor.measure
+    monkeypatch.setattr(trainer.noise_floor, "measure", lambda logp, rollout: measure(logp + 1e-3, rollout))
+    config = tiny_config(trainer={"max_noise_floor": 1e-7})
     with pytest.raises(UsageError, match="the constraint would act on numerical noise"):
         train(config, tmp_path / "run")
     assert rows(tmp_path / "run") == []

@@ -13,7 +13,7 @@ from r2vpo_jax.tasks.base import Outcome, Verdicts
 from r2vpo_jax.training import credit, trainer
 from r2vpo_jax.training.collector import Collector
 from r2vpo_jax.training.trainer import train
-from tests.conftest import ROOT
+from tests.helpers.paths import ROOT
 from tests.training.test_trainer import assert_same_run, final_state, rows
 
 GROUP, PROMPTS = 4, 4  # of the tiny run
@@ -178,7 +178,8 @@ def test_ppo_learns_values_and_uses_them(finished, configure, tiny_model, mesh):
     assert state.critic.bias != 0
     learned = recorder.learned[1]
     mask = np.asarray(learned.response_mask)
-    assert np.abs(learned.value[mask]).min() > 1e-5
+    assert np.all(learned.value[mask] != 0)
+    assert np.abs(learned.value[mask]).mean() > 1e-3
     # One value before the last token of each response, and the target there is the reward.
     rows_, last = np.arange(len(mask)), learned.response_length - 1
     np.testing.assert_allclose(learned.value_target[rows_, last], learned.reward, atol=1e-6)
