@@ -117,15 +117,15 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files.os, "fsync", fail)
-    with pytest.raises(
-        UsageError, match=r"cannot write to there \(No space left on device\); the first is intact: make"
+    said = r"cannot write to there \(No space left on device\)"
+    with (
+        pytest.raises(UsageError, match=rf"{said}; the first is intact: make"),
+        files.disk_errors("there", "the first"),
     ):
-        with files.disk_errors("there", "the first"):
-            files.write_atomically(file, b"second")
+        files.write_atomically(file, b"second")
     assert file.read_text(encoding="utf-8") == "first ✓\n"
-    with pytest.raises(UsageError, match=r"^cannot write to there \(No space left on device\)$"):
-        with files.disk_errors("there"):
-            files.write_atomically(file, b"second")
+    with pytest.raises(UsageError, match=f"^{said}$"), files.disk_errors("there"):
+        files.write_atomically(file, b"second")
 
 
 def test_the_sha256_of_a_file_is_that_of_its_bytes(tmp_path):
