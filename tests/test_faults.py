@@ -20,7 +20,6 @@ from r2vpo_jax.errors import UsageError
 from r2vpo_jax.run import files as run_files
 from r2vpo_jax.run import instruments
 from r2vpo_jax.run.checkpoints import Checkpointer
-from r2vpo_jax.training import replay
 from r2vpo_jax.training.trainer import train
 from tests import run_and_kill
 from tests.helpers.paths import ROOT
@@ -252,7 +251,7 @@ def full_disk(monkeypatch, owner, name, when):
 WRITES = {
     "metrics": (run_files.JsonlWriter, "write", lambda _, row: row.get("kind") == "train" and row["iteration"] == 3),
     "samples": (run_files.JsonlWriter, "write", lambda _, row: "prompt" in row and row["iteration"] == 4),
-    "replay": (replay, "_write_once", lambda path, _: path.name == "rollout_00000002.npz"),
+    "replay": (run_files, "write_atomically", lambda path, _: path.name == "rollout_00000002.npz"),
     # Written in the background: it comes to light when the next checkpoint is due.
     "checkpoint": (Checkpointer, "_write_manifest", lambda _, iteration, __: iteration == 4),
     # ... or at the very end, when all else is written.
