@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from r2vpo_jax import tasks
-from r2vpo_jax.config.task import TaskConfig
+from r2vpo_jax.config import from_dict
 from r2vpo_jax.tasks import Outcome
-from tests.tasks.test_prompts import byte_tokenizer
+from tests.helpers.tokenizers import byte_tokenizer
 
 EOS = 257
 TOKENIZER = byte_tokenizer()
@@ -17,6 +17,11 @@ SIZE = 96  # response columns
 
 def write(folder, name, rows):
     (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def files_of(folder):
+    """The section `task.text` that reads the files of a folder."""
+    return {"data_dir": str(folder)} | {split: f"{split}.jsonl" for split in tasks.SPLITS}
 
 
 def row(i, **more):
@@ -40,17 +45,12 @@ def make(folder):
     def make(**config):
         config = {
             "name": "text",
-            "data_dir": str(folder),
-            **{split: f"{split}.jsonl" for split in tasks.SPLITS},
-            "max_response_length": SIZE,
+            "text": files_of(folder) | {"max_response_length": SIZE} | config.pop("text", {}),
+            "prompt": {"template": "plain"} | config.pop("prompt", {}),
+            "verifier": {"num_workers": 1, "time_limit": 20.0} | config.pop("verifier", {}),
             **config,
         }
-        hints = {field.name: field.type for field in TaskConfig.__dataclass_fields__.values()}
-        for name in ("prompt", "verifier", "reward"):
-            fields = {"num_workers": 1, "time_limit": 20.0} if name == "verifier" else {}
-            fields = {"template": "plain"} if name == "prompt" else fields
-            config[name] = hints[name](**(fields | config.get(name, {})))
-        made.append(tasks.make(TaskConfig(**config), TOKENIZER, (EOS,)))
+        made.append(tasks.make(from_dict({"task": config}).task, TOKENIZER, (EOS,)))
         return made[-1]
 
     yield make
@@ -269,15 +269,9 @@ def test_a_generator_without_end(make):
 
 
 def test_a_tokenizer_of_another_language_is_noticed(folder):
-    from r2vpo_jax.config.task import PromptConfig
     from r2vpo_jax.tasks.arithmetic import make_tokenizer
 
-    config = TaskConfig(
-        name="text",
-        data_dir=str(folder),
-        **{split: f"{split}.jsonl" for split in tasks.SPLITS},
-        prompt=PromptConfig(template="plain"),
-    )
-    task = tasks.make(config, make_tokenizer(), (1,))
+    config = from_dict({"task": {"name": "text", "text": files_of(folder), "prompt": {"template": "plain"}}})
+    task = tasks.make(config.task, make_tokenizer(), (1,))
     assert any("unknown to the tokenizer" in notice for notice in task.notices)
     task.close()
