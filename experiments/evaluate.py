@@ -1,6 +1,6 @@
 """Score a model on benchmarks: avg@k, unbiased pass@k, maj@k and greedy, with intervals, by benchmark and level.
 
-    python -m experiments.evaluate --tasks=arithmetic,chain_sum,gsm8k_fixture --k=16 --output=runs/eval
+    python -m experiments.evaluate --tasks=arithmetic,chain_sum,word_problems --k=16 --output=runs/eval
 
 The same command continues an evaluation that was stopped; a finished one shows its tables. See docs/evaluation.md.
 """
@@ -32,8 +32,8 @@ _CONFIG = _define_flags(EvaluationConfig)
 
 
 def main():
-    cli.require(_CONFIG["tasks"], "arithmetic,gsm8k_fixture")
-    cli.require(_OUTPUT, "runs/eval")
+    cli.require_flag(_CONFIG["tasks"], "arithmetic,word_problems")
+    cli.require_flag(_OUTPUT, "runs/eval")
     with cli.usage_errors():
         config = EvaluationConfig(**{name: flag.value for name, flag in _CONFIG.items()})
     cli.start_devices()

@@ -26,7 +26,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Initial weights and demonstrations.")
 
 
 def main():
-    cli.require(_OUTPUT, "runs/base")
+    cli.require_flag(_OUTPUT, "runs/base")
     cli.start_devices()
     from experiments.base_models import pretraining
 

@@ -14,7 +14,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a finished run.")
 
 
 def main():
-    cli.require(_WORKDIR, "runs/quickstart")
+    cli.require_flag(_WORKDIR, "runs/quickstart")
     with cli.usage_errors():
         print(report.rewrite(_WORKDIR.value))
 

@@ -41,6 +41,10 @@ def zero_variance(rewards: Float[Array, " batch"], group_size: int) -> Bool[Arra
 
     Raises:
       ValueError: B is not a multiple of G.
+
+    Example:
+      >>> zero_variance(jnp.array([1.0, 0.0, 1.0, 1.0]), group_size=2).tolist()
+      [False, False, True, True]
     """
     grouped, voted, _ = _grouped(rewards, group_size)
     return jnp.broadcast_to(_all_equal(grouped, voted), grouped.shape).reshape(-1)
@@ -65,6 +69,10 @@ def group_relative(
 
     Raises:
       ValueError: B is not a multiple of G, or an unknown scale.
+
+    Example, mean 1/4, deviation sqrt((9 + 1 + 1 + 1) / 16 / 3) = 1/2:
+      >>> np.asarray(group_relative(jnp.array([1.0, 0.0, 0.0, 0.0]), group_size=4)).round(3).tolist()
+      [1.5, -0.5, -0.5, -0.5]
     """
     if scale not in SCALES:
         raise ValueError(f"unknown scale {scale!r}; one of {SCALES}")
@@ -90,6 +98,10 @@ def leave_one_out(rewards: Float[Array, " batch"], group_size: int) -> Float[Arr
 
     Raises:
       ValueError: B is not a multiple of G.
+
+    Example, the others' means are 0.5, 1.5 and 1:
+      >>> leave_one_out(jnp.array([2.0, 0.0, 1.0]), group_size=3).tolist()
+      [1.5, -1.5, 0.0]
     """
     _, _, votes = _grouped(rewards, group_size)
     centered = group_relative(rewards, group_size, scale="none").reshape(-1, group_size)
@@ -111,6 +123,11 @@ def whiten(advantages: PerToken, mask: Mask, *, epsilon: float = 1e-8) -> PerTok
 
     Raises:
       AssertionError: shapes or ranks do not fit (chex).
+
+    Example, mean 2, variance (1 + 0 + 1) / 2 = 1:
+      >>> advantages, mask = jnp.array([[1.0, 2.0], [3.0, 9.0]]), jnp.array([[1, 1], [1, 0]])
+      >>> np.asarray(whiten(advantages, mask)).round(3).tolist()
+      [[-1.0, 0.0], [1.0, 0.0]]
     """
     mask = check_tokens(mask, advantages)
     advantages = unmasked(advantages, mask)
@@ -148,6 +165,12 @@ def reinforce_pp(
     Raises:
       AssertionError: shapes or ranks do not fit (chex).
       ValueError: B is not a multiple of G.
+
+    Example, returns 1, 1, 1 and 0: mean 3/4, variance (3/16 + 9/16) / 3 = 1/4:
+      >>> token_rewards = jnp.array([[0.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
+      >>> mask = jnp.array([[1, 1, 1], [1, 0, 0]])
+      >>> np.asarray(reinforce_pp(token_rewards, mask)).round(3).tolist()
+      [[0.5, 0.5, 0.5], [-1.5, 0.0, 0.0]]
     """
     mask = check_tokens(mask, token_rewards)
     token_rewards = unmasked(token_rewards, mask)
@@ -185,6 +208,11 @@ def gae(
 
     Raises:
       AssertionError: shapes or ranks do not fit (chex).
+
+    Example, delta = 0, -0.25 and 0.75; A = 0 + 0.5 * 0.125, -0.25 + 0.5 * 0.75 and 0.75:
+      >>> rewards, values = jnp.array([[[0.0, 0.0, 1.0]], [[0.5, 0.5, 0.25]]])
+      >>> gae(rewards, values, jnp.ones((1, 3)), trace_decay=0.5).tolist()
+      [[0.0625, 0.125, 0.75]]
     """
     mask = check_tokens(mask, rewards, values)
     rewards, values = unmasked(rewards, mask), unmasked(values, mask)

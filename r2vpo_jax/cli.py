@@ -32,14 +32,14 @@ def define_config() -> flags.FlagHolder:
     )
 
 
-def require(flag, example: str) -> None:
+def require_flag(flag, example: str) -> None:
     """Raises UsageError when a flag that has no default was not given."""
     if not flag.value:
         raise UsageError(f"--{flag.name} is required, for example --{flag.name}={example}")
 
 
 def directory_of(flag) -> str:
-    """Where a run goes that was given no --workdir: runs/ and the name of its configuration, as runs/qwen3_8b_grpo."""
+    """Where a run goes that was given no --workdir: runs/ and the name of its configuration, as runs/sweep_variance_smoke."""
     file, _, choice = config_flags.get_config_filename(flags.FLAGS[flag.name]).partition(":")
     words = [pathlib.Path(file).stem, *(word for word in choice.split(",") if word)]
     return str(pathlib.Path("runs") / "_".join(words))
@@ -51,7 +51,7 @@ def resolve(flag) -> config_lib.Config:
     Raises:
       UsageError: no --config, an unknown field or a value out of range.
     """
-    require(flag, "experiments/configs/arithmetic.py")
+    require_flag(flag, "experiments/configs/arithmetic.py")
     with usage_errors(TypeError):
         config = config_lib.from_flags(flag.value)
     if _PRINT_CONFIG.value:
@@ -64,7 +64,7 @@ def resolve(flag) -> config_lib.Config:
 
 def resolve_sweep(flag) -> tuple[dict, config_lib.SweepConfig]:
     """The same for a sweep: (plain values shared by all runs, the grid)."""
-    require(flag, "experiments/configs/sweep_variance.py:smoke")
+    require_flag(flag, "experiments/configs/sweep_variance.py:smoke")
     with usage_errors(TypeError):
         if set(flag.value) != {"base", "sweep"}:
             raise UsageError(

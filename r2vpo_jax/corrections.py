@@ -52,6 +52,14 @@ def importance_weights(
     Raises:
       AssertionError: shapes or ranks do not fit (chex).
       ValueError: unknown mode or scope, or bounds out of range.
+
+    Example, w = 4 and 0.5:
+      >>> proximal_logp, behavior_logp = jnp.log(jnp.array([[[0.8, 0.2]], [[0.2, 0.4]]]))
+      >>> ones = jnp.ones((1, 2))
+      >>> np.asarray(importance_weights(proximal_logp, behavior_logp, ones)).round(4).tolist()
+      [[2.0, 0.5]]
+      >>> np.asarray(importance_weights(proximal_logp, behavior_logp, ones, mode="mask")).round(4).tolist()
+      [[0.0, 0.5]]
     """
     if mode not in MODES:
         raise ValueError(f"unknown correction mode {mode!r}; one of {MODES}")

@@ -34,6 +34,10 @@ def init(coef: float) -> DualState:
 
     Raises:
       ValueError: a negative or non-finite coefficient.
+
+    Example:
+      >>> float(init(1.0).variance_coef)
+      1.0
     """
     if not 0 <= coef < float("inf"):
         raise ValueError(f"the variance coefficient must be a finite number >= 0, got {coef}")
@@ -75,6 +79,11 @@ def update(
     Raises:
       AssertionError: ratio_variance is not a scalar (chex).
       ValueError: unknown rule.
+
+    Example, V at twice the budget:
+      >>> state = update(init(1.0), jnp.float32(0.08), budget=0.04, step=0.5, max_coef=50.0)
+      >>> float(state.variance_coef)  # 1 + 0.5 * (0.08 / 0.04 - 1)
+      1.5
     """
     if rule not in RULES:
         raise ValueError(f"unknown dual rule {rule!r}; one of {RULES}")
@@ -105,6 +114,10 @@ def advantage_scale(advantages: Advantages, mask: Mask) -> Scalar:
 
     Raises:
       AssertionError: shapes or ranks do not fit (chex).
+
+    Example:
+      >>> float(advantage_scale(jnp.array([7.0, -1.0]), jnp.ones((2, 3))))  # sqrt((49 + 1) / 2)
+      5.0
     """
     mask = check_tokens(mask)
     advantages = spread(advantages, mask)

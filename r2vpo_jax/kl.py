@@ -47,6 +47,11 @@ def estimate(
     Raises:
       AssertionError: the shapes differ (chex).
       ValueError: unknown estimator.
+
+    Example, x = log(0.4 / 0.2) = 0.6931:
+      >>> logp, reference_logp = jnp.log(jnp.array([0.4, 0.2]))
+      >>> [round(float(estimate(logp, reference_logp, name)), 4) for name in ESTIMATORS]  # x, x^2 / 2, 1/2 - 1 + x
+      [0.6931, 0.2402, 0.1931]
     """
     x = _log_ratio(logp, reference_logp)
     if behavior_logp is not None:
@@ -88,6 +93,10 @@ def adapt_coef(
     Raises:
       AssertionError: coef or value is not a scalar (chex).
       ValueError: target or bounds out of range.
+
+    Example, twice the target:
+      >>> float(adapt_coef(jnp.float32(0.5), jnp.float32(0.02), target=0.01))
+      1.0
     """
     if not (target > 0 and 0 < min_coef <= max_coef):
         raise ValueError(f"target > 0 and 0 < min_coef <= max_coef is needed, got {target}, {min_coef}, {max_coef}")

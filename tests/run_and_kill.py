@@ -131,17 +131,16 @@ def _half_a_manifest(iteration):
     """Half of the checksums of a step are on disk, under a temporary name."""
 
     def arm(die):
-        dump = json.dump
+        write = files.write_atomically
 
-        def torn(value, file, **options):
-            if file.name.endswith(f"manifests/{iteration}.tmp"):
-                text = json.dumps(value, **options)
-                file.write(text[: len(text) // 2])
-                file.flush()
+        def torn(path, content):
+            if path.match(f"manifests/{iteration}.json"):
+                path.parent.mkdir(exist_ok=True)
+                path.with_name(f"{path.name}.tmp").write_text(content[: len(content) // 2])
                 die()
-            dump(value, file, **options)
+            write(path, content)
 
-        checkpoints.json.dump = torn
+        files.write_atomically = torn
 
     return arm
 

@@ -96,7 +96,7 @@ def test_a_run_without_a_directory_goes_where_its_configuration_says(config_file
     )
     for file, expected in (
         (config_file, f"runs/{config_file.stem}"),
-        (ROOT / "experiments/configs/qwen3_8b.py:grpo,smoke", "runs/qwen3_8b_grpo_smoke"),
+        (ROOT / "experiments/configs/math_reasoning.py:qwen3_8b,grpo", "runs/math_reasoning_qwen3_8b_grpo"),
     ):
         result = subprocess.run(
             [sys.executable, "-c", code, f"--config={file}"], cwd=ROOT, capture_output=True, text=True, timeout=120
@@ -130,7 +130,7 @@ def test_print_config_shows_every_field(config_file):
 
 def test_what_a_configuration_file_refuses_is_said(tmp_path):
     for file, part in (
-        ("qwen3_8b.py:sgd", "'sgd' is unknown: METHOD or METHOD,SIZE"),
+        ("math_reasoning.py:qwen3_8b,sgd", "'sgd' is unknown: write MODEL,METHOD,SIZE"),
         ("sweep_variance.py:huge", "full and smoke"),
     ):
         arguments = f"--config=experiments/configs/{file}", f"--workdir={tmp_path / 'run'}"

@@ -53,9 +53,9 @@ def text_config_file(tmp_path_factory):
     """A --config file of a run on text: process 0 judges, the other is told."""
     path = tmp_path_factory.mktemp("config") / "text.py"
     path.write_text(
-        "from experiments.configs import gsm8k_tiny\n\n\n"
+        "from experiments.configs import word_problems\n\n\n"
         "def get_config():\n"
-        "    config = gsm8k_tiny.get_config()\n"
+        "    config = word_problems.get_config()\n"
         "    config.sampler.group_size = 4\n"
         "    config.task.update(max_response_length=48, reward={'format': 0.5, 'format_pattern': '.*####.*'})\n"
         "    config.trainer.update(prompts_per_rollout=4, num_minibatches=2, num_epochs=1, micro_batch_size=4,\n"

@@ -33,7 +33,7 @@ import numpy as np
 from r2vpo_jax.tasks.base import Problems
 from r2vpo_jax.verifiers.outcome import SPLITS
 
-FIXTURE_ROWS = {"train": 1000, "test": 256}
+ROWS_SHIPPED = {"train": 1000, "test": 256}
 
 _SPLIT_BOUNDS = {"train": (0, 13), "validation": (13, 14), "test": (14, 16)}  # sixteenths of all questions
 _NAMES = ("Ana", "Ben", "Eva", "Ida", "Leo", "Max", "Mia", "Noa", "Sam", "Tim", "Uma", "Zoe")
@@ -458,11 +458,11 @@ class WordProblems:
         return tokens, np.asarray([len(row) for row in rows], np.int32)
 
 
-def write_fixture(path) -> None:
+def write_word_problems(path) -> None:
     """Write train.jsonl and test.jsonl: problems of these splits, no question twice, every template in turn."""
     path = pathlib.Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    for split, num_rows in FIXTURE_ROWS.items():
+    for split, num_rows in ROWS_SHIPPED.items():
         rows, uses, position = {}, collections.Counter(), 0
         while len(rows) < num_rows:
             new = problem(split, position)
@@ -476,4 +476,4 @@ def write_fixture(path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Write the word problems that are shipped.")
     parser.add_argument("--output", required=True, help="directory")
-    write_fixture(parser.parse_args().output)
+    write_word_problems(parser.parse_args().output)

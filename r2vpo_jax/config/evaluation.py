@@ -15,7 +15,7 @@ class EvaluationConfig:
     """What is evaluated, and how."""
 
     tasks: str | None = option(
-        None, "comma-separated: arithmetic, or data sets as in docs/data.md: gsm8k_fixture,aime24"
+        None, "comma-separated: arithmetic, or data sets as in docs/data.md: word_problems,aime24"
     )
     model: str | None = option(
         None, "Hugging Face or run directory, or name of a shipped model; default: arithmetic_base"
@@ -61,7 +61,7 @@ class EvaluationConfig:
 
     def __post_init__(self):
         specs = self.specs
-        require(specs and all(specs), "--tasks is required, for example --tasks=arithmetic,gsm8k_fixture")
+        require(specs and all(specs), "--tasks is required, for example --tasks=arithmetic,word_problems")
         require(len(set(specs)) == len(specs), f"--tasks={self.tasks} names a benchmark twice")
         for name in (
             "num_problems",

@@ -10,8 +10,6 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from r2vpo_jax.data.positions import row_of_position
 
-KINDS = ("math", "numeric", "exact")  # how answers of rows are judged; generators judge their own
-
 
 @dataclasses.dataclass(frozen=True)
 class Example:
@@ -76,7 +74,7 @@ class Dataset(abc.ABC):
         return hashed.hexdigest()
 
 
-class Rows(Dataset):
+class InMemoryDataset(Dataset):
     """Examples held in memory."""
 
     def __init__(self, examples: Sequence[Example], split: str, counts: dict[str, int] | None = None):
@@ -94,10 +92,10 @@ class Rows(Dataset):
     def examples(self) -> Iterator[Example]:
         return iter(self._examples)
 
-    def select(self, keep: Sequence[bool], reason: str) -> "Rows":
+    def select(self, keep: Sequence[bool], reason: str) -> "InMemoryDataset":
         kept = [example for example, stays in zip(self._examples, keep, strict=True) if stays]
         dropped = len(self._examples) - len(kept)
-        return Rows(kept, self.split, self.counts | {reason: self.counts.get(reason, 0) + dropped})
+        return InMemoryDataset(kept, self.split, self.counts | {reason: self.counts.get(reason, 0) + dropped})
 
     def identity(self) -> Iterator[str]:
         for example in self._examples:

@@ -22,10 +22,10 @@ gradients, then add up to those of the whole batch. An empty mask gives 0.
   clamped         tokens whose |log-ratio| exceeds LOG_RATIO_CLAMP: their gradient is zero
 and `penalty`, if they have one. For constant_length the count of a statistic is the number of unmasked tokens.
 
-To add an objective: one function in one of the modules here, one row in `registry._LOSSES`, its oracles in
-tests/test_losses*.py, its paragraph in docs/algorithms/objectives.md. Its hyper-parameters are the keyword
-arguments of its signature, and need no entry elsewhere. An objective outside this package needs none of this:
-`get("module:function")` takes it as it is.
+To add an objective: one function in one of the modules here (its name goes into the lists below), one row in
+`registry._LOSSES`, its oracles in tests/test_losses*.py, and its paragraph in docs/algorithms/objectives.md. Its
+hyper-parameters are the keyword arguments of its signature: `hyperparameters` reads them there. An objective outside
+this package needs none of this: `get("module:function")` takes it as it is.
 """
 
 from r2vpo_jax.losses.arrays import LOG_RATIO_CLAMP

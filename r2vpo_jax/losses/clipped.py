@@ -38,14 +38,23 @@ def ppo_clip_loss(
 
     Raises:
       AssertionError, ValueError: as `r2vpo_loss`; ValueError for bounds out of range.
+
+    Example, r = 1.5 and 0.5, A = 1:
+      >>> logp, behavior_logp = jnp.log(jnp.array([[[0.6, 0.2]], [[0.4, 0.4]]]))
+      >>> ones = jnp.ones((1, 2))
+      >>> loss, stats = ppo_clip_loss(logp, behavior_logp, ones, ones)
+      >>> round(float(loss), 4)  # -(min(1.5, 1.2) + min(0.5, 0.8)) / 2
+      -0.85
     """
     check_clip(clip_low, clip_high, dual_clip)
     x = prepare(logp, behavior_logp, advantages, mask, weights)
     low, high = x.outside(x.ratio, 1 - clip_low, 1 + clip_high)
     # A choice, not a minimum: on the bound itself a minimum would share the gradient between its arguments.
     ratio = jnp.where(high, 1 + clip_high, jnp.where(low, 1 - clip_low, x.ratio))
-    surrogate, bounded = _dual_clip(x, ratio * x.advantages, dual_clip)
-    return x.finish(surrogate, reduction, normalizer, cut=(low, high), dual_clip_fraction=bounded)
+    beyond = _beyond(x, dual_clip)
+    if dual_clip is not None:
+        ratio = jnp.where(beyond, dual_clip, ratio)
+    return x.finish(ratio * x.advantages, reduction, normalizer, cut=(low, high), dual_clip_fraction=beyond)
 
 
 def cispo_loss(
@@ -71,6 +80,13 @@ def cispo_loss(
       min_ratio, max_ratio: bounds of the weight.
 
     Returns, Raises: as `r2vpo_loss`; ValueError for bounds out of range.
+
+    Example, r = e^2 and 1, A = 1:
+      >>> logp, behavior_logp = jnp.array([[[-1.0, -1.0]], [[-3.0, -1.0]]])
+      >>> ones = jnp.ones((1, 2))
+      >>> loss, stats = cispo_loss(logp, behavior_logp, ones, ones, max_ratio=5.0)
+      >>> round(float(loss), 4)  # -(5 * -1 + 1 * -1) / 2
+      3.0
     """
     require(
         0 <= min_ratio <= 1 <= max_ratio,
@@ -111,14 +127,23 @@ def gppo_loss(
       keep_low, keep_high: >= 0, beta_1 and beta_2 of CE-GPPO.
 
     Returns, Raises: as `ppo_clip_loss`.
+
+    Example, r = 2 and 1, A = 1:
+      >>> logp, behavior_logp = jnp.log(jnp.array([[[0.8, 0.4]], [[0.4, 0.4]]]))
+      >>> ones = jnp.ones((1, 2))
+      >>> loss, stats = gppo_loss(logp, behavior_logp, ones, ones, clip_high=0.28)
+      >>> round(float(loss), 4)  # -(1.28 + 1) / 2
+      -1.14
     """
     check_clip(clip_low, clip_high, dual_clip)
     require(keep_low >= 0 and keep_high >= 0, f"keep_low and keep_high must be >= 0, got {keep_low} and {keep_high}")
     x = prepare(logp, behavior_logp, advantages, mask, weights)
     low, high = x.outside(x.ratio, 1 - clip_low, 1 + clip_high)
     factor = jnp.where(high, keep_high * (1 + clip_high), jnp.where(low, keep_low * (1 - clip_low), x.ratio))
-    surrogate, bounded = _dual_clip(x, x.with_coefficient(factor * x.advantages), dual_clip)
-    return x.finish(surrogate, reduction, normalizer, cut=(low, high), dual_clip_fraction=bounded)
+    surrogate, beyond = x.with_coefficient(factor * x.advantages), _beyond(x, dual_clip)
+    if dual_clip is not None:
+        surrogate = jnp.where(beyond, dual_clip * x.advantages, surrogate)
+    return x.finish(surrogate, reduction, normalizer, cut=(low, high), dual_clip_fraction=beyond)
 
 
 def aspo_loss(
@@ -148,6 +173,13 @@ def aspo_loss(
     Args: as `ppo_clip_loss`; dual_clip bounds both signs.
 
     Returns, Raises: as `ppo_clip_loss`, without `dual_clip_fraction`.
+
+    Example, r = 0.5 and 1.5, A = 1:
+      >>> logp, behavior_logp = jnp.log(jnp.array([[[0.2, 0.6]], [[0.4, 0.4]]]))
+      >>> ones = jnp.ones((1, 2))
+      >>> loss, stats = aspo_loss(logp, behavior_logp, ones, ones, clip_high=0.25)
+      >>> round(float(loss), 4)  # -(1 / 0.5 + 1 / 1.25) / 2
+      -1.4
     """
     check_clip(clip_low, clip_high, dual_clip)
     x = prepare(logp, behavior_logp, advantages, mask, weights)
@@ -194,6 +226,13 @@ def dppo_tv_loss(
 
     Raises:
       AssertionError, ValueError: as `r2vpo_loss`; ValueError for bounds out of range.
+
+    Example, pi - mu = 0 and e^-0.1 - e^-1 = 0.54, A = 1:
+      >>> logp, behavior_logp = jnp.array([[[-1.0, -0.1]], [[-1.0, -1.0]]])
+      >>> ones = jnp.ones((1, 2))
+      >>> loss, stats = dppo_tv_loss(logp, behavior_logp, ones, ones)
+      >>> round(float(loss), 4)  # -(1 * -1 + 0) / 2
+      0.5
     """
     _check_divergences(divergence_low, divergence_high, 1.0)
     require(max_ratio >= 1, f"max_ratio must be >= 1, got {max_ratio}")
@@ -230,6 +269,13 @@ def dppo_kl_loss(
       max_ratio: >= 1, cap of the importance weight.
 
     Returns, Raises: as `dppo_tv_loss`.
+
+    Example, D = 0 and 0.87, A = 1:
+      >>> logp, behavior_logp = jnp.array([[[-1.0, -0.1]], [[-1.0, -1.0]]])
+      >>> ones = jnp.ones((1, 2))
+      >>> loss, stats = dppo_kl_loss(logp, behavior_logp, ones, ones)
+      >>> round(float(loss), 4)  # -(1 * -1 + 0) / 2
+      0.5
     """
     _check_divergences(divergence_low, divergence_high, float("inf"))
     require(max_ratio >= 1, f"max_ratio must be >= 1, got {max_ratio}")
@@ -267,6 +313,13 @@ def m2po_threshold(
     Raises:
       AssertionError: shapes or ranks do not fit (chex).
       ValueError: budget out of range.
+
+    Example, squares 0.01, 0.04 and 0.09, running means 0.01, 0.025 and 0.047:
+      >>> logp, behavior_logp = jnp.array([[[-0.9, -0.8, -0.7]], [[-1.0, -1.0, -1.0]]])
+      >>> ones = jnp.ones((1, 3))
+      >>> threshold = m2po_threshold(logp, behavior_logp, ones, ones, budget=0.04)
+      >>> round(float(threshold), 4)  # two are kept: (0.2 + 0.3) / 2
+      0.25
     """
     _check_budget(budget)
     x = prepare(logp, behavior_logp, advantages, mask, None)
@@ -314,6 +367,13 @@ def m2po_loss(
 
     Raises:
       AssertionError, ValueError: as `r2vpo_loss`; ValueError for a budget out of range.
+
+    Example, r = 1.44 and 1, A = 1; (log 1.44)^2 = 0.13, so the threshold is log(1.44) / 2 = log 1.2:
+      >>> logp, behavior_logp = jnp.log(jnp.array([[[0.72, 0.5]], [[0.5, 0.5]]]))
+      >>> ones = jnp.ones((1, 2))
+      >>> loss, stats = m2po_loss(logp, behavior_logp, ones, ones)
+      >>> round(float(loss), 4)  # -(1.2 + 1) / 2
+      -1.1
     """
     _check_budget(budget)
     x = prepare(logp, behavior_logp, advantages, mask, weights)
@@ -326,12 +386,9 @@ def m2po_loss(
     return x.finish(surrogate, reduction, normalizer, cut=(low, high))
 
 
-def _dual_clip(x, surrogate, bound):
-    """(the surrogate, held at bound * A where A < 0 and r > bound; those tokens). None is no bound."""
-    if bound is None:
-        return surrogate, jnp.zeros_like(x.mask)
-    beyond = (x.advantages < 0) & (x.ratio > bound)
-    return jnp.where(beyond, bound * x.advantages, surrogate), beyond
+def _beyond(x, dual_clip):
+    """Tokens that the dual clip cuts: A < 0 and r above it. None cuts nothing."""
+    return jnp.zeros_like(x.mask) if dual_clip is None else (x.advantages < 0) & (x.ratio > dual_clip)
 
 
 def _check_budget(budget):

@@ -34,6 +34,13 @@ def gspo_loss(
     Args: as `ppo_clip_loss`, without dual_clip; the bounds are those of s, hence small.
 
     Returns, Raises: as `ppo_clip_loss`, without `dual_clip_fraction`.
+
+    Example, r = 4 and 1, so s = 2; A = 1:
+      >>> logp, behavior_logp = jnp.log(jnp.array([[[0.8, 0.2]], [[0.2, 0.2]]]))
+      >>> ones = jnp.ones((1, 2))
+      >>> loss, stats = gspo_loss(logp, behavior_logp, ones, ones, clip_high=0.25)
+      >>> round(float(loss), 4)  # -min(2, 1.25)
+      -1.25
     """
     check_clip(clip_low, clip_high)
     x = prepare(logp, behavior_logp, advantages, mask, weights)
@@ -62,6 +69,13 @@ def luspo_loss(
     Source: arXiv 2602.05261 (`luspo` of TRL).
 
     Args, Returns, Raises: as `gspo_loss`.
+
+    Example, r = 4 and 1, so s = 2; A = 1, T = 2:
+      >>> logp, behavior_logp = jnp.log(jnp.array([[[0.8, 0.2]], [[0.2, 0.2]]]))
+      >>> ones = jnp.ones((1, 2))
+      >>> loss, stats = luspo_loss(logp, behavior_logp, ones, ones, clip_high=0.25)
+      >>> round(float(loss), 4)  # -2 * min(2, 1.25)
+      -2.5
     """
     check_clip(clip_low, clip_high)
     x = prepare(logp, behavior_logp, advantages, mask, weights)
@@ -96,6 +110,13 @@ def gmpo_loss(
 
     Raises:
       AssertionError, ValueError: as `r2vpo_loss`; ValueError for log_clip out of range.
+
+    Example, log r = 1 and -0.2, A = 1:
+      >>> logp, behavior_logp = jnp.array([[[-1.0, -2.2]], [[-2.0, -2.0]]])
+      >>> ones = jnp.ones((1, 2))
+      >>> loss, stats = gmpo_loss(logp, behavior_logp, ones, ones, log_clip=0.4)
+      >>> round(float(loss), 4)  # -exp((0.4 - 0.2) / 2)
+      -1.1052
     """
     require(log_clip >= 0, f"log_clip must be >= 0, got {log_clip}")
     x = prepare(logp, behavior_logp, advantages, mask, weights)

@@ -31,6 +31,13 @@ def sapo_loss(
       tau_positive, tau_negative: > 0, temperatures of the gate.
 
     Returns, Raises: as `r2vpo_loss`; ValueError for temperatures out of range.
+
+    Example, r = 1 and 2, A = 1; sigmoid(0) = 0.5, sigmoid(1) = 0.7311:
+      >>> logp, behavior_logp = jnp.log(jnp.array([[[0.4, 0.4]], [[0.4, 0.2]]]))
+      >>> ones = jnp.ones((1, 2))
+      >>> loss, stats = sapo_loss(logp, behavior_logp, ones, ones)
+      >>> round(float(loss), 4)  # -(4 * 0.5 + 4 * 0.7311) / 2
+      -2.4621
     """
     require(
         tau_positive > 0 and tau_negative > 0,
@@ -69,6 +76,13 @@ def vespo_loss(
       power_negative, decay_negative: k and lambda for A < 0.
 
     Returns, Raises: as `r2vpo_loss`; ValueError for constants out of range.
+
+    Example, r = 2 and 1, so w = 2; A = 1:
+      >>> logp, behavior_logp = jnp.array([[[-1.0, -1.0]], [[-1.6931472, -1.0]]])
+      >>> ones = jnp.ones((1, 2))
+      >>> loss, stats = vespo_loss(logp, behavior_logp, ones, ones)
+      >>> round(float(loss), 4)  # -2^2 * exp(3 * (1 - 2)) * (-1 - 1) / 2
+      0.1991
     """
     require(
         power_positive >= 0 and power_negative >= 0 and decay_positive > 0 and decay_negative > 0,
@@ -107,6 +121,13 @@ def topr_loss(
       max_ratio: > 0, cap of the weight of negative responses.
 
     Returns, Raises: as `r2vpo_loss`; ValueError for max_ratio out of range.
+
+    Example, log r = -0.5 and -0.5, so w = e^-1 = 0.3679; A = -1:
+      >>> logp, behavior_logp = jnp.array([[[-2.0, -2.0]], [[-1.5, -1.5]]])
+      >>> ones = jnp.ones((1, 2))
+      >>> loss, stats = topr_loss(logp, behavior_logp, -ones, ones)
+      >>> round(float(loss), 4)  # 0.3679 * (-2 - 2) / 2
+      -0.7358
     """
     require(max_ratio > 0, f"max_ratio must be > 0, got {max_ratio}")
     x = prepare(logp, behavior_logp, advantages, mask, weights)

@@ -1,12 +1,12 @@
 """The directory of one run: whose it is, and what is in it."""
 
 import json
-import os
 import pathlib
 
 from r2vpo_jax import config as config_lib
 from r2vpo_jax.config import Config
 from r2vpo_jax.errors import UsageError
+from r2vpo_jax.run import files
 
 
 def _flat(tree: dict, prefix="") -> dict:
@@ -30,8 +30,8 @@ def claim(workdir, config: Config, *, write=True) -> pathlib.Path:
     return claim_file(workdir, "config.json", config_lib.to_dict(config), write=write)
 
 
-def claim_file(workdir, name: str, identity: dict, *, write=True) -> pathlib.Path:
-    """`claim` for any JSON identity kept in `workdir/name`."""
+def claim_file(workdir, name: str, identity: dict, *, write=True, flag="--workdir") -> pathlib.Path:
+    """`claim` for any JSON identity kept in `workdir/name`; `flag` is the one that names the directory."""
     path = pathlib.Path(workdir)
     mine = json.loads(json.dumps(identity))
     file = path / name
@@ -39,7 +39,7 @@ def claim_file(workdir, name: str, identity: dict, *, write=True) -> pathlib.Pat
         try:
             theirs = _flat(json.loads(file.read_text()))
         except json.JSONDecodeError as error:
-            raise UsageError(f"{file} is not valid JSON ({error}); choose another --workdir") from error
+            raise UsageError(f"{file} is not valid JSON ({error}); choose another {flag}") from error
         flat = _flat(mine)
         differences = [
             f"{field}: {theirs.get(field, 'absent')} there, {flat.get(field, 'absent')} here"
@@ -49,16 +49,10 @@ def claim_file(workdir, name: str, identity: dict, *, write=True) -> pathlib.Pat
         if differences:
             raise UsageError(
                 f"{path} holds a run with another configuration ({'; '.join(differences[:4])}"
-                f"{'; ...' if len(differences) > 4 else ''}); choose another --workdir"
+                f"{'; ...' if len(differences) > 4 else ''}); choose another {flag}"
             )
         return path
-    if not write:
-        return path
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        temporary = path / f"{name}.tmp"
-        temporary.write_text(json.dumps(mine, indent=2) + "\n")
-        os.replace(temporary, file)
-    except OSError as error:
-        raise UsageError(f"cannot write to --workdir={path}: {error.strerror}") from error
+    if write:
+        with files.disk_errors(f"{flag}={path}"):
+            files.write_atomically(file, json.dumps(mine, indent=2) + "\n")
     return path

@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 
 from r2vpo_jax import verifiers
 from r2vpo_jax.config.task import TaskConfig
-from r2vpo_jax.data import digest, disjoint, load
+from r2vpo_jax.data import Example, digest, disjoint, load
 from r2vpo_jax.tasks.base import SPLITS, Outcome, Problems, Verdicts
 from r2vpo_jax.tasks.prompts import PromptTemplate, unknown_share
 from r2vpo_jax.verifiers.outcome import unjudged
@@ -151,7 +151,7 @@ class TextTask:
     def num_problems(self, split: str) -> int | None:
         return self._data[split].num_examples
 
-    def example(self, split: str, index: int) -> tuple[data.Example, np.ndarray]:
+    def example(self, split: str, index: int) -> tuple[Example, np.ndarray]:
         """The problem at a position and its prompt tokens."""
         data = self._data[split]
         for attempt in range(_REDRAWS):
@@ -228,9 +228,9 @@ class TextTask:
         outcome, reasons, terms = np.zeros(len(texts), np.int32), [""] * len(texts), {}
         if "correct" in names:
             checks = [verifiers.Check(e.kind, e.gold, text) for e, text in zip(examples, texts, strict=True)]
-            verdicts = self._pool.check(checks)
-            outcome = np.array([v.outcome for v in verdicts], np.int32)
-            reasons = [v.reason for v in verdicts]
+            judgements = self._pool.check(checks)
+            outcome = np.array([j.outcome for j in judgements], np.int32)
+            reasons = [j.reason for j in judgements]
             terms["correct"] = np.float32(reward.correct) * (outcome == Outcome.RIGHT)
         scored = []
         if "function" in names:
@@ -241,10 +241,10 @@ class TextTask:
             scored.append(("format", _FORMAT_FUNCTION, reward.format, patterns, [""] * len(texts)))
         for name, function, weight, first, last in scored:
             batch_size = reward.function_batch_size
-            values, verdicts = self._pool.score(function, first, texts, last, batch_size=batch_size)
-            failed = np.array([unjudged(v.outcome) for v in verdicts], bool)
+            values, judgements = self._pool.score(function, first, texts, last, batch_size=batch_size)
+            failed = np.array([unjudged(j.outcome) for j in judgements], bool)
             decides = failed | (name == "function" and not reward.correct)
-            outcome = np.where(decides, [v.outcome for v in verdicts], outcome).astype(np.int32)
-            reasons = [v.reason or reason for v, reason in zip(verdicts, reasons, strict=True)]
+            outcome = np.where(decides, [j.outcome for j in judgements], outcome).astype(np.int32)
+            reasons = [j.reason or reason for j, reason in zip(judgements, reasons, strict=True)]
             terms[name] = np.float32(weight) * np.where(failed, 0.0, values)
         return outcome, terms, tuple(reasons)

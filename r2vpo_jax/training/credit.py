@@ -37,8 +37,11 @@ def overlong_penalty(
     return penalty * np.clip((np.asarray(length) - free) / (max_length - free), 0.0, 1.0).astype(np.float32)
 
 
-def verdicts(rollout: Rollout, objective: ObjectiveConfig) -> np.ndarray:
-    """What the verifier said, f32 [B]: NaN for an abstention, unless `objective.groups.verifier_errors` counts it as wrong."""
+def judged_reward(rollout: Rollout, objective: ObjectiveConfig) -> np.ndarray:
+    """The reward that the verifier gave, f32 [B].
+
+    NaN where there is no verdict, unless `objective.groups.verifier_errors` counts that as wrong.
+    """
     reward = np.asarray(rollout.reward, np.float32)
     if objective.groups.verifier_errors == "abstain":
         reward = np.where(unjudged(rollout.outcome), np.float32(np.nan), reward)
@@ -52,7 +55,7 @@ def learning_reward(rollout: Rollout, objective: ObjectiveConfig) -> np.ndarray:
       rollout: verified, of NumPy arrays; its own `reward` stays what the verifier said.
       objective: verifier_errors, overlong_buffer and overlong_penalty are used.
     """
-    reward = verdicts(rollout, objective)
+    reward = judged_reward(rollout, objective)
     if objective.groups.overlong_penalty:
         reward = reward - overlong_penalty(
             rollout.response_length,
@@ -126,7 +129,7 @@ def _assign(reward, mask, behavior_logp, reference_logp, kl_coef, value, *, obje
 
 def groups_differ(rollout: Rollout, objective: ObjectiveConfig, group_size: int) -> np.ndarray:
     """bool [groups]: whether the verdicts on the group differ (penalties for length do not count, as in DAPO)."""
-    flat = advantages.zero_variance(verdicts(rollout, objective), group_size)
+    flat = advantages.zero_variance(judged_reward(rollout, objective), group_size)
     return ~np.asarray(flat).reshape(-1, group_size)[:, 0]
 
 
@@ -138,7 +141,7 @@ def select_groups(rollout: Rollout, objective: ObjectiveConfig, group_size: int,
 
     Args:
       rollout: verified, of NumPy arrays, at least num_groups groups.
-      objective: for `verdicts`.
+      objective: `groups.verifier_errors` is used.
       group_size: G.
       num_groups: groups that are returned, in the order they were sampled in.
     """

@@ -123,7 +123,11 @@ class Lifecycle:
         for notice in self._notices:
             self.files.event(**notice)
         self.files.event("resume" if self.resumed else "start", iteration, version=r2vpo_jax.__version__)
-        with self._disk_errors(), contextlib.closing(self._checkpointer), contextlib.closing(self.files):
+        with (
+            files.disk_errors(self.workdir, "the last checkpoint"),
+            contextlib.closing(self._checkpointer),
+            contextlib.closing(self.files),
+        ):
             yield
 
     def save(self, state: LearnerState, counters: Counters) -> None:
@@ -142,17 +146,6 @@ class Lifecycle:
     def wait(self) -> None:
         """Until what was saved is on disk."""
         self._checkpointer.wait()
-
-    @contextlib.contextmanager
-    def _disk_errors(self):
-        """A full or vanished disk is one line that says what is safe."""
-        try:
-            yield
-        except OSError as error:
-            raise UsageError(
-                f"cannot write to {self.workdir} ({error.strerror or error}); the last checkpoint is intact: make room, "
-                "and the same command goes on from there"
-            ) from error
 
 
 def seconds(counters: Counters) -> float:

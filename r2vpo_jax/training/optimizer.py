@@ -6,8 +6,13 @@ import optax
 from r2vpo_jax.config.run import OptimizerConfig
 
 
-def learning_rate_schedule(config: OptimizerConfig, num_updates: int) -> optax.Schedule:
-    """Warm-up, then constant, linear or cosine, over `num_updates` updates."""
+def learning_rate_schedule(config: OptimizerConfig, num_updates: int = 0) -> optax.Schedule:
+    """Warm-up, then constant, linear or cosine.
+
+    Args:
+      config: of the optimizer.
+      num_updates: of the whole run, over which linear and cosine decay.
+    """
     peak, end = config.learning_rate, config.learning_rate * config.final_fraction
     rest = max(num_updates - config.warmup_updates, 1)
     after = {
@@ -21,8 +26,8 @@ def learning_rate_schedule(config: OptimizerConfig, num_updates: int) -> optax.S
     return optax.join_schedules([warmup, after], [config.warmup_updates])
 
 
-def make_optimizer(config: OptimizerConfig, num_updates: int) -> optax.GradientTransformation:
-    """AdamW with a global-norm clip; weight decay on matrices only."""
+def make_optimizer(config: OptimizerConfig, num_updates: int = 0) -> optax.GradientTransformation:
+    """AdamW with a global-norm clip; weight decay on matrices only. Arguments as for `learning_rate_schedule`."""
 
     def is_matrix(params):
         names = ("kernel", "embed", "lm_head")

@@ -113,6 +113,9 @@ def update(
       batch: a minibatch of B responses with advantages; B is a multiple of the micro-batch size. With
         reference_logp for a KL to the reference, with value and value_target for a critic.
       model, optimizers, settings: of the run.
+
+    Raises:
+      ValueError: B is not a multiple of the micro-batch size.
     """
     num_micro = _num_micro_batches(batch, settings)
     loss_fn = functools.partial(
@@ -291,7 +294,10 @@ def _map_rows(function, batch: Rollout, settings: UpdateSettings):
 
 def _num_micro_batches(batch: Rollout, settings: UpdateSettings) -> int:
     rows = batch.tokens.shape[0]
-    return rows // (settings.micro_batch_size or rows)
+    size = settings.micro_batch_size or rows
+    if rows % size:
+        raise ValueError(f"a batch of {rows} responses is not a multiple of micro_batch_size={size}")
+    return rows // size
 
 
 # One rollout batch ------------------------------------------------------------------------------------------

@@ -637,12 +637,12 @@ def test_bad_values_name_their_flag(changes, said):
         ({"tasks": "arithmetic"}, None),  # its numbers are longer, but the symbols are the same
         ({"mesh_data": 7}, "--mesh_data"),
         ({"tasks": "no_such_data_set"}, "no_such_data_set"),
-        ({"tasks": "gsm8k_fixture", "template": "chat"}, "no chat template; set --template=plain"),
+        ({"tasks": "word_problems", "template": "chat"}, "no chat template; set --template=plain"),
         (
             {"tasks": "chain_sum", "max_length": 500, "max_prompt_length": 32_500},
             "lower --max_prompt_length or --max_length",
         ),
-        ({"tasks": "gsm8k_fixture", "max_prompt_length": 2}, "--max_prompt_length=2"),
+        ({"tasks": "word_problems", "max_prompt_length": 2}, "--max_prompt_length=2"),
         ({"tasks": "aime24"}, "needs a data folder (--data_dir)"),
     ],
 )

@@ -17,7 +17,7 @@ from r2vpo_jax.config import ModelConfig
 from r2vpo_jax.models import base as base_model
 
 SHIPPED = importlib.resources.files("r2vpo_jax")
-CHECKPOINT = SHIPPED / "checkpoints" / "word_problems_base"
+CHECKPOINT = SHIPPED / "assets" / "models" / "word_problems_base"
 FORM = re.compile(r"(?:[^\n]+ \d+[-+*/]\d+=\d+ ?[^\n]*\.\n){2,3}#### (\d+)")
 
 # Solved by hand, one of each template.
@@ -114,9 +114,9 @@ def test_the_demonstrator_makes_the_mistakes_it_is_said_to_make():
 
 
 def test_shipped_files_are_what_the_code_writes(tmp_path):
-    word_problems.write_fixture(tmp_path)
+    word_problems.write_word_problems(tmp_path)
     rows = {}
-    for split, count in word_problems.FIXTURE_ROWS.items():
+    for split, count in word_problems.ROWS_SHIPPED.items():
         text = (SHIPPED / "assets" / "data" / "word_problems" / f"{split}.jsonl").read_text()
         assert text == (tmp_path / f"{split}.jsonl").read_text()
         rows[split] = [json.loads(line) for line in text.splitlines()]

@@ -415,4 +415,4 @@ def test_faults_failing_write_deletes_nothing(open_at, monkeypatch):
         with pytest.raises(OSError, match="No space"):
             save(checkpointer, iteration)
     assert open_at(write=False).latest() == 1
-    assert json.loads((checkpointer._manifests / "1.json").read_text())["score"] == 0.0
+    assert json.loads((checkpointer._directory / "manifests" / "1.json").read_text())["score"] == 0.0

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from matplotlib.figure import Figure
 
 from r2vpo_jax import ratio_stats
 from r2vpo_jax.run import report
@@ -17,7 +18,7 @@ def rows_and_arguments():
     kept = [f"keeps/{name}_{split}" for name in ("retained", "restoring") for split in ratio_stats.SPLITS[1:]]
     rows = [
         {
-            "kind": "train", "iteration": i + 1, "version": 4 * (i + 1), **dict.fromkeys(names, 0.5),
+            "kind": "train", "iteration": i + 1, "rollouts": 16 * (i + 1), "version": 4 * (i + 1), **dict.fromkeys(names, 0.5),
             # In the first two iterations there is nothing that a clip would cut.
             **dict.fromkeys(kept, "nan"), "keeps/retained": "nan" if i < 2 else 0.1 * i,
             "keeps/restoring": "nan" if i < 2 else 2.0,
@@ -26,7 +27,7 @@ def rows_and_arguments():
         }
         for i in range(4)
     ]  # fmt: skip
-    rows.append({"kind": "evaluation", "split": "validation", "iteration": 4, "pass_at_1": 0.75})
+    rows.append({"kind": "evaluation", "split": "validation", "iteration": 4, "rollouts": 64, "pass_at_1": 0.75})
     scores = {
         "pass_at_1": 0.25, "pass_at_1_low": 0.2, "pass_at_1_high": 0.3, "k": 16, "pass_at_k": 0.9, "problems": 16, "average_at": 8,
         "by_level": {"2": 0.4}, "samples": [["1+2=", "3<eos>"]],
@@ -89,6 +90,41 @@ def test_report_files_and_rewrite(summary, tmp_path):
     assert "25 % retained, restoring 200 %" in text
     assert "retained" not in report.table(made | {"retained": None, "restoring": None})
     page = (tmp_path / "report" / "report.html").read_text()
-    assert "data:image/png;base64," in page
+    assert page.count("data:image/png;base64,") == 2
     assert "3&lt;eos&gt;" in page, "model output is escaped"
     assert report.rewrite(tmp_path) == text
+
+
+def drawn(made, rows, draw):
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    draw(figure, made, rows)
+    return figure.axes
+
+
+def test_the_two_panels_say_what_they_show(summary):
+    made, rows = summary
+    left, right, second = drawn(made, rows, report._draw_summary)
+    assert (left.get_ylabel(), right.get_ylabel(), second.get_ylabel()) == ("pass@1", "V = E[(r − 1)²]", "multiplier λ")
+    assert all(ax.get_title() and ax.get_xlabel() for ax in (left, right))
+    curves = {line.get_label(): line.get_xydata() for ax in (left, right, second) for line in ax.get_lines()}
+    assert curves["validation pass@1"].tolist() == [[0.064, 0.75]]
+    assert curves["multiplier λ"].tolist() == [[1, 0], [2, 1], [3, 2], [4, 3]]
+    assert curves["budget δ"][0, 1] == made["variance_budget"]
+    # Four iterations are fewer than the ten of the running mean: one point, the mean of all.
+    assert curves["V, mean of 4 iterations"][:, 1] == pytest.approx([0.015])
+
+
+def test_a_figure_without_a_multiplier_has_neither_budget_nor_second_axis(summary):
+    made, rows = summary
+    rows = [{name: value for name, value in row.items() if not name.startswith("dual/")} for row in rows]
+    _, right = drawn(made | {"variance_budget": None, "adaptive": False}, rows, report._draw_summary)
+    assert right.get_title() == "Ratio variance V"
+    assert not [line for line in right.get_lines() if "budget" in line.get_label()]
+
+
+def test_the_nine_panels_have_titles_and_axis_names(summary):
+    axes = drawn(*summary, report._draw_curves)
+    assert len(axes) == 9
+    assert all(ax.get_title() and ax.get_ylabel() for ax in axes)
+    assert len([ax for ax in axes if ax.get_xlabel() == "iteration (rollout batch)"]) == 8, "one has bars"
+    assert list(report._KINDS_OF_TOKENS) == list(ratio_stats.SPLITS[1:])

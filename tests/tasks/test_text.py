@@ -39,13 +39,14 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def make(folder):
-    """Makes the task of those files; sections of the configuration as keywords. Closed at the end."""
+    """Makes the task of those files, or of the ones named; sections of `task` as keywords. Closed at the end."""
     made = []
 
     def make(**config):
+        named = {split: config.pop(split) for split in tasks.SPLITS if split in config}
         config = {
             "name": "text",
-            "text": files_of(folder) | {"max_response_length": SIZE} | config.pop("text", {}),
+            "text": files_of(folder) | {"max_response_length": SIZE} | named,
             "prompt": {"template": "plain"} | config.pop("prompt", {}),
             "verifier": {"num_workers": 1, "time_limit": 20.0} | config.pop("verifier", {}),
             **config,

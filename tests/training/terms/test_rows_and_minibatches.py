@@ -150,8 +150,8 @@ def test_the_objectives_here_are_what_they_are_taken_for():
     assert {made[name].loss.reduction for name in losses.REDUCTIONS} == set(losses.REDUCTIONS)
     assert made["token_mean"].dual.adaptive
     assert not made["constant_length"].dual.adaptive
-    assert (made["sequence_mean"].kl_to, made["sequence_mean"].kl_target) == ("behavior", 0.01)
+    assert (made["sequence_mean"].kl.to, made["sequence_mean"].kl.target) == ("behavior", 0.01)
     assert made["critic"].critic
     assert made["critic"].needs_reference
-    assert made["bonus"].kl_estimator == "k3"
-    assert made["critic"].value_clip == 0.2
+    assert made["bonus"].kl.estimator == "k3"
+    assert made["critic"].advantage.value_clip == 0.2
