@@ -1,9 +1,11 @@
-"""Rollouts made by hand."""
+"""Rollouts made by hand, and replay buffers of them."""
 
 import jax.numpy as jnp
 import numpy as np
 
+from r2vpo_jax.config import ReplayConfig
 from r2vpo_jax.rollout import Rollout
+from r2vpo_jax.training.replay import ReplayBuffer
 
 GROUPS, GROUP, PROMPT, RESPONSE = 4, 2, 3, 5
 ROWS = GROUPS * GROUP
@@ -55,3 +57,34 @@ def empty(rows, prompt, size, **fields):
         "version": integer,
     }
     return Rollout(**values | fields)
+
+
+def buffer(directory, *batches, **config):
+    """A buffer to which these batches were added, each in the iteration that its ids tell."""
+    result = ReplayBuffer(directory, ReplayConfig(**config), GROUP)
+    for batch in batches:
+        iteration = int(batch.rollout_id[0]) // ROWS
+        result.add(iteration, batch, version=int(batch.version[0]))
+    return result
+
+
+def iterations(replay):
+    return [batch["iteration"] for batch in replay.listing()["batches"]]
+
+
+def groups_of(batch):
+    """The drawn groups, counted through all iterations: group g of iteration i is 4 i + g. They must be whole."""
+    ids = batch.rollout_id.reshape(-1, GROUP)
+    np.testing.assert_array_equal(ids, ids[:, :1] + np.arange(GROUP))
+    assert not (ids[:, 0] % GROUP).any()
+    return (ids[:, 0] // GROUP).tolist()
+
+
+def assert_equal(actual, expected):
+    """Every field, and its type."""
+    for name, value in vars(expected).items():
+        found = getattr(actual, name)
+        assert (found is None) == (value is None), name
+        if value is not None:
+            assert found.dtype == value.dtype, name
+            np.testing.assert_array_equal(found, value, err_msg=name)
