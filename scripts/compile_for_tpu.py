@@ -183,7 +183,12 @@ def lower(run: learner.Learner):
     number = rows(jnp.zeros(1, jnp.int32), prompts)
     tokens = rows(jnp.zeros((1, FLAGS.prompt_length), jnp.int32), prompts)
     sampling = sampler.Sampling(group_size=FLAGS.group_size, max_response_length=FLAGS.response_length, eos_ids=(0,))
-    lowered = sampler._sample.lower(run.model, weights, tokens, number, key, sampling, number, 0, run.mesh)
+
+    def sample(weights, tokens, lengths, key, sampling, problem_ids):
+        with sharding.activate(run.mesh):
+            return sampler.sample(run.model, weights, tokens, lengths, key, sampling, problem_ids=problem_ids)
+
+    lowered = jax.jit(sample).lower(weights, tokens, number, key, sampling, number)
     yield "sampler", lowered
     rollout, size = lowered.out_info, FLAGS.prompts * FLAGS.group_size  # what it makes is what the learner takes
     yield "scoring", run.score.lower(state.params, jax.tree.map(lambda x: rows(x, size), rollout))

@@ -17,6 +17,7 @@ from r2vpo_jax.models import base as base_model
 pytest.register_assert_rewrite("tests.helpers")
 
 from tests.helpers.paths import ROOT, TASK, TINY_BASE  # noqa: E402
+from tests.helpers.trees import merged  # noqa: E402
 
 # In the environment too, for the processes that tests start.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
@@ -75,11 +76,6 @@ def tiny_sections(tiny_checkpoint):
 @pytest.fixture(scope="session")
 def tiny_config(tiny_sections):
     """Makes the frozen Config of that run; `section={field: value}` changes it, at any depth."""
-
-    def merged(below, above):
-        if not (isinstance(below, dict) and isinstance(above, dict)):
-            return above
-        return below | {name: merged(below.get(name), value) for name, value in above.items()}
 
     def make(**overrides):
         return config.from_flags(config.make(**merged(tiny_sections, overrides)))

@@ -44,7 +44,7 @@ def make_model(num_kv_heads):
 
 def make_config(micro_batch_size=MICRO):
     trainer = {"prompts_per_rollout": 8, "num_minibatches": 1, "num_epochs": 2, "scoring_chunk_size": 3}
-    objective = {"name": "r2vpo_fixed", "reduction": "sequence_mean"}
+    objective = {"name": "r2vpo_fixed", "loss": {"reduction": "sequence_mean"}}
     return config.from_flags(
         config.make(
             objective=objective, trainer=trainer | {"micro_batch_size": micro_batch_size}, sampler={"group_size": 2}

@@ -1,5 +1,6 @@
 """Every file of experiments/configs is a valid configuration, for every word that may follow its colon."""
 
+import dataclasses
 import importlib
 import pathlib
 
@@ -55,8 +56,11 @@ def test_the_methods_are_what_they_are_called():
     )
     assert (dapo.objective.loss.options["clip_high"], dapo.objective.groups.zero_variance) == (0.28, "resample")
     assert dapo.objective.groups.overlong_penalty > 0
-    # Everything else is the same for all.
-    assert on.trainer == off.trainer == grpo.trainer == dapo.trainer
+    # Everything else is the same for all, but what follows from the budget: 0.004 / 4, or the default of 0.04 / 4.
+    floors = [run.trainer.max_noise_floor for run in (on, off, grpo, dapo)]
+    assert floors == [on.objective.dual.budget / 4] * 2 + [0.01] * 2
+    trainers = [dataclasses.replace(run.trainer, max_noise_floor=1.0) for run in (on, off, grpo, dapo)]
+    assert trainers == [trainers[0]] * 4
     assert on.task == off.task == grpo.task == dapo.task
     assert on.optimizer == off.optimizer == grpo.optimizer == dapo.optimizer
 

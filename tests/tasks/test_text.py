@@ -9,7 +9,7 @@ from r2vpo_jax import tasks
 from r2vpo_jax.config.fields import build
 from r2vpo_jax.config.task import TaskConfig
 from r2vpo_jax.tasks import Outcome
-from tests.tasks.test_prompts import byte_tokenizer
+from tests.helpers.tokenizers import byte_tokenizer
 
 EOS = 257
 TOKENIZER = byte_tokenizer()
