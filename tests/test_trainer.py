@@ -71,6 +71,7 @@ class Watched:
         jax.monitoring.register_event_duration_secs_listener(listener)
         self._patch.setattr(trainer._Run, "_iterate", counted)
         self._patch.setattr(trainer.noise_floor, "measure", measured)
+        self._patch.setattr(trainer, "Learner", Learner)  # one that has compiled nothing yet
         return self
 
     def __exit__(self, *_):
