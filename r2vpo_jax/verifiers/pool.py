@@ -36,7 +36,7 @@ _POLL = 0.05  # seconds between looks at processes that may have died with their
 
 
 class Check(NamedTuple):
-    """A response to be judged."""
+    """A response to be judged against a gold answer."""
 
     kind: str  # one of KINDS
     gold: str  # the right answer; reasoning_gym: JSON, see `procedural.right`
@@ -44,7 +44,7 @@ class Check(NamedTuple):
 
 
 class Judgement(NamedTuple):
-    """Of one response."""
+    """Whether one response is right, or why nobody could tell."""
 
     outcome: Outcome
     reason: str = ""  # why there is no verdict
@@ -74,16 +74,16 @@ class _Slot:
 class VerifierPool:
     """Verifier processes: CPU only, limited in time and memory, replaced when they fail.
 
-    A response never raises and never costs more than `time_limit` seconds; what it does is counted by its `Outcome`: TIMEOUT
-    for the time limit, ERROR with a reason for an exception, a process that died, too long a text or a gold answer that
-    cannot be judged against.
+    A response never raises and never costs more than `time_limit` seconds. Its `Outcome` says what happened: TIMEOUT where the
+    time limit was exceeded; ERROR, with a reason, for an exception, a process that died, a text that is too long, or a gold
+    answer that cannot be judged against.
 
     Args:
       num_workers: processes; they start with the first call.
-      time_limit: seconds an item, from its dispatch to a process that is ready; imports do not count.
+      time_limit: seconds per response, from when a process that is ready gets it; imports do not count.
       max_chars: a longer response is an ERROR and is not looked at.
-      memory_limit_mb: address space a process, MiB. JAX in a function of yours takes several thousand.
-      tolerance: relative, of kind "numeric".
+      memory_limit_mb: address space of each process, MiB. JAX in a function of yours takes several thousand.
+      tolerance: relative tolerance of kind "numeric".
 
     Raises:
       ValueError: parameters out of range.
@@ -219,8 +219,9 @@ class VerifierPool:
     def score(self, function: str, questions, responses, answers, batch_size: int = 32):
         """Values of a reward function of the user, `function(questions, responses, answers) -> floats`, batch by batch.
 
-        A batch has `time_limit` seconds. What befalls it (exception, time limit, end of the process, a wrong number of
-        values) befalls all of its rows, so smaller batches lose less; a value that is not finite costs its own row only.
+        A batch has `time_limit` seconds. If it fails (by an exception, the time limit, the end of the process, or a wrong number
+        of values), all of its rows get that outcome, so that smaller batches lose less. A value that is not finite costs its
+        own row only.
 
         Returns:
           (values float32 [N], nan where there is none; judgements [N], RIGHT where the value is above RIGHT_ABOVE).
