@@ -95,19 +95,7 @@ def _load_known(spec: SourceSpec, known: KnownDataset, split: str, data_dir) -> 
         raise ValueError(f"{spec.text!r} needs a data folder (task.text.data_dir) with a copy of {known.published}")
     else:
         base = pathlib.Path(data_dir) / known.name
-    if known.tfds and base.is_dir():
-        path = _prepared(base)
-        if path is not None:
-            return rows.from_rows(plan, str(path), gsm8k.read_prepared(path, wanted), split)
+    if known.tfds and (prepared := gsm8k.prepared(base)) is not None:
+        return rows.from_rows(plan, str(prepared), gsm8k.read_prepared(prepared, wanted), split)
     found = files.find(base, wanted, stated=stated is not None, one_split=known.one_split)
     return rows.from_files(plan, found, split)
-
-
-def _prepared(base: pathlib.Path) -> pathlib.Path | None:
-    """The prepared GSM8K, made if it can be; else the rows are read as they are: they are the same, in the same order."""
-    try:
-        return gsm8k.current(base)
-    except (OSError, ValueError):
-        if not gsm8k.local_files(base):
-            raise
-        return None

@@ -14,6 +14,7 @@ from r2vpo_jax.config import Config, make_objective
 from r2vpo_jax.config.fields import default_of
 from r2vpo_jax.config.objective import ObjectiveConfig
 from tests.helpers.paths import ROOT
+from tests.helpers.trees import leaves, nested
 
 OWN_LOSS = "tests.helpers.own_losses:tempered_loss"
 OWN_TASK = "tests.helpers.own_tasks:Echo"
@@ -28,14 +29,6 @@ def shown(text):
     lines = [line for line in text.splitlines() if line and not line.startswith("* differs")]
     split = [line[2:].split(None, 1) for line in lines]
     return {name: (line[0], *rest.split(None, 1)) for line, (name, rest) in zip(lines, split, strict=True)}
-
-
-def leaves(tree, prefix=""):
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def parsed(file, *arguments):
@@ -220,17 +213,6 @@ PLAIN = {
     "objective.advantage.estimator": "leave_one_out",
     "task.name": "tests.helpers.own_tasks:Echo",
 }
-
-
-def nested(settings):
-    tree = {}
-    for path, value in settings.items():
-        node = tree
-        *parents, name = path.split(".")
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = value
-    return tree
 
 
 @pytest.mark.parametrize(("settings", "fields"), CONDITIONAL, ids=lambda x: ",".join(x))

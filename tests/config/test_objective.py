@@ -5,27 +5,14 @@ import pytest
 from r2vpo_jax import losses
 from r2vpo_jax.config import make_objective
 from r2vpo_jax.config.objective import ADVANTAGES, GROUP_ADVANTAGES
+from tests.helpers.trees import nested
 
 HYPER = {name: losses.hyperparameters(name) for name in losses.names()}
 
 
-def nested(path, value):
-    """{"a": {"b": value}} of "a.b"."""
-    first, _, rest = path.partition(".")
-    return {first: nested(rest, value) if rest else value}
-
-
-def merged(trees):
-    result = {}
-    for tree in trees:
-        for key, value in tree.items():
-            result[key] = merged([result.get(key, {}), value]) if isinstance(value, dict) else value
-    return result
-
-
 def objective(settings):
     """The objective with fields by their paths."""
-    return make_objective(**merged(nested(path, value) for path, value in settings.items()))
+    return make_objective(**nested(settings))
 
 
 def value_at(node, path):

@@ -8,7 +8,7 @@ from experiments.configs import arithmetic
 from r2vpo_jax import config
 from r2vpo_jax.run import files
 from r2vpo_jax.training import trainer
-from tests.conftest import ROOT
+from tests.helpers.paths import ROOT
 
 
 def test_it_fits_on_a_page():

@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from r2vpo_jax.config.objective import ADVANTAGES, GROUP_ADVANTAGES, ObjectiveConfig
+from r2vpo_jax.config import make_objective
+from r2vpo_jax.config.objective import ADVANTAGES, GROUP_ADVANTAGES
 from r2vpo_jax.rollout import Rollout
 from r2vpo_jax.tasks.base import Outcome
 from r2vpo_jax.training import credit
@@ -195,11 +196,10 @@ def with_kl(*, reward=(1, 0), **fields):
     return verified(reward, [2, 3], behavior_logp=behavior, reference_logp=reference, **fields)
 
 
-def in_reward(advantage, **changes):
+def in_reward(estimator, *, k="k1", **advantage):
     # The weight in force is given to fill_advantages: an adaptive one leaves that of the configuration.
-    return ObjectiveConfig(
-        **{"advantage": advantage, "kl_coef": 99.0, "kl_in": "reward", "kl_estimator": "k1"} | changes
-    )
+    kl = {"coef": 99.0, "where": "reward", "estimator": k}
+    return make_objective(advantage={"estimator": estimator} | advantage, kl=kl)
 
 
 def test_leave_one_out():
@@ -222,11 +222,9 @@ def test_leave_one_out():
 def test_a_sequence_pays_for_its_divergence(estimator, sums):
     """Returns R - 0.4 sum KL. With G = 2 both others' mean is the other's: the difference of the returns."""
     returns = np.array([1, 0]) - 0.4 * np.array(sums)
-    filled = credit.fill_advantages(with_kl(), in_reward("leave_one_out", kl_estimator=estimator), 2, 0.4)
+    filled = credit.fill_advantages(with_kl(), in_reward("leave_one_out", k=estimator), 2, 0.4)
     np.testing.assert_allclose(filled.advantage, returns - returns[::-1], rtol=1e-6)
-    filled = credit.fill_advantages(
-        with_kl(), in_reward("group_relative", advantage_scale="none", kl_estimator=estimator), 2, 0.4
-    )
+    filled = credit.fill_advantages(with_kl(), in_reward("group_relative", scale="none", k=estimator), 2, 0.4)
     np.testing.assert_allclose(filled.advantage, (returns - returns[::-1]) / 2, rtol=1e-6)
     assert_only_these_change(filled, with_kl(), "advantage")
 
@@ -277,7 +275,7 @@ VALUES = [[0.5, 0.25, 1.0], [0.0, 0.5]]
 )
 def test_gae(settings, advantage, target):
     rollout = verified([1, 0], [3, 2], size=3, value=VALUES)
-    objective = ObjectiveConfig(advantage="gae", trace_decay=0.5, whiten_advantages=False, **settings)
+    objective = make_objective(advantage={"estimator": "gae", "trace_decay": 0.5, "whiten": False} | settings)
     filled = credit.fill_advantages(rollout, objective, 2)
     np.testing.assert_allclose(filled.advantage, advantage, atol=1e-6)
     np.testing.assert_allclose(filled.value_target, target, atol=1e-6)
@@ -303,7 +301,7 @@ def test_gae_pays_for_the_divergence_at_each_token():
     delta = [-0.2 + 1 - 0.5, 0.9 - 1] and [-0.4 + 0.5, 0, 0.2 - 0.5]; A_t = delta_t + 0.5 A_{t+1}.
     """
     rollout = with_kl(value=[[0.5, 1.0], [0.0, 0.5, 0.5]])
-    filled = credit.fill_advantages(rollout, in_reward("gae", trace_decay=0.5, whiten_advantages=False), 2, 0.4)
+    filled = credit.fill_advantages(rollout, in_reward("gae", trace_decay=0.5, whiten=False), 2, 0.4)
     advantage = [[0.3 - 0.05, -0.1, 0, 0], [0.1 + 0.5 * (0 - 0.15), -0.15, -0.3, 0]]
     np.testing.assert_allclose(filled.advantage, advantage, atol=1e-6)
     np.testing.assert_allclose(filled.value_target, [[0.75, 0.9, 0, 0], [0.025, 0.35, 0.2, 0]], atol=1e-6)
