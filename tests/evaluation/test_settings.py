@@ -222,5 +222,5 @@ def test_print_config_shows_what_is_in_force(run_of):
     assert shown["task.prompt.template"] == (" ", "plain")
     assert shown["task.prompt.bos"] == (" ", "True")
     assert shown["task.verifier.tolerance"] == (" ", "0.01")
-    assert shown["k"] == (" ", "3")
+    assert shown["k"] == ("*", "3")
     assert "task.reward.correct" not in shown
