@@ -9,34 +9,40 @@ The same command continues an evaluation that was stopped; a finished one shows 
 from absl import flags
 
 from r2vpo_jax import cli, config
-from r2vpo_jax.config.evaluation import RENAMED_FLAGS, flag_sections
+from r2vpo_jax.config.evaluation import RENAMED_FLAGS, EvaluationConfig, flag_sections
 from r2vpo_jax.evaluation import benchmarks, settings
 
-_OUTPUT = flags.DEFINE_string("output", "runs/evaluation", "Directory of this evaluation: outcomes and tables.")
-_FLAGS = (
-    flags.DEFINE_string("model", None, "Hugging Face or run directory, or shipped model. Default: arithmetic_base."),
+
+def _field(define, name: str) -> flags.FlagHolder:
+    """The flag of a field of the configuration."""
+    field = EvaluationConfig.__dataclass_fields__[name]
+    return define(name, field.default, field.metadata["help"])
+
+
+_OUTPUT = flags.DEFINE_string("output", "runs/evaluation", "directory of this evaluation: outcomes and tables")
+_WHAT = (
+    flags.DEFINE_string("model", None, "Hugging Face or run directory, or shipped model (default: arithmetic_base)"),
     flags.DEFINE_string(
-        "checkpoint", None, "Checkpoint of a run: an iteration, latest or best. Default: hf/, or latest."
+        "tasks", None, "benchmarks, with commas between them (default, for a run directory: the run's own test split)"
     ),
-    flags.DEFINE_string("tasks", None, "Benchmarks with commas between them. Default, for a run: its own test split."),
-    flags.DEFINE_integer("num_problems", None, "Problems per benchmark. Default: all; 256 of an endless source."),
-    flags.DEFINE_integer("k", 16, "Samples per problem."),
-    flags.DEFINE_bool("greedy", True, "Also draw one sample per problem at temperature 0."),
-    flags.DEFINE_integer("seed", 0, "Seed of the samples."),
-    flags.DEFINE_integer("texts", 1, "Responses per problem whose text is kept in outcomes.jsonl."),
+    _field(flags.DEFINE_string, "checkpoint"),
+)
+_HOW = (
+    _field(flags.DEFINE_integer, "num_problems"),
+    _field(flags.DEFINE_integer, "k"),
+    _field(flags.DEFINE_bool, "greedy"),
+    _field(flags.DEFINE_integer, "seed"),
+    _field(flags.DEFINE_integer, "texts"),
 )
 _SECTIONS = cli.define_sections(flag_sections(), RENAMED_FLAGS)
 
 
 def main():
     cli.require_flag(_OUTPUT, "runs/eval")
-    values = {flag.name: flag.value for flag in _FLAGS}
-    chosen = settings.resolve(**values, sections=_SECTIONS.value.to_dict())
-    cli.show_if_asked(
-        lambda: config.describe(
-            chosen, settings.resolve(**values), "differs from the run, or from the default without one"
-        )
-    )
+    what, how = ({flag.name: flag.value for flag in group} for group in (_WHAT, _HOW))
+    chosen = settings.resolve(**what, **how, sections=_SECTIONS.value.to_dict())
+    mark = "differs from the run, or from the default where there is no run"
+    cli.show_if_asked(lambda: config.describe(chosen, settings.resolve(**what), mark))
     cli.start_devices()
     benchmarks.run(chosen, _OUTPUT.value)
 

@@ -40,7 +40,9 @@ class EvaluationConfig:
     """
 
     tasks: tuple[str, ...] = option((), "benchmarks: arithmetic, data sets as in docs/data.md, or module:Class")
-    checkpoint: str | None = option(None, "checkpoint of a run directory: an iteration, latest or best")
+    checkpoint: str | None = option(
+        None, "checkpoint of a run: an iteration, latest or best (default: its hf/ if it has finished, else latest)"
+    )
     num_problems: int | None = option(None, "problems per benchmark (default: all; 256 of an endless source)")
     k: int = option(16, "samples per problem")
     greedy: bool = option(True, "also draw one sample per problem at temperature 0")
@@ -58,7 +60,8 @@ class EvaluationConfig:
             value = getattr(self, name)
             require(value is None or value >= low, f"--{name} must be at least {low}, got {value}")
         folder = self.task.text.data_dir
-        require(folder is None or pathlib.Path(folder).is_dir(), f"task.text.data_dir={folder} is not a folder")
+        there = not self.has_data or folder is None or pathlib.Path(folder).is_dir()
+        require(there, f"task.text.data_dir={folder} is not a folder")
 
     @property
     def has_data(self) -> bool:
