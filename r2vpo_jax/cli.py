@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import sys
+from collections.abc import Callable, Mapping
 
 import jax
 from absl import app, flags, logging
@@ -32,6 +33,26 @@ def define_config() -> flags.FlagHolder:
     )
 
 
+def define_sections(sections, renamed: Mapping[str, str]) -> flags.FlagHolder:
+    """The --config flag where there is no file: sections of a ConfigDict, set by --config.section.field=value.
+
+    Args:
+      sections: the ConfigDict.
+      renamed: old names of flags, without dashes, and what they are called now; they are refused.
+    """
+    for argument in sys.argv[1:]:
+        name = argument.lstrip("-").partition("=")[0]
+        now = renamed.get(name) or renamed.get(name.removeprefix("no"))
+        if argument.startswith("-") and now:
+            _fail(f"--{name} is now {now}")
+    try:  # the command line is read here already
+        return config_flags.DEFINE_config_dict(
+            "config", sections, "Sections as in training: --config.section.field=value; --print_config lists them."
+        )
+    except _BAD_FLAGS as error:
+        _refuse(error, sys.argv)
+
+
 def require_flag(flag, example: str) -> None:
     """Raises UsageError when a flag that has no default was not given."""
     if not flag.value:
@@ -45,6 +66,13 @@ def directory_of(flag) -> str:
     return str(pathlib.Path("runs") / "_".join(words))
 
 
+def show_if_asked(text: Callable[[], str]) -> None:
+    """With --print_config: print what `text` returns, and exit."""
+    if _PRINT_CONFIG.value:
+        print(text())
+        sys.exit(0)
+
+
 def resolve(flag) -> config_lib.Config:
     """The validated configuration behind a parsed --config flag; prints it and exits with --print_config.
 
@@ -54,9 +82,7 @@ def resolve(flag) -> config_lib.Config:
     require_flag(flag, "experiments/configs/arithmetic.py")
     with usage_errors(TypeError):
         config = config_lib.from_flags(flag.value)
-    if _PRINT_CONFIG.value:
-        print(config_lib.describe(config))
-        sys.exit(0)
+    show_if_asked(lambda: config_lib.describe(config))
     if ignored := config_lib.without_effect(flag.value.to_dict()):
         print(f"note: {', '.join(ignored)} have no effect with these settings", file=sys.stderr)
     return config
@@ -72,9 +98,7 @@ def resolve_sweep(flag) -> tuple[dict, config_lib.SweepConfig]:
             )
         base, sweep = flag.value.base.to_dict(), config_lib.SweepConfig(**flag.value.sweep.to_dict())
         resolved = config_lib.from_dict(base)
-    if _PRINT_CONFIG.value:
-        print(config_lib.describe(sweep) + "\n" + config_lib.describe(resolved))
-        sys.exit(0)
+    show_if_asked(lambda: config_lib.describe(sweep) + "\n" + config_lib.describe(resolved))
     return base, sweep
 
 
@@ -96,6 +120,13 @@ def start_devices() -> None:
 def _fail(message: str) -> None:
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(2)
+
+
+_BAD_FLAGS = (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError)
+
+
+def _refuse(error: Exception, argv) -> None:
+    _fail(f"{_reason(error, argv)} (--help lists the flags, --print_config the config fields)")
 
 
 def _reason(error: Exception, argv) -> str:
@@ -123,8 +154,8 @@ def run(main) -> None:
     def parse(argv):
         try:
             rest = app.parse_flags_with_usage(argv) if "--help" in " ".join(argv) else flags.FLAGS(argv)
-        except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
-            _fail(f"{_reason(error, argv)} (--help lists the flags, --print_config the config fields)")
+        except _BAD_FLAGS as error:
+            _refuse(error, argv)
         if len(rest) > 1:
             _fail(f"unexpected argument {rest[1]!r}; flags start with --")
         return rest

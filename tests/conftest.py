@@ -1,9 +1,11 @@
 """What the tests share: a compilation cache, a tiny decoder, a tiny task and a tiny run.
 
-Compiling costs more than computing here, so shapes are few and the same everywhere, and compiled programs are
-kept on disk: the programs that the tests start in processes of their own find them there.
+Compiling costs more than computing here. So shapes are few and the same everywhere, compiled programs are kept on
+disk, where the processes that tests start find them, and machine code is not optimized: XLA's own passes run all the
+same, only LLVM's do not. JAX_DISABLE_MOST_OPTIMIZATIONS=0 tests the code that users run.
 """
 
+import functools
 import os
 import shutil
 
@@ -13,6 +15,7 @@ import pytest
 
 from r2vpo_jax import advantages, config, sampler, sharding, tasks
 from r2vpo_jax.models import base as base_model
+from r2vpo_jax.training import trainer
 
 pytest.register_assert_rewrite("tests.helpers")
 
@@ -22,15 +25,25 @@ from tests.helpers.trees import merged  # noqa: E402
 # In the environment too, for the processes that tests start.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update(
     "jax_persistent_cache_min_compile_time_secs", float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"])
 )
+jax.config.update("jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0")
 
 
 @pytest.fixture(scope="session")
 def task():
     return tasks.ArithmeticTask(**TASK)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_learners():
+    """Runs of one file that have the same configuration share a Learner: it holds no state, and compiles anew."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "Learner", functools.cache(trainer.Learner))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,17 @@
 """Every setting of a run, of an evaluation and of a sweep."""
 
 from r2vpo_jax.config.evaluation import EvaluationConfig
-from r2vpo_jax.config.flags import describe, from_dict, from_flags, make, to_config_dict, to_dict, without_effect
+from r2vpo_jax.config.flags import (
+    describe,
+    from_dict,
+    from_flags,
+    leaves,
+    make,
+    to_config_dict,
+    to_dict,
+    to_open_config_dict,
+    without_effect,
+)
 from r2vpo_jax.config.objective import (
     AdvantageConfig,
     CorrectionConfig,
@@ -57,10 +67,12 @@ __all__ = [
     "describe",
     "from_dict",
     "from_flags",
+    "leaves",
     "make",
     "make_objective",
     "new_name",
     "to_config_dict",
     "to_dict",
+    "to_open_config_dict",
     "without_effect",
 ]

@@ -40,6 +40,11 @@ def to_config_dict(node):
     return _template(type(node), node)
 
 
+def to_open_config_dict(kind: type):
+    """A ConfigDict for ml_collections flags in which every field of a dataclass is open: None, until a flag sets it."""
+    return _template(kind, open=True)
+
+
 def _template(kind: type, node=None, *, open=False):
     """ConfigDict of a dataclass: of `node`, or of the defaults; with `open`, of nothing but typed placeholders."""
     from ml_collections import config_dict
@@ -79,7 +84,7 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     Raises:
       ValueError: an unknown field (named, with those there are), an old name, or a value out of range.
     """
-    for path, _ in _leaves(values):
+    for path, _ in leaves(values):
         if path_now := new_name(path):
             raise ValueError(f"config field {path} is now {path_now}")
     given = presets.without_none(values)
@@ -93,11 +98,11 @@ def from_dict(values: Mapping[str, Any]) -> Config:
 
 def without_effect(values: Mapping[str, Any]) -> list[str]:
     """Given fields, other than at their defaults, that have no effect beside the others: "objective.dual.step", …"""
-    effective = dict(_leaves(to_dict(from_dict(values))))
-    defaults = dict(_leaves(dataclasses.asdict(Config())))
+    effective = dict(leaves(to_dict(from_dict(values))))
+    defaults = dict(leaves(dataclasses.asdict(Config())))
     return [
         path
-        for path, value in _leaves(presets.without_none(values))
+        for path, value in leaves(presets.without_none(values))
         if path not in effective and (path.startswith("objective.") or value != defaults.get(path))
     ]
 
@@ -115,10 +120,11 @@ def _settled(node):
     return dataclasses.replace(node, **changes)
 
 
-def _leaves(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of nested values."""
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
+            yield from leaves(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 
@@ -135,27 +141,28 @@ def to_dict(node) -> dict[str, Any]:
     return result
 
 
-def describe(node, reference=None) -> str:
+def describe(node, reference=None, mark="differs from the defaults of its preset") -> str:
     """Every field in force with its value and its help, section by section.
 
     Args:
       node: a configuration.
       reference: one to compare with; by default that of the same preset and nothing else. A `*` marks what differs.
+      mark: what the `*` says.
     """
     if reference is None:
         reference = (
             from_dict({"objective": {"name": node.objective.name}}) if isinstance(node, Config) else type(node)()
         )
-    base = dict(_leaves(to_dict(reference)))
+    base = dict(leaves(to_dict(reference)))
     lines, section = [], None
     for path, value, text in _described(node):
         parent = path.rpartition(".")[0].removesuffix(".options")
         if parent != section and lines:
             lines.append("")
         section = parent
-        mark = " " if path in base and base[path] == value else "*"
-        lines.append(f"{mark} {path:42s} {value!s:16s} {text}")
-    return "\n".join([*lines, "", "* differs from the defaults of its preset"])
+        star = " " if path in base and base[path] == value else "*"
+        lines.append(f"{star} {path:42s} {value!s:16s} {text}")
+    return "\n".join([*lines, "", f"* {mark}"])
 
 
 def _described(node, prefix="") -> Iterator[tuple[str, Any, str]]:

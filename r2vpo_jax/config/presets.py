@@ -85,7 +85,7 @@ def resolve(given: Mapping[str, Any]) -> Tree:
     given = without_none(given)
     name = given.get("name", DEFAULT)
     require(name in PRESETS, f"objective.name={name!r} is not a preset; one of {', '.join(sorted(PRESETS))}")
-    tree = _merged(PRESETS[name], given) | {"name": name}
+    tree = merged(PRESETS[name], given) | {"name": name}
     loss = tree["loss"]["name"]
     try:
         taken = losses.hyperparameters(loss)
@@ -107,8 +107,9 @@ def without_none(tree: Mapping) -> Tree:
     return {k: v for k, v in nested.items() if v is not None}
 
 
-def _merged(below: Mapping, above: Mapping) -> Tree:
-    result = {k: _merged(v, {}) if isinstance(v, Mapping) else v for k, v in below.items()}
+def merged(below: Mapping, above: Mapping) -> Tree:
+    """Nested values of both; where both say something, `above` holds."""
+    result = {k: merged(v, {}) if isinstance(v, Mapping) else v for k, v in below.items()}
     for key, value in above.items():
-        result[key] = _merged(result.get(key, {}), value) if isinstance(value, Mapping) else value
+        result[key] = merged(result.get(key, {}), value) if isinstance(value, Mapping) else value
     return result

@@ -192,30 +192,40 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """The base model and how to compute it."""
+class ComputeConfig:
+    """Which model, and how its forward pass is computed."""
 
     path: str = option(
         "arithmetic_base", "Hugging Face directory, or a shipped model: arithmetic_base or word_problems_base"
     )
-    param_dtype: str = option("float32", "dtype of the master weights: float32 or bfloat16")
     compute_dtype: str = option("float32", "dtype of activations and matrix products: float32 or bfloat16")
     scan_layers: bool = option(False, "compile one layer and loop (large models); False is faster on CPU")
-    remat: bool = option(False, "recompute activations in the backward pass")
     attention_block_size: int = option(
         0, "queries whose attention scores exist at one time (0 = all, for short contexts)"
     )
+
+    def __post_init__(self):
+        dtypes = ("float32", "bfloat16")
+        require(self.compute_dtype in dtypes, f"model.compute_dtype={self.compute_dtype!r}; one of {', '.join(dtypes)}")
+        require(self.attention_block_size >= 0, "model.attention_block_size must be at least 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(ComputeConfig):
+    """The base model and how to compute it."""
+
+    param_dtype: str = option("float32", "dtype of the master weights: float32 or bfloat16")
+    remat: bool = option(False, "recompute activations in the backward pass")
     export_dtype: str = option(
         "stored", "dtype of the weights in hf/: float32, bfloat16 or float16; stored: the base model's"
     )
 
     def __post_init__(self):
-        for name in ("param_dtype", "compute_dtype"):
-            value = getattr(self, name)
-            require(value in ("float32", "bfloat16"), f"model.{name}={value!r}; one of float32, bfloat16")
+        super().__post_init__()
+        dtypes = ("float32", "bfloat16")
+        require(self.param_dtype in dtypes, f"model.param_dtype={self.param_dtype!r}; one of {', '.join(dtypes)}")
         exports = ("stored", "float32", "bfloat16", "float16")
         require(self.export_dtype in exports, f"model.export_dtype={self.export_dtype!r}; one of {', '.join(exports)}")
-        require(self.attention_block_size >= 0, "model.attention_block_size must be at least 0")
 
 
 @dataclasses.dataclass(frozen=True)

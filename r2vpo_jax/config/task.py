@@ -98,12 +98,9 @@ class ArithmeticConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class TextConfig:
-    """Problems from data sets and generators (docs/data.md)."""
+class DataConfig:
+    """Where problems are, and how long responses to them may be."""
 
-    train: str | None = option(None, "problems to train on, for example dapo_math_17k or gsm8k?split=train&rows=500:")
-    validation: str | None = option(None, "problems to validate on")
-    test: str | None = option(None, "problems for the base score and the final score only")
     data_dir: str | None = option(None, "folder of local data sets")
     max_response_length: int = option(1024, "most tokens of a response")
 
@@ -112,6 +109,15 @@ class TextConfig:
             self.max_response_length >= 1,
             f"task.text.max_response_length must be at least 1, got {self.max_response_length}",
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig(DataConfig):
+    """Problems from data sets and generators (docs/data.md)."""
+
+    train: str | None = option(None, "problems to train on, for example dapo_math_17k or gsm8k?split=train&rows=500:")
+    validation: str | None = option(None, "problems to validate on")
+    test: str | None = option(None, "problems for the base score and the final score only")
 
 
 def _is_text(task) -> bool:

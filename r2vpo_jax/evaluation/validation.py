@@ -5,9 +5,9 @@ import dataclasses
 import jax
 import numpy as np
 
-from r2vpo_jax import sampler
 from r2vpo_jax.config import Config
 from r2vpo_jax.evaluation import estimators
+from r2vpo_jax.evaluation.draws import draw
 from r2vpo_jax.sampler import Sampling
 from r2vpo_jax.tasks.base import Outcome
 
@@ -81,23 +81,13 @@ def average_over(config: Config) -> int:
 def evaluate_run(config: Config, model, params, task, *, split: str, mesh) -> Evaluation:
     """`evaluate` with the numbers of problems and samples that a run has for its validation or test split."""
     trainer = config.trainer
-    sizes = {
+    num_problems, num_samples = {
         "validation": (trainer.eval_problems, trainer.eval_samples),
         "test": (trainer.test_problems, trainer.test_samples),
-    }
-    num_problems, num_samples = sizes[split]
+    }[split]
+    settings = dataclasses.asdict(config.evaluation)
     return evaluate(
-        model,
-        params,
-        task,
-        split=split,
-        num_problems=num_problems,
-        num_samples=num_samples,
-        mesh=mesh,
-        temperature=config.evaluation.temperature,
-        top_p=config.evaluation.top_p,
-        top_k=config.evaluation.top_k,
-        batch_size=max(1, config.evaluation.batch_size // num_samples),
+        model, params, task, split=split, num_problems=num_problems, num_samples=num_samples, mesh=mesh, **settings
     )
 
 
@@ -113,23 +103,20 @@ def evaluate(
     temperature=1.0,
     top_p=1.0,
     top_k=0,
-    batch_size=64,
+    batch_size=1024,
 ) -> Evaluation:
-    """Sample the first `num_problems` problems of a split and verify.
-
-    The keys are fixed, and a problem's first samples do not depend on how many are drawn: two models, or the
-    same at two times, are compared on the same problems with the same random numbers.
+    """Sample and judge the first `num_problems` problems of a split, with the keys that all evaluations of runs have.
 
     Args:
       model, params: the policy; params in its compute dtype.
       task: a `tasks.base.Task`.
       split: "validation" while training; "test" for base and final scores only.
       num_problems: all of the split if it has fewer.
-      num_samples: a problem.
+      num_samples: samples per problem.
       mesh: the run's mesh.
       temperature: 0 is greedy.
       top_p, top_k: 1 and 0 keep all tokens.
-      batch_size: problems sampled at one time.
+      batch_size: responses sampled at one time.
     """
     available = task.num_problems(split)
     num_problems = num_problems if available is None else min(num_problems, available)
@@ -142,29 +129,17 @@ def evaluate(
         max_response_length=task.max_response_length,
         eos_ids=task.eos_ids,
     )
-    rollout = sampler.generate(
-        model,
-        params,
-        problems.tokens,
-        problems.length,
-        jax.random.key(_KEY_SEED),
-        sampling,
-        mesh=mesh,
-        problem_ids=problems.index,
-        batch_size=batch_size,
-    )
-    index = np.repeat(problems.index, num_samples)
-    outcome = task.verify(split, index, rollout.response_tokens, rollout.response_length).outcome
+    key = jax.random.key(_KEY_SEED)
+    drawn = draw(model, params, task, split, problems, sampling, key, mesh=mesh, batch_size=batch_size)
     shown = range(min(3, num_problems))
-    first = rollout.response_tokens[::num_samples], rollout.response_length[::num_samples]
     return Evaluation(
         split=split,
-        right=(outcome == Outcome.RIGHT).reshape(num_problems, num_samples),
-        errors=int((outcome == Outcome.ERROR).sum()),
-        timeouts=int((outcome == Outcome.TIMEOUT).sum()),
+        right=drawn.right,
+        errors=drawn.count(Outcome.ERROR),
+        timeouts=drawn.count(Outcome.TIMEOUT),
         level=task.level(split, problems.index),
-        response_length=rollout.response_length.reshape(num_problems, num_samples),
-        truncated=rollout.truncated.reshape(num_problems, num_samples),
-        texts=tuple(task.decode(first[0][i, : first[1][i]]) for i in shown),
+        response_length=drawn.lengths,
+        truncated=drawn.truncated,
+        texts=tuple(drawn.text(task, i) for i in shown),
         prompts=tuple(task.decode(problems.tokens[i, -problems.length[i] :]) for i in shown),
     )

@@ -9,13 +9,6 @@ from r2vpo_jax.errors import UsageError
 from r2vpo_jax.run import files
 
 
-def _flat(tree: dict, prefix="") -> dict:
-    flat = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
-
-
 def claim(workdir, config: Config, *, write=True) -> pathlib.Path:
     """Make the directory this run's own, or find that it already is.
 
@@ -37,10 +30,10 @@ def claim_file(workdir, name: str, identity: dict, *, write=True, flag="--workdi
     file = path / name
     if file.exists():
         try:
-            theirs = _flat(json.loads(file.read_text()))
+            theirs = dict(config_lib.leaves(json.loads(file.read_text())))
         except json.JSONDecodeError as error:
             raise UsageError(f"{file} is not valid JSON ({error}); choose another {flag}") from error
-        flat = _flat(mine)
+        flat = dict(config_lib.leaves(mine))
         differences = [
             f"{field}: {theirs.get(field, 'absent')} there, {flat.get(field, 'absent')} here"
             for field in sorted(theirs.keys() | flat.keys())

@@ -64,6 +64,9 @@ class Profiler:
             self._running = False
 
 
+CODE_CHANGED = "warning: the code has changed since this {} was started; the rest of it runs the new code"
+
+
 def code_identity() -> str:
     """The first 16 hex digits of the sha256 of all .py files of this package, names and contents."""
     root = pathlib.Path(__file__).parents[1]

@@ -112,7 +112,7 @@ class Lifecycle:
             self._notices.append(
                 {"name": "code_changed", "iteration": counters.iteration, "before": counters.code, "now": code}
             )
-            self._say("warning: the code has changed since this run was started; the rest of it runs the new code")
+            self._say(instruments.CODE_CHANGED.format("run"))
         return state, dataclasses.replace(counters, code=code)
 
     @contextlib.contextmanager
