@@ -24,14 +24,13 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from r2vpo_jax.verifiers import answers, extraction, notation
+from r2vpo_jax.verifiers.kinds import KINDS
 from r2vpo_jax.verifiers.outcome import Outcome
 from r2vpo_jax.verifiers.process import Process, ProtocolError, Starter
 
-KINDS = ("math", "numeric", "exact", "reasoning_gym")  # how an answer is judged
 STARTUP_LIMIT = 60.0  # seconds for a process to start, or to import a kind or a function
 RIGHT_ABOVE = 0.5  # value of a user's function that counts as right
 _MAX_FAILED_STARTS = 3
-_PACKAGES = {"math": ("math_verify", "math-verify"), "reasoning_gym": ("reasoning_gym", "reasoning-gym")}
 _POLL = 0.05  # seconds between looks at processes that may have died with their pipe held open by a child
 
 
@@ -401,7 +400,7 @@ class VerifierPool:
     def _load_failed(self, slot, reason) -> None:
         job = slot.job
         self._fail(slot, Judgement(Outcome.ERROR, reason))
-        if job.load in _PACKAGES:
+        if job.load in KINDS and KINDS[job.load].package is not None:
             raise ValueError(f"kind {job.load!r} cannot be used: {reason}")
 
     def _drop(self, slot) -> None:
@@ -420,8 +419,8 @@ class VerifierPool:
 def _check_kind(kind: str) -> None:
     if kind not in KINDS:
         raise ValueError(f"unknown kind {kind!r} of a verifier; one of {', '.join(KINDS)}")
-    if kind in _PACKAGES and not _is_installed(_PACKAGES[kind][0]):
-        package = _PACKAGES[kind][1]
+    if KINDS[kind].package is not None and not _is_installed(KINDS[kind].package[0]):
+        package = KINDS[kind].package[1]
         raise ValueError(f"kind {kind!r} needs the package {package}: pip install 'r2vpo_jax[reasoning]'")
 
 
