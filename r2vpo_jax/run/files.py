@@ -140,7 +140,8 @@ class TensorBoard:
 
     def write(self, step: int, row: dict) -> None:
         for name, value in row.items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
+            # A NaN (nothing was cut, say) would be drawn as nothing, and complained of on the terminal each time.
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
                 self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:

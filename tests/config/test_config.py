@@ -24,7 +24,7 @@ from r2vpo_jax.config import (
 
 ALLOWED = {"allow_single_update": True}
 NAN = float("nan")
-SPLITS = {"train": "gsm8k_fixture", "validation": "gsm8k_fixture", "test": "gsm8k_fixture"}
+SPLITS = {"train": "word_problems", "validation": "word_problems", "test": "word_problems"}
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_a_text_task_needs_every_split():
         given = TextConfig(**{name: spec for name, spec in SPLITS.items() if name != missing})
         with pytest.raises(ValueError, match=f"needs task.text.{missing}, for example --config.task.text.{missing}="):
             TaskConfig(name="text", text=given)
-    assert TaskConfig(name="text", text=TextConfig(**SPLITS)).text.train == "gsm8k_fixture"
+    assert TaskConfig(name="text", text=TextConfig(**SPLITS)).text.train == "word_problems"
 
 
 def test_every_field_has_help():
