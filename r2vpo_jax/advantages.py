@@ -4,12 +4,18 @@ A reward of NaN is an abstention: there is no verdict on that response. It count
 and its own advantage is 0.
 """
 
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import NamedTuple
+
 import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from r2vpo_jax.losses.arrays import Mask, PerToken, check_tokens, unmasked
+from r2vpo_jax.losses.registry import import_own
 
 SCALES = ("std", "std_biased", "none")
 
@@ -228,3 +234,99 @@ def gae(
     zeros = jnp.zeros(mask.shape[0], jnp.float32)
     _, advantages = jax.lax.scan(step, (zeros, zeros), (rewards.T, values.T, mask.T), reverse=True)
     return advantages.T
+
+
+# Estimators by name ------------------------------------------------------------------------------------------
+
+
+class Rewards(NamedTuple):
+    """What an estimator is given of a rollout batch of B responses, groups contiguous."""
+
+    tokens: PerToken  # f32[B, T] the reward at the last token, less a KL penalty at each; a row that abstains has NaN
+    mask: Mask  # [B, T] tokens of the response
+    group_size: int  # G
+    values: PerToken | None = None  # f32[B, T] of the critic, before each token
+
+    @property
+    def totals(self) -> Float[Array, " batch"]:
+        """f32[B]: the reward of each response; NaN where it abstains."""
+        return jnp.sum(self.tokens, axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimator:
+    """One row of `ESTIMATORS`.
+
+    Attributes:
+      function: (Rewards, **options) -> advantages f32[B] or f32[B, T]; with a critic (advantages, value targets).
+      group_baseline: whether the baseline is the group, so that a group of equal rewards has no gradient.
+      critic: whether it needs a critic's values.
+    """
+
+    function: Callable
+    group_baseline: bool = False
+    critic: bool = False
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The settings of the section `objective.advantage` that the function takes."""
+        return tuple(name for name in inspect.signature(self.function).parameters if name in OPTIONS)
+
+
+OPTIONS = ("scale", "discount", "trace_decay", "whiten")
+
+
+def _group_relative(rewards: Rewards, *, scale):
+    return group_relative(rewards.totals, rewards.group_size, scale=scale)
+
+
+def _leave_one_out(rewards: Rewards):
+    return leave_one_out(rewards.totals, rewards.group_size)
+
+
+def _reinforce_pp(rewards: Rewards, *, discount):
+    return reinforce_pp(rewards.tokens, rewards.mask, discount=discount)
+
+
+def _reinforce_pp_baseline(rewards: Rewards):
+    return reinforce_pp(rewards.tokens, rewards.mask, group_size=rewards.group_size)
+
+
+def _gae(rewards: Rewards, *, discount, trace_decay, whiten):
+    tokens = jnp.nan_to_num(rewards.tokens, nan=0.0)  # an abstention, which takes no part
+    estimate = gae(tokens, rewards.values, rewards.mask, discount=discount, trace_decay=trace_decay)
+    voted = rewards.mask & ~jnp.isnan(rewards.totals)[:, None]
+    advantage = _whiten(estimate, voted) if whiten else estimate
+    return advantage, estimate + jnp.where(rewards.mask, rewards.values, 0.0)
+
+
+_whiten = whiten  # the option has the name of the function
+
+ESTIMATORS = {
+    "group_relative": Estimator(_group_relative, group_baseline=True),
+    "leave_one_out": Estimator(_leave_one_out, group_baseline=True),
+    "reinforce_pp": Estimator(_reinforce_pp),
+    "reinforce_pp_baseline": Estimator(_reinforce_pp_baseline, group_baseline=True),
+    "gae": Estimator(_gae, critic=True),
+}
+
+
+def estimator(name: str) -> Estimator:
+    """The estimator of that name, or a function of your own as "module:function".
+
+    Your function takes `Rewards`, and as keywords those of `OPTIONS` that it names.
+
+    Raises:
+      ValueError: no such estimator, module or function.
+
+    Example:
+      >>> row = estimator("leave_one_out")
+      >>> rewards = Rewards(jnp.array([[0.0, 1.0], [0.0, 0.0]]), jnp.ones((2, 2), bool), group_size=2)
+      >>> row.function(rewards).tolist(), row.group_baseline  # 1 - 0 and 0 - 1
+      ([1.0, -1.0], True)
+    """
+    if name in ESTIMATORS:
+        return ESTIMATORS[name]
+    if ":" in name:
+        return Estimator(import_own(name, "estimator"))
+    raise ValueError(f"unknown estimator {name!r}; one of {', '.join(ESTIMATORS)}, or module:function")

@@ -67,9 +67,9 @@ def run(workplace, *arguments):
     return done.stdout
 
 
-def command(workdir):
-    """The arguments of the command of docs/extending.md that has this --workdir."""
-    blocks = re.findall(r"(?:^    .*\n)+", EXTENDING.read_text(), flags=re.MULTILINE)
+def command(workdir, page=EXTENDING):
+    """The arguments of the command of a page that has this --workdir."""
+    blocks = re.findall(r"(?:^    .*\n)+", page.read_text(), flags=re.MULTILINE)
     (text,) = (b for b in blocks if b.startswith("    python -m experiments.train") and f"--workdir={workdir}" in b)
     return shlex.split(text.replace("\\\n", " "))[1:]
 
@@ -149,6 +149,28 @@ print(fields["family"], fields["qkv_bias"], fields["max_position_embeddings"])
     # Two groups of deviation 1 / sqrt(2): +-0.7071; the lower ones become 0.
     assert [float(x) for x in first.strip("[]").split()] == pytest.approx([0.7071, 0, 0, 0.7071], abs=1e-3)
     assert second == "my_family True 8192"
+
+
+@pytest.mark.slow
+def test_my_model_and_my_data(workplace):
+    """The command of README.md with a model that ships, 150 problems in place of the data, and small sizes."""
+    (workplace / "data").mkdir()
+    problems = [
+        {"question": f"Ann has {a} pens and finds {b} more. How many pens are there?", "answer": str(a + b)}
+        for a in range(2, 17)
+        for b in range(2, 12)
+    ]
+    (workplace / "data" / "my.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    given = [a.replace("models/MY_MODEL", "word_problems_base") for a in command("runs/mine", ROOT / "README.md")]
+    small = ("num_iterations=1", "prompts_per_rollout=4", "eval_problems=8", "test_problems=8")
+    run(
+        workplace,
+        *given,
+        *(f"--config.trainer.{size}" for size in small),
+        "--config.task.prompt.max_length=48",
+        "--config.task.text.max_response_length=16",
+    )
+    assert (workplace / "runs" / "mine" / "hf" / "model.safetensors").exists()
 
 
 # docs/metrics.md ----------------------------------------------------------------------------------------------

@@ -6,10 +6,6 @@ from r2vpo_jax import advantages, corrections, dual, kl, losses
 from r2vpo_jax.config import presets
 from r2vpo_jax.config.fields import Options, option, require, require_choice, require_range, section
 
-ADVANTAGES = ("group_relative", "leave_one_out", "reinforce_pp", "reinforce_pp_baseline", "gae")
-# Estimators whose baseline is the group: a group of equal rewards has no gradient.
-GROUP_ADVANTAGES = ("group_relative", "leave_one_out", "reinforce_pp_baseline")
-
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
@@ -65,16 +61,18 @@ class DualConfig:
 class AdvantageConfig:
     """From rewards to advantages, with a learned critic for gae."""
 
-    estimator: str = option("group_relative", ", ".join(ADVANTAGES[:-1]) + " or gae")
-    scale: str = option(
-        "std",
-        "divide by the group's deviation: std, std_biased or none",
-        when=lambda s: s.estimator == "group_relative",
+    estimator: str = option(
+        "group_relative", f"{', '.join(advantages.ESTIMATORS)}, or module:function for an estimator of your own"
     )
-    discount: float = option(1.0, "gamma", when=lambda s: s.estimator in ("gae", "reinforce_pp"))
-    trace_decay: float = option(0.95, "lambda of GAE", when=lambda s: s.critic)
+    scale: str = option(
+        "std", "divide by the group's deviation: std, std_biased or none", when=lambda s: s._takes("scale")
+    )
+    discount: float = option(1.0, "gamma", when=lambda s: s._takes("discount"))
+    trace_decay: float = option(0.95, "lambda of GAE", when=lambda s: s._takes("trace_decay"))
     whiten: bool = option(
-        True, "shift to zero mean and scale to unit deviation over the batch's tokens", when=lambda s: s.critic
+        True,
+        "shift to zero mean and scale to unit deviation over the batch's tokens",
+        when=lambda s: s._takes("whiten"),
     )
     value_coef: float = option(0.5, "weight of the value loss", when=lambda s: s.critic)
     value_clip: float = option(
@@ -82,14 +80,26 @@ class AdvantageConfig:
     )
 
     def __post_init__(self):
-        require_choice("objective.advantage", self, {"estimator": ADVANTAGES, "scale": advantages.SCALES})
+        try:
+            advantages.estimator(self.estimator)
+        except ValueError as error:
+            raise ValueError(f"objective.advantage.estimator: {error}") from error
+        require_choice("objective.advantage", self, {"scale": advantages.SCALES})
         require_range("objective.advantage", self, "discount trace_decay", "in [0, 1]")
         require_range("objective.advantage", self, "value_coef value_clip", ">= 0")
 
     @property
     def critic(self) -> bool:
         """Whether a value head is learned."""
-        return self.estimator == "gae"
+        return advantages.estimator(self.estimator).critic
+
+    @property
+    def group_baseline(self) -> bool:
+        """Whether the baseline is the group: a group of equal rewards has no gradient."""
+        return advantages.estimator(self.estimator).group_baseline
+
+    def _takes(self, option: str) -> bool:
+        return option in advantages.estimator(self.estimator).options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +212,7 @@ class ObjectiveConfig:
             f"{self.loss.name}",
         )
         require(
-            self.groups.zero_variance == "keep" or self.advantage.estimator in GROUP_ADVANTAGES,
+            self.groups.zero_variance == "keep" or self.advantage.group_baseline,
             f"objective.groups.zero_variance={self.groups.zero_variance} needs a baseline from the group; with "
             f"objective.advantage.estimator={self.advantage.estimator} a group of equal rewards has a gradient",
         )

@@ -85,19 +85,22 @@ def resolve(given: Mapping[str, Any]) -> Tree:
     given = without_none(given)
     name = given.get("name", DEFAULT)
     require(name in PRESETS, f"objective.name={name!r} is not a preset; one of {', '.join(sorted(PRESETS))}")
-    tree = merged(PRESETS[name], given) | {"name": name}
-    loss = tree["loss"]["name"]
+    preset = PRESETS[name]
+    loss = given.get("loss", {}).get("name", preset["loss"]["name"])
     try:
-        taken = losses.hyperparameters(loss)
+        taken, computed = losses.hyperparameters(loss), losses.computed(loss)
     except ValueError as error:
         raise ValueError(f"objective.loss.name={loss!r}: {error}") from error
+    if "variance_coef" not in computed:
+        preset = {section: value for section, value in preset.items() if section != "dual"}
+    tree = merged(preset, given) | {"name": name}
     wanted = given.get("loss", {}).get("options", {})
     foreign = sorted(set(wanted) - set(taken))
     if foreign:
         known = f"it takes {', '.join(taken)}" if taken else "it takes none"
         raise ValueError(f"objective.loss.options.{foreign[0]} is not a hyper-parameter of loss {loss}; {known}")
-    preset = {k: v for k, v in PRESETS[name]["loss"].get("options", {}).items() if k in taken}
-    tree["loss"]["options"] = Options({**taken, **preset, **wanted})
+    constants = {k: v for k, v in preset["loss"].get("options", {}).items() if k in taken}
+    tree["loss"]["options"] = Options({**taken, **constants, **wanted})
     return tree
 
 

@@ -24,7 +24,7 @@ class Example:
 
 
 def same_question(text: str) -> str:
-    """Equal for questions that differ in nothing but white space, letter case and Unicode form."""
+    """A key that is equal for questions that differ only in white space, letter case and Unicode form."""
     return re.sub(r"\s+", " ", unicodedata.normalize("NFC", text)).strip().casefold()
 
 
@@ -43,10 +43,10 @@ class Dataset(abc.ABC):
 
     @abc.abstractmethod
     def example(self, position: int) -> Example:
-        """The same for the same position, in every process and on every platform.
+        """The example at a position: always the same one, in every process and on every platform.
 
         train: any position >= 0; every epoch visits each problem once (positions.py).
-        validation, test: positions [0, num_examples) in the order of the source.
+        validation, test: positions [0, num_examples), in the order of the source.
 
         Raises:
           IndexError: a position that is not there.
@@ -62,7 +62,7 @@ class Dataset(abc.ABC):
 
     @abc.abstractmethod
     def identity(self) -> Iterable[str]:
-        """Texts that are equal for data sets that are equal."""
+        """Texts that identify the data set: equal data sets have equal texts."""
 
     @functools.cached_property
     def digest(self) -> str:

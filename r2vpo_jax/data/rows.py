@@ -9,11 +9,11 @@ from r2vpo_jax.data.fields import ANSWER_STYLES, Columns, MissingError
 from r2vpo_jax.data.files import columns_of, read_rows
 from r2vpo_jax.data.known import KnownDataset
 from r2vpo_jax.data.specs import SourceSpec, near, parse_rows
-from r2vpo_jax.verifiers.pool import KINDS
+from r2vpo_jax.verifiers.kinds import KINDS
 
 _FIELDS = ("question", "answer", "answer_style", "level", "context", "kind")
 OPTIONS = ("split", "rows", "where", "missing", "conflicts", *_FIELDS)
-_KINDS = tuple(kind for kind in KINDS if kind != "reasoning_gym")  # generators judge their own problems
+_KINDS = tuple(name for name, kind in KINDS.items() if not kind.own_problems)
 _POLICIES = ("error", "drop")
 _TOO_MANY = 0.05  # share of dropped rows from which on the mapping is at fault, not the data
 

@@ -17,7 +17,7 @@ class SourceSpec:
     """One source of a data set."""
 
     text: str
-    name: str  # of the table, of a generator, or a path
+    name: str  # a known data set, a generator, or a path
     options: tuple[tuple[str, str], ...]  # in the order given, without `weight`
     weight: fractions.Fraction | None  # None: not stated
 

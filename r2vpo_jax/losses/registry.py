@@ -123,19 +123,33 @@ def _row(name):
     raise ValueError(f"unknown objective {name!r}; one of {', '.join(_LOSSES)}, or module:function")
 
 
-def _imported(name):
-    module_name, _, function_name = name.partition(":")
-    if not all(part.isidentifier() for part in (*module_name.split("."), function_name)):
-        raise ValueError(f"objective {name!r} is not of the form module:function")
+def import_own(path: str, what: str) -> Callable:
+    """What a user's "module:name" names.
+
+    Args:
+      path: importable from where the program was started.
+      what: what it is to be, for messages: "objective".
+
+    Raises:
+      ValueError: it is not of that form, or there is no such module, or nothing callable of that name in it.
+    """
+    module_name, _, name = path.partition(":")
+    if not all(part.isidentifier() for part in (*module_name.split("."), name)):
+        raise ValueError(f"{what} {path!r} is not of the form module:name")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the module is there, and lacks something that it imports itself
-        raise ValueError(f"objective {name!r}: there is no module {module_name!r}") from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise ValueError(f"objective {name!r}: module {module_name!r} has no function {function_name!r}")
+        raise ValueError(f"{what} {path!r}: there is no module {module_name!r}") from error
+    found = getattr(module, name, None)
+    if not callable(found):
+        raise ValueError(f"{what} {path!r}: module {module_name!r} has no function or class {name!r}")
+    return found
+
+
+def _imported(name):
+    function = import_own(name, "objective")
     parameters = inspect.signature(function).parameters
     missing = [k for k in _COMMON if k not in parameters]
     if missing:

@@ -1,9 +1,9 @@
 """Tasks: problems and their verifiers."""
 
 import dataclasses
-import importlib
 import inspect
 
+from r2vpo_jax.losses.registry import import_own
 from r2vpo_jax.tasks.arithmetic import ArithmeticTask
 from r2vpo_jax.tasks.base import Problems, Task, Verdicts
 from r2vpo_jax.verifiers.outcome import SPLITS, Outcome
@@ -11,7 +11,7 @@ from r2vpo_jax.verifiers.outcome import SPLITS, Outcome
 __all__ = ["SPLITS", "TASKS", "ArithmeticTask", "Outcome", "Problems", "Task", "Verdicts", "make", "task_class"]
 
 
-# Name -> class, or the module that has it where importing it takes long.
+# Name -> class, imported when it is asked for: text tasks bring data sets and verifiers with them.
 TASKS = {"arithmetic": "r2vpo_jax.tasks.arithmetic:ArithmeticTask", "text": "r2vpo_jax.tasks.text:TextTask"}
 
 
@@ -23,15 +23,7 @@ def task_class(name: str) -> type:
     """
     if ":" not in name and name not in TASKS:
         raise ValueError(f"task.name={name!r} is unknown; one of {', '.join(TASKS)}, or module:Class")
-    module, _, attribute = TASKS.get(name, name).partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except ModuleNotFoundError as error:
-        if error.name is None or not module.startswith(error.name):
-            raise  # something that the module itself imports
-        raise ValueError(f"task.name={name!r}: there is no module {module}") from error
-    except AttributeError as error:
-        raise ValueError(f"task.name={name!r}: {module} has no {attribute}") from error
+    return import_own(TASKS.get(name, name), "task")
 
 
 def make(config, tokenizer=None, eos_ids=(), splits=SPLITS) -> Task:

@@ -107,24 +107,10 @@ def _assign(reward, mask, behavior_logp, reference_logp, kl_coef, value, *, obje
         # The tokens are the sampling policy's own, so this estimates the KL of that policy to the reference.
         estimate = kl.estimate(behavior_logp, reference_logp, objective.kl.estimator)
         token_rewards = token_rewards - kl_coef * jnp.where(mask, estimate, 0.0)
-    match objective.advantage.estimator:
-        case "gae":
-            rewards = jnp.nan_to_num(token_rewards, nan=0.0)  # an abstention, which takes no part
-            discounts = {"discount": objective.advantage.discount, "trace_decay": objective.advantage.trace_decay}
-            estimate = advantages.gae(rewards, value, mask, **discounts)
-            voted = mask & ~jnp.isnan(reward)[:, None]
-            advantage = advantages.whiten(estimate, voted) if objective.advantage.whiten else estimate
-            return advantage, estimate + jnp.where(mask, value, 0.0)
-        case "reinforce_pp":
-            return advantages.reinforce_pp(token_rewards, mask, discount=objective.advantage.discount), None
-        case "reinforce_pp_baseline":
-            return advantages.reinforce_pp(token_rewards, mask, group_size=group_size), None
-        case "leave_one_out":
-            return advantages.leave_one_out(jnp.sum(token_rewards, axis=1), group_size), None
-        case "group_relative":
-            total = jnp.sum(token_rewards, axis=1)
-            return advantages.group_relative(total, group_size, scale=objective.advantage.scale), None
-    raise ValueError(f"unknown advantage {objective.advantage.estimator!r}")
+    estimator = advantages.estimator(objective.advantage.estimator)
+    options = {name: getattr(objective.advantage, name) for name in estimator.options}
+    result = estimator.function(advantages.Rewards(token_rewards, mask, group_size, value), **options)
+    return result if estimator.critic else (result, None)
 
 
 def groups_differ(rollout: Rollout, objective: ObjectiveConfig, group_size: int) -> np.ndarray:

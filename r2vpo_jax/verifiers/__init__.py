@@ -2,13 +2,15 @@
 
 from r2vpo_jax.verifiers.answers import canonical, exact, extract, math, numeric
 from r2vpo_jax.verifiers.extraction import RESPONSE_STYLES, format_score
-from r2vpo_jax.verifiers.pool import KINDS, Check, Judgement, VerifierPool
+from r2vpo_jax.verifiers.kinds import KINDS, Kind
+from r2vpo_jax.verifiers.pool import Check, Judgement, VerifierPool
 
 __all__ = [
     "KINDS",
     "RESPONSE_STYLES",
     "Check",
     "Judgement",
+    "Kind",
     "VerifierPool",
     "canonical",
     "exact",

@@ -24,19 +24,18 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from r2vpo_jax.verifiers import answers, extraction, notation
+from r2vpo_jax.verifiers.kinds import KINDS
 from r2vpo_jax.verifiers.outcome import Outcome
 from r2vpo_jax.verifiers.process import Process, ProtocolError, Starter
 
-KINDS = ("math", "numeric", "exact", "reasoning_gym")  # how an answer is judged
 STARTUP_LIMIT = 60.0  # seconds for a process to start, or to import a kind or a function
 RIGHT_ABOVE = 0.5  # value of a user's function that counts as right
 _MAX_FAILED_STARTS = 3
-_PACKAGES = {"math": ("math_verify", "math-verify"), "reasoning_gym": ("reasoning_gym", "reasoning-gym")}
 _POLL = 0.05  # seconds between looks at processes that may have died with their pipe held open by a child
 
 
 class Check(NamedTuple):
-    """A response to be judged."""
+    """A response to be judged against a gold answer."""
 
     kind: str  # one of KINDS
     gold: str  # the right answer; reasoning_gym: JSON, see `procedural.right`
@@ -44,7 +43,7 @@ class Check(NamedTuple):
 
 
 class Judgement(NamedTuple):
-    """Of one response."""
+    """Whether one response is right, or why nobody could tell."""
 
     outcome: Outcome
     reason: str = ""  # why there is no verdict
@@ -74,16 +73,16 @@ class _Slot:
 class VerifierPool:
     """Verifier processes: CPU only, limited in time and memory, replaced when they fail.
 
-    A response never raises and never costs more than `time_limit` seconds; what it does is counted by its `Outcome`: TIMEOUT
-    for the time limit, ERROR with a reason for an exception, a process that died, too long a text or a gold answer that
-    cannot be judged against.
+    A response never raises and never costs more than `time_limit` seconds. Its `Outcome` says what happened: TIMEOUT where the
+    time limit was exceeded; ERROR, with a reason, for an exception, a process that died, a text that is too long, or a gold
+    answer that cannot be judged against.
 
     Args:
       num_workers: processes; they start with the first call.
-      time_limit: seconds an item, from its dispatch to a process that is ready; imports do not count.
+      time_limit: seconds per response, from when a process that is ready gets it; imports do not count.
       max_chars: a longer response is an ERROR and is not looked at.
-      memory_limit_mb: address space a process, MiB. JAX in a function of yours takes several thousand.
-      tolerance: relative, of kind "numeric".
+      memory_limit_mb: address space of each process, MiB. JAX in a function of yours takes several thousand.
+      tolerance: relative tolerance of kind "numeric".
 
     Raises:
       ValueError: parameters out of range.
@@ -219,8 +218,9 @@ class VerifierPool:
     def score(self, function: str, questions, responses, answers, batch_size: int = 32):
         """Values of a reward function of the user, `function(questions, responses, answers) -> floats`, batch by batch.
 
-        A batch has `time_limit` seconds. What befalls it (exception, time limit, end of the process, a wrong number of
-        values) befalls all of its rows, so smaller batches lose less; a value that is not finite costs its own row only.
+        A batch has `time_limit` seconds. If it fails (by an exception, the time limit, the end of the process, or a wrong number
+        of values), all of its rows get that outcome, so that smaller batches lose less. A value that is not finite costs its
+        own row only.
 
         Returns:
           (values float32 [N], nan where there is none; judgements [N], RIGHT where the value is above RIGHT_ABOVE).
@@ -400,7 +400,7 @@ class VerifierPool:
     def _load_failed(self, slot, reason) -> None:
         job = slot.job
         self._fail(slot, Judgement(Outcome.ERROR, reason))
-        if job.load in _PACKAGES:
+        if job.load in KINDS and KINDS[job.load].package is not None:
             raise ValueError(f"kind {job.load!r} cannot be used: {reason}")
 
     def _drop(self, slot) -> None:
@@ -419,8 +419,8 @@ class VerifierPool:
 def _check_kind(kind: str) -> None:
     if kind not in KINDS:
         raise ValueError(f"unknown kind {kind!r} of a verifier; one of {', '.join(KINDS)}")
-    if kind in _PACKAGES and not _is_installed(_PACKAGES[kind][0]):
-        package = _PACKAGES[kind][1]
+    if KINDS[kind].package is not None and not _is_installed(KINDS[kind].package[0]):
+        package = KINDS[kind].package[1]
         raise ValueError(f"kind {kind!r} needs the package {package}: pip install 'r2vpo_jax[reasoning]'")
 
 

@@ -13,7 +13,7 @@ import threading
 import time
 
 MAX_REPLY_BYTES = 1 << 20
-# What a process may see of accelerators: nothing.
+# A process must see no accelerator.
 _ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "CUDA_VISIBLE_DEVICES": "",

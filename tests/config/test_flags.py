@@ -383,7 +383,7 @@ def test_a_loss_of_ones_own_takes_its_options_from_a_file_and_from_flags(tmp_pat
     ("name", "message"),
     [
         ("nowhere:loss", "there is no module 'nowhere'"),
-        ("tests.helpers.own_losses:nothing", "has no function 'nothing'"),
+        ("tests.helpers.own_losses:nothing", "has no function or class 'nothing'"),
         ("tests.helpers.own_losses:without_weights_loss", "does not take weights"),
         ("tests.helpers.own_losses:without_a_default_loss", "has no default for power"),
     ],
@@ -407,8 +407,8 @@ def test_a_task_of_ones_own_takes_its_options_from_a_file_and_from_flags(tmp_pat
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("nowhere:Task", {}, "there is no module nowhere"),
-        ("tests.helpers.own_tasks:Nothing", {}, "tests.helpers.own_tasks has no Nothing"),
+        ("nowhere:Task", {}, "there is no module 'nowhere'"),
+        ("tests.helpers.own_tasks:Nothing", {}, "has no function or class 'Nothing'"),
         (OWN_TASK, {"size": 3}, "got an unexpected keyword argument 'size'; it takes eos_ids, length, words"),
         (OWN_TASK, {"length": 0}, "length must be at least 1"),
     ],

@@ -3,8 +3,8 @@
 import pytest
 
 from r2vpo_jax import losses
+from r2vpo_jax.advantages import ESTIMATORS
 from r2vpo_jax.config import make_objective
-from r2vpo_jax.config.objective import ADVANTAGES, GROUP_ADVANTAGES
 from tests.helpers.trees import nested
 
 HYPER = {name: losses.hyperparameters(name) for name in losses.names()}
@@ -95,7 +95,6 @@ def test_an_objective_can_be_a_static_argument():
         "loss.reduction": ("token_mean", "sequence_mean", "constant_length"),
         "dual.rule": ("projected", "multiplicative"),
         "dual.signal": ("auto", "absolute", "excess"),
-        "advantage.estimator": ("group_relative", "leave_one_out", "reinforce_pp", "reinforce_pp_baseline", "gae"),
         "advantage.scale": ("std", "std_biased", "none"),
         "groups.zero_variance": ("keep", "drop", "resample"),
         "groups.verifier_errors": ("abstain", "wrong"),
@@ -113,6 +112,17 @@ def test_choices(field, choices):
         objective({field: "nope"})
     for choice in choices:
         assert value_at(objective({field: choice}), field) == choice
+
+
+def test_the_estimators_are_those_of_the_library():
+    names = ("group_relative", "leave_one_out", "reinforce_pp", "reinforce_pp_baseline", "gae")
+    assert tuple(ESTIMATORS) == names
+    with pytest.raises(
+        ValueError, match=f"^objective.advantage.estimator: .*'nope'; one of {', '.join(names)}, or module:function$"
+    ):
+        objective({"advantage.estimator": "nope"})
+    for name in names:
+        assert objective({"advantage.estimator": name}).advantage.estimator == name
 
 
 def test_the_losses_are_those_of_the_library():
@@ -181,7 +191,7 @@ GAE, PLUS = ({"advantage.estimator": name} for name in ("gae", "reinforce_pp"))
                 {"advantage.estimator": cure},
             )
             for z in ("drop", "resample")
-            for estimator, cure in zip((GAE, PLUS), GROUP_ADVANTAGES[1:], strict=True)
+            for estimator, cure in zip((GAE, PLUS), ("leave_one_out", "reinforce_pp_baseline"), strict=True)
         ),
         ({"kl.target": 0.1}, "objective.kl.target adapts objective.kl.coef, which must be > 0", {"kl.coef": 0.1}),
         ({"kl.target": 0.0, "kl.coef": 0.1}, "objective.kl.target must be > 0", {"kl.target": 0.1}),
@@ -212,8 +222,9 @@ def test_what_does_not_go_together_is_refused_and_the_cure_is_not(settings, mess
 
 
 def test_a_group_is_the_baseline_of_those_that_can_drop_it():
-    assert set(GROUP_ADVANTAGES) == set(ADVANTAGES) - {"gae", "reinforce_pp"}
-    for advantage in GROUP_ADVANTAGES:
+    group = {name for name, row in ESTIMATORS.items() if row.group_baseline}
+    assert group == set(ESTIMATORS) - {"gae", "reinforce_pp"}
+    for advantage in group:
         settings = {"advantage.estimator": advantage, "groups.zero_variance": "drop"}
         assert objective(settings).groups.zero_variance == "drop"
 

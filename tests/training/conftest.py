@@ -4,21 +4,26 @@ import jax
 import pytest
 
 from r2vpo_jax.training import noise_floor, trainer
+from r2vpo_jax.training.collector import Collector
 from r2vpo_jax.training.learner import Learner
 
 
 class Watched:
-    """Counts compilations from iteration to iteration while it is entered; keeps the learner and the noise floors."""
+    """Counts compilations in each iteration while it is entered; keeps the learner and the noise floors."""
 
     def __init__(self):
         self.by_iteration, self.floors, self.learner = [], [], None
 
     def __enter__(self):
         self._patch, self._count, self._seen = pytest.MonkeyPatch(), 0, 0
-        measure = noise_floor.measure
+        measure, collect = noise_floor.measure, Collector.collect
 
         def listener(event, _, **__):
             self._count += event == "/jax/core/compile/backend_compile_duration"
+
+        def collecting(*args, **kwargs):
+            self._seen = self._count  # an iteration begins
+            return collect(*args, **kwargs)
 
         def measured(*args):
             self.floors.append(measure(*args)[0])
@@ -31,11 +36,11 @@ class Watched:
         jax.monitoring.register_event_duration_secs_listener(listener)
         self._patch.setattr(noise_floor, "measure", measured)
         self._patch.setattr(trainer, "Learner", learner)
+        self._patch.setattr(Collector, "collect", collecting)
         return self
 
     def on_iteration(self, _):
         self.by_iteration.append(self._count - self._seen)
-        self._seen = self._count
 
     def __exit__(self, *_):
         self._patch.undo()

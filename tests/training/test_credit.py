@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
+from r2vpo_jax.advantages import ESTIMATORS
 from r2vpo_jax.config import make_objective
-from r2vpo_jax.config.objective import ADVANTAGES, GROUP_ADVANTAGES
 from r2vpo_jax.rollout import Rollout
 from r2vpo_jax.tasks.base import Outcome
 from r2vpo_jax.training import credit
@@ -99,7 +99,7 @@ def test_or_it_counts_as_wrong():
     assert filled.keep.all()
 
 
-@pytest.mark.parametrize("advantage", ADVANTAGES)
+@pytest.mark.parametrize("advantage", ESTIMATORS)
 def test_an_abstention_weighs_nothing_in_any_estimator(advantage):
     """Whatever its length, values and log-probabilities are, all others get the same advantages."""
     objective = make_objective(
@@ -140,7 +140,7 @@ DIFFER = np.array([False, True, False, True, False])
 
 
 @pytest.mark.parametrize("zero_variance", ["drop", "resample"])
-@pytest.mark.parametrize("advantage", GROUP_ADVANTAGES)
+@pytest.mark.parametrize("advantage", [name for name, row in ESTIMATORS.items() if row.group_baseline])
 def test_dropping_changes_who_takes_part_and_nothing_else(advantage, zero_variance):
     kept, dropped = (
         credit.fill_advantages(
@@ -305,3 +305,21 @@ def test_gae_pays_for_the_divergence_at_each_token():
     advantage = [[0.3 - 0.05, -0.1, 0, 0], [0.1 + 0.5 * (0 - 0.15), -0.15, -0.3, 0]]
     np.testing.assert_allclose(filled.advantage, advantage, atol=1e-6)
     np.testing.assert_allclose(filled.value_target, [[0.75, 0.9, 0, 0], [0.025, 0.35, 0.2, 0]], atol=1e-6)
+
+
+def best_of_group(rewards, *, discount):
+    """An estimator of a user's own: the best response of each group, discounted by its length."""
+    totals = rewards.totals.reshape(-1, rewards.group_size)
+    best = (totals == totals.max(axis=1, keepdims=True)).reshape(-1)
+    return best * discount ** rewards.mask.sum(axis=1)
+
+
+def test_an_estimator_of_ones_own():
+    name = f"{__name__}:best_of_group"
+    objective = make_objective(advantage={"estimator": name, "discount": 0.5})
+    filled = credit.fill_advantages(verified([3, 0, 0, 1], [1, 2, 3, 4]), objective, 2)
+    np.testing.assert_allclose(filled.advantage, [0.5, 0, 0, 0.0625])  # 0.5^1 and 0.5^4
+    with pytest.raises(ValueError, match="zero_variance=drop needs a baseline from the group"):
+        make_objective(advantage={"estimator": name}, groups={"zero_variance": "drop"})
+    with pytest.raises(ValueError, match="objective.advantage.estimator: estimator 'no_such:f': there is no module"):
+        make_objective(advantage={"estimator": "no_such:f"})
