@@ -1,45 +1,50 @@
-"""Score a model on benchmarks: avg@k, unbiased pass@k, maj@k and greedy, with intervals, by benchmark and level.
+"""Score a model on benchmarks: pass@1 over k samples, unbiased pass@k, maj@k and greedy, with intervals and by level.
 
-    python -m experiments.evaluate --tasks=arithmetic,chain_sum,gsm8k_fixture --k=16 --output=runs/eval
+    python -m experiments.evaluate --tasks=arithmetic,chain_sum,word_problems --k=16 --output=runs/eval
+    python -m experiments.evaluate --model=runs/arithmetic --output=runs/eval_arithmetic      # as the run was trained
 
 The same command continues an evaluation that was stopped; a finished one shows its tables. See docs/evaluation.md.
 """
 
-import dataclasses
-import typing
-
-from r2vpo_jax import cli
-
-# isort: split
 from absl import flags
 
-from r2vpo_jax.config.evaluation import EvaluationConfig
+from r2vpo_jax import cli, config
+from r2vpo_jax.config.evaluation import RENAMED_FLAGS, EvaluationConfig, flag_sections
+from r2vpo_jax.evaluation import benchmarks, settings
 
-_OUTPUT = flags.DEFINE_string(
-    "output", "runs/evaluation", "Directory of this evaluation: outcomes, evaluation.json, evaluation.md."
+
+def _field(define, name: str) -> flags.FlagHolder:
+    """The flag of a field of the configuration."""
+    field = EvaluationConfig.__dataclass_fields__[name]
+    return define(name, field.default, field.metadata["help"])
+
+
+_OUTPUT = flags.DEFINE_string("output", "runs/evaluation", "directory of this evaluation: outcomes and tables")
+_WHAT = (
+    flags.DEFINE_string("model", None, "Hugging Face or run directory, or shipped model (default: arithmetic_base)"),
+    flags.DEFINE_string(
+        "tasks", None, "benchmarks, with commas between them (default, for a run directory: the run's own test split)"
+    ),
+    _field(flags.DEFINE_string, "checkpoint"),
 )
-_DEFINE = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_bool}
-
-
-def _define_flags(cls) -> dict[str, flags.FlagHolder]:
-    """One flag a field of a dataclass."""
-    hints = typing.get_type_hints(cls)
-    kinds = {name: next(k for k in (*typing.get_args(hint), hint) if k in _DEFINE) for name, hint in hints.items()}
-    return {f.name: _DEFINE[kinds[f.name]](f.name, f.default, f.metadata["help"]) for f in dataclasses.fields(cls)}
-
-
-_CONFIG = _define_flags(EvaluationConfig)
+_HOW = (
+    _field(flags.DEFINE_integer, "num_problems"),
+    _field(flags.DEFINE_integer, "k"),
+    _field(flags.DEFINE_bool, "greedy"),
+    _field(flags.DEFINE_integer, "seed"),
+    _field(flags.DEFINE_integer, "texts"),
+)
+_SECTIONS = cli.define_sections(flag_sections(), RENAMED_FLAGS)
 
 
 def main():
-    cli.require(_CONFIG["tasks"], "arithmetic,gsm8k_fixture")
-    cli.require(_OUTPUT, "runs/eval")
-    with cli.usage_errors():
-        config = EvaluationConfig(**{name: flag.value for name, flag in _CONFIG.items()})
+    cli.require_flag(_OUTPUT, "runs/eval")
+    what, how = ({flag.name: flag.value for flag in group} for group in (_WHAT, _HOW))
+    chosen = settings.resolve(**what, **how, sections=_SECTIONS.value.to_dict())
+    mark = "differs from the run, or from the default where there is no run"
+    cli.show_if_asked(lambda: config.describe(chosen, settings.resolve(**what), mark))
     cli.start_devices()
-    from r2vpo_jax.evaluation import benchmarks
-
-    benchmarks.run(config, _OUTPUT.value)
+    benchmarks.run(chosen, _OUTPUT.value)
 
 
 if __name__ == "__main__":

@@ -1,35 +1,43 @@
-"""Make the base model of a task: supervised learning on an imperfect demonstrator.
+"""Make what ships: the base model of a task, and the data set of word problems.
 
-    python -m experiments.pretrain --output=runs/base
-    python -m experiments.pretrain --task=word_problems --output=runs/words
+    python -m experiments.pretrain --output=runs/base                                    # arithmetic_base
+    python -m experiments.pretrain --task=word_problems --output=runs/words              # word_problems_base
+    python -m experiments.pretrain --task=word_problems --data_output=runs/word_problems # its train.jsonl and test.jsonl
 
-The shipped checkpoints were made by the code behind these commands, with its defaults.
+A base model learns from an imperfect demonstrator, by supervised learning: a few minutes on two CPU cores. The data set is
+written in a second.
 """
 
 import dataclasses
 
-from r2vpo_jax import cli
-
-# isort: split
 from absl import flags
 
+from experiments.base_models import pretraining, word_problems
+from r2vpo_jax import cli
+
 _TASK = flags.DEFINE_enum("task", "arithmetic", ["arithmetic", "word_problems"], "What the model is to learn.")
-_OUTPUT = flags.DEFINE_string("output", None, "Directory to write, in Hugging Face format.")
+_OUTPUT = flags.DEFINE_string("output", None, "Directory for the model, in Hugging Face format.")
+_DATA_OUTPUT = flags.DEFINE_string("data_output", None, "Word problems: directory for train.jsonl and test.jsonl.")
 _STEPS = flags.DEFINE_integer("num_steps", None, "Optimizer steps (default: those of the shipped checkpoint).")
-_BATCH = flags.DEFINE_integer("batch_size", None, "Demonstrations a step.")
-_HIDDEN = flags.DEFINE_integer("hidden_size", None, "Width.")
-_LAYERS = flags.DEFINE_integer("num_layers", None, "Depth.")
+_BATCH = flags.DEFINE_integer("batch_size", None, "Demonstrations per step.")
+_HIDDEN = flags.DEFINE_integer("hidden_size", None, "Width of the model.")
+_LAYERS = flags.DEFINE_integer("num_layers", None, "Number of layers.")
 _FORGET = flags.DEFINE_float("forget_carry", None, "Arithmetic: probability that the demonstrator forgets a carry.")
-_MISREAD = flags.DEFINE_float("misread", None, "Word problems: probability that it falls for a word.")
+_MISREAD = flags.DEFINE_float("misread", None, "Word problems: probability that the demonstrator misreads a word.")
 _SLIP = flags.DEFINE_float("slip", None, "Probability that the demonstrator gets a hard fact wrong.")
-_SEED = flags.DEFINE_integer("seed", 0, "Initial weights and demonstrations.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the initial weights and the demonstrations.")
 
 
 def main():
-    cli.require(_OUTPUT, "runs/base")
+    if _DATA_OUTPUT.value:
+        if _TASK.value != "word_problems":
+            raise cli.UsageError("--data_output is for --task=word_problems: arithmetic has no data set")
+        word_problems.write_word_problems(_DATA_OUTPUT.value)
+        print(f"wrote {_DATA_OUTPUT.value}")
+        if not _OUTPUT.value:
+            return
+    cli.require_flag(_OUTPUT, "runs/base")
     cli.start_devices()
-    from experiments.base_models import pretraining
-
     chosen = {f.name: f.value for f in (_STEPS, _BATCH, _HIDDEN, _LAYERS, _FORGET, _MISREAD, _SLIP, _SEED)}
     with cli.usage_errors():
         config = dataclasses.replace(

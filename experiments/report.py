@@ -1,20 +1,20 @@
 """Show the result of a finished run, and write its report again from its files.
 
-python -m experiments.report --workdir=runs/quickstart
+    python -m experiments.report --workdir=runs/quickstart
+
+It takes seconds and trains nothing.
 """
 
-from r2vpo_jax import cli
-
-# isort: split
 from absl import flags
+
+from r2vpo_jax import cli
+from r2vpo_jax.run import report
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a finished run.")
 
 
 def main():
-    cli.require(_WORKDIR, "runs/quickstart")
-    from r2vpo_jax.run import report
-
+    cli.require_flag(_WORKDIR, "runs/quickstart")
     with cli.usage_errors():
         print(report.rewrite(_WORKDIR.value))
 

@@ -5,10 +5,10 @@
 The same command continues a sweep that was stopped. Fields: --config.sweep.seeds="(0, 1)", --config.base....
 """
 
-from r2vpo_jax import cli
-
-# isort: split
 from absl import flags
+
+from r2vpo_jax import cli
+from r2vpo_jax.training import sweeps
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string(
@@ -22,11 +22,7 @@ def main():
     base, sweep = cli.resolve_sweep(_CONFIG)
     workdir = _WORKDIR.value or cli.directory_of(_CONFIG)
     cli.start_devices()
-    from r2vpo_jax.training import sweeps
-
-    results = sweeps.run_sweep(base, sweep, workdir)
-    if results is not None:
-        print(sweeps.table(results))
+    print(sweeps.table(sweeps.run_sweep(base, sweep, workdir)))
 
 
 if __name__ == "__main__":

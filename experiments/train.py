@@ -5,10 +5,10 @@
 The same command continues a run that was stopped; a finished run shows its result.
 """
 
-from r2vpo_jax import cli
-
-# isort: split
 from absl import flags
+
+from r2vpo_jax import cli
+from r2vpo_jax.training import trainer
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string(
@@ -25,8 +25,6 @@ def main():
     workdir = _WORKDIR.value or cli.directory_of(_CONFIG)
     profile = cli.parse_range("profile_steps", _PROFILE.value)
     cli.start_devices()
-    from r2vpo_jax.training import trainer
-
     trainer.train(config, workdir, stop_after_iteration=_STOP_AFTER.value, profile_steps=profile)
 
 

@@ -4,10 +4,18 @@ A reward of NaN is an abstention: there is no verdict on that response. It count
 and its own advantage is 0.
 """
 
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import NamedTuple
+
 import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
+
+from r2vpo_jax.losses.arrays import Mask, PerToken, check_tokens, unmasked
+from r2vpo_jax.losses.registry import import_own
 
 SCALES = ("std", "std_biased", "none")
 
@@ -39,6 +47,10 @@ def zero_variance(rewards: Float[Array, " batch"], group_size: int) -> Bool[Arra
 
     Raises:
       ValueError: B is not a multiple of G.
+
+    Example:
+      >>> zero_variance(jnp.array([1.0, 0.0, 1.0, 1.0]), group_size=2).tolist()
+      [False, False, True, True]
     """
     grouped, voted, _ = _grouped(rewards, group_size)
     return jnp.broadcast_to(_all_equal(grouped, voted), grouped.shape).reshape(-1)
@@ -63,6 +75,10 @@ def group_relative(
 
     Raises:
       ValueError: B is not a multiple of G, or an unknown scale.
+
+    Example, mean 1/4, deviation sqrt((9 + 1 + 1 + 1) / 16 / 3) = 1/2:
+      >>> np.asarray(group_relative(jnp.array([1.0, 0.0, 0.0, 0.0]), group_size=4)).round(3).tolist()
+      [1.5, -0.5, -0.5, -0.5]
     """
     if scale not in SCALES:
         raise ValueError(f"unknown scale {scale!r}; one of {SCALES}")
@@ -88,15 +104,17 @@ def leave_one_out(rewards: Float[Array, " batch"], group_size: int) -> Float[Arr
 
     Raises:
       ValueError: B is not a multiple of G.
+
+    Example, the others' means are 0.5, 1.5 and 1:
+      >>> leave_one_out(jnp.array([2.0, 0.0, 1.0]), group_size=3).tolist()
+      [1.5, -1.5, 0.0]
     """
     _, _, votes = _grouped(rewards, group_size)
     centered = group_relative(rewards, group_size, scale="none").reshape(-1, group_size)
     return (centered * (votes / jnp.maximum(votes - 1.0, 1.0))).reshape(-1)
 
 
-def whiten(
-    advantages: Float[Array, "batch time"], mask: Bool[Array, "batch time"], *, epsilon: float = 1e-8
-) -> Float[Array, "batch time"]:
+def whiten(advantages: PerToken, mask: Mask, *, epsilon: float = 1e-8) -> PerToken:
     """Zero mean and unit (unbiased) deviation over the unmasked tokens of the whole batch.
 
         A <- (A - mean(A)) / sqrt(var(A) + epsilon)
@@ -111,27 +129,30 @@ def whiten(
 
     Raises:
       AssertionError: shapes or ranks do not fit (chex).
+
+    Example, mean 2, variance (1 + 0 + 1) / 2 = 1:
+      >>> advantages, mask = jnp.array([[1.0, 2.0], [3.0, 9.0]]), jnp.array([[1, 1], [1, 0]])
+      >>> np.asarray(whiten(advantages, mask)).round(3).tolist()
+      [[-1.0, 0.0], [1.0, 0.0]]
     """
-    chex.assert_rank([advantages, mask], 2)
-    chex.assert_equal_shape([advantages, mask])
-    mask = jnp.asarray(mask).astype(bool)
-    advantages = jnp.where(mask, jnp.asarray(advantages, jnp.float32), 0.0)
+    mask = check_tokens(mask, advantages)
+    advantages = unmasked(advantages, mask)
     number = jnp.sum(mask, dtype=jnp.float32)
     lowest = jnp.min(jnp.where(mask, advantages, jnp.inf))
     differ = ~(lowest >= jnp.max(jnp.where(mask, advantages, -jnp.inf)))  # true for a NaN too: nothing is hidden
     mean = jnp.sum(advantages) / jnp.maximum(number, 1.0)
-    centered = jnp.where(mask & differ, advantages - mean, 0.0)
+    centered = unmasked(advantages - mean, mask & differ)
     variance = jnp.sum(centered**2) / jnp.maximum(number - 1.0, 1.0)
     return centered * jax.lax.rsqrt(variance + epsilon)
 
 
 def reinforce_pp(
-    token_rewards: Float[Array, "batch time"],
-    mask: Bool[Array, "batch time"],
+    token_rewards: PerToken,
+    mask: Mask,
     *,
     group_size: int | None = None,
     discount: float = 1.0,
-) -> Float[Array, "batch time"]:
+) -> PerToken:
     """REINFORCE++ (arXiv 2501.03262): returns to go, whitened over all tokens of the batch.
 
     With `group_size` it is the paper's variant with a baseline: the mean return of the group is taken off first,
@@ -150,15 +171,19 @@ def reinforce_pp(
     Raises:
       AssertionError: shapes or ranks do not fit (chex).
       ValueError: B is not a multiple of G.
+
+    Example, returns 1, 1, 1 and 0: mean 3/4, variance (3/16 + 9/16) / 3 = 1/4:
+      >>> token_rewards = jnp.array([[0.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
+      >>> mask = jnp.array([[1, 1, 1], [1, 0, 0]])
+      >>> np.asarray(reinforce_pp(token_rewards, mask)).round(3).tolist()
+      [[0.5, 0.5, 0.5], [-1.5, 0.0, 0.0]]
     """
-    chex.assert_rank([token_rewards, mask], 2)
-    chex.assert_equal_shape([token_rewards, mask])
-    mask = jnp.asarray(mask).astype(bool)
-    token_rewards = jnp.where(mask, jnp.asarray(token_rewards, jnp.float32), 0.0)
+    mask = check_tokens(mask, token_rewards)
+    token_rewards = unmasked(token_rewards, mask)
     voted = ~jnp.any(jnp.isnan(token_rewards), axis=1, keepdims=True)
     counted = mask & voted
     if group_size is None:
-        rewards = jnp.where(counted, token_rewards, 0.0)
+        rewards = unmasked(token_rewards, counted)
         returns = gae(rewards, jnp.zeros_like(rewards), mask, discount=discount, trace_decay=1.0)
     else:
         centered = group_relative(jnp.sum(token_rewards, axis=1), group_size, scale="none")
@@ -167,13 +192,13 @@ def reinforce_pp(
 
 
 def gae(
-    rewards: Float[Array, "batch time"],
-    values: Float[Array, "batch time"],
-    mask: Bool[Array, "batch time"],
+    rewards: PerToken,
+    values: PerToken,
+    mask: Mask,
     *,
     discount: float = 1.0,
     trace_decay: float = 0.95,
-) -> Float[Array, "batch time"]:
+) -> PerToken:
     """Generalized advantage estimation (arXiv 1506.02438) over the unmasked tokens of each row.
 
         delta_t = R_t + discount V_{t+1} - V_t,    A_t = delta_t + discount trace_decay A_{t+1}
@@ -189,11 +214,14 @@ def gae(
 
     Raises:
       AssertionError: shapes or ranks do not fit (chex).
+
+    Example, delta = 0, -0.25 and 0.75; A = 0 + 0.5 * 0.125, -0.25 + 0.5 * 0.75 and 0.75:
+      >>> rewards, values = jnp.array([[[0.0, 0.0, 1.0]], [[0.5, 0.5, 0.25]]])
+      >>> gae(rewards, values, jnp.ones((1, 3)), trace_decay=0.5).tolist()
+      [[0.0625, 0.125, 0.75]]
     """
-    chex.assert_rank([rewards, values, mask], 2)
-    chex.assert_equal_shape([rewards, values, mask])
-    mask = jnp.asarray(mask).astype(bool)
-    rewards, values = (jnp.where(mask, jnp.asarray(x, jnp.float32), 0.0) for x in (rewards, values))
+    mask = check_tokens(mask, rewards, values)
+    rewards, values = unmasked(rewards, mask), unmasked(values, mask)
 
     def step(following, token):
         next_advantage, next_value = following
@@ -206,3 +234,99 @@ def gae(
     zeros = jnp.zeros(mask.shape[0], jnp.float32)
     _, advantages = jax.lax.scan(step, (zeros, zeros), (rewards.T, values.T, mask.T), reverse=True)
     return advantages.T
+
+
+# Estimators by name ------------------------------------------------------------------------------------------
+
+
+class Rewards(NamedTuple):
+    """What an estimator is given of a rollout batch of B responses, groups contiguous."""
+
+    tokens: PerToken  # f32[B, T] the reward at the last token, less a KL penalty at each; a row that abstains has NaN
+    mask: Mask  # [B, T] tokens of the response
+    group_size: int  # G
+    values: PerToken | None = None  # f32[B, T] of the critic, before each token
+
+    @property
+    def totals(self) -> Float[Array, " batch"]:
+        """f32[B]: the reward of each response; NaN where it abstains."""
+        return jnp.sum(self.tokens, axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimator:
+    """One row of `ESTIMATORS`.
+
+    Attributes:
+      function: (Rewards, **options) -> advantages f32[B] or f32[B, T]; with a critic (advantages, value targets).
+      group_baseline: whether the baseline is the group, so that a group of equal rewards has no gradient.
+      critic: whether it needs a critic's values.
+    """
+
+    function: Callable
+    group_baseline: bool = False
+    critic: bool = False
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The settings of the section `objective.advantage` that the function takes."""
+        return tuple(name for name in inspect.signature(self.function).parameters if name in OPTIONS)
+
+
+OPTIONS = ("scale", "discount", "trace_decay", "whiten")
+
+
+def _group_relative(rewards: Rewards, *, scale):
+    return group_relative(rewards.totals, rewards.group_size, scale=scale)
+
+
+def _leave_one_out(rewards: Rewards):
+    return leave_one_out(rewards.totals, rewards.group_size)
+
+
+def _reinforce_pp(rewards: Rewards, *, discount):
+    return reinforce_pp(rewards.tokens, rewards.mask, discount=discount)
+
+
+def _reinforce_pp_baseline(rewards: Rewards):
+    return reinforce_pp(rewards.tokens, rewards.mask, group_size=rewards.group_size)
+
+
+def _gae(rewards: Rewards, *, discount, trace_decay, whiten):
+    tokens = jnp.nan_to_num(rewards.tokens, nan=0.0)  # an abstention, which takes no part
+    estimate = gae(tokens, rewards.values, rewards.mask, discount=discount, trace_decay=trace_decay)
+    voted = rewards.mask & ~jnp.isnan(rewards.totals)[:, None]
+    advantage = _whiten(estimate, voted) if whiten else estimate
+    return advantage, estimate + jnp.where(rewards.mask, rewards.values, 0.0)
+
+
+_whiten = whiten  # the option has the name of the function
+
+ESTIMATORS = {
+    "group_relative": Estimator(_group_relative, group_baseline=True),
+    "leave_one_out": Estimator(_leave_one_out, group_baseline=True),
+    "reinforce_pp": Estimator(_reinforce_pp),
+    "reinforce_pp_baseline": Estimator(_reinforce_pp_baseline, group_baseline=True),
+    "gae": Estimator(_gae, critic=True),
+}
+
+
+def estimator(name: str) -> Estimator:
+    """The estimator of that name, or a function of your own as "module:function".
+
+    Your function takes `Rewards`, and as keywords those of `OPTIONS` that it names.
+
+    Raises:
+      ValueError: no such estimator, module or function.
+
+    Example:
+      >>> row = estimator("leave_one_out")
+      >>> rewards = Rewards(jnp.array([[0.0, 1.0], [0.0, 0.0]]), jnp.ones((2, 2), bool), group_size=2)
+      >>> row.function(rewards).tolist(), row.group_baseline  # 1 - 0 and 0 - 1
+      ([1.0, -1.0], True)
+    """
+    if name in ESTIMATORS:
+        return ESTIMATORS[name]
+    if ":" in name:
+        return Estimator(import_own(name, "estimator"))
+    raise ValueError(f"unknown estimator {name!r}; one of {', '.join(ESTIMATORS)}, or module:function")

@@ -6,16 +6,16 @@ any work is done; everything unexpected keeps its traceback and exit code 1.
 
 import os
 import pathlib
+import re
 import sys
+from collections.abc import Callable, Mapping
 
-import r2vpo_jax  # noqa: F401  (first: it takes the start time)
-
-# isort: split
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from r2vpo_jax import config as config_lib
-from r2vpo_jax.errors import NonFiniteUpdateError, UsageError, usage_errors
+from r2vpo_jax.errors import NonFiniteUpdateError, Stopped, UsageError, usage_errors
 
 _PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print every config field with its value and help, and exit.")
 _DISTRIBUTED = flags.DEFINE_bool(
@@ -33,17 +33,44 @@ def define_config() -> flags.FlagHolder:
     )
 
 
-def require(flag, example: str) -> None:
+def define_sections(sections, renamed: Mapping[str, str]) -> flags.FlagHolder:
+    """The --config flag where there is no file: sections of a ConfigDict, set by --config.section.field=value.
+
+    Args:
+      sections: the ConfigDict.
+      renamed: old names of flags, without dashes, and what they are called now; they are refused.
+    """
+    for argument in sys.argv[1:]:
+        name = argument.lstrip("-").partition("=")[0]
+        now = renamed.get(name) or renamed.get(name.removeprefix("no"))
+        if argument.startswith("-") and now:
+            _fail(f"--{name} is now {now}")
+    try:  # the command line is read here already
+        return config_flags.DEFINE_config_dict(
+            "config", sections, "Sections as in training: --config.section.field=value; --print_config lists them."
+        )
+    except _BAD_FLAGS as error:
+        _refuse(error, sys.argv)
+
+
+def require_flag(flag, example: str) -> None:
     """Raises UsageError when a flag that has no default was not given."""
     if not flag.value:
         raise UsageError(f"--{flag.name} is required, for example --{flag.name}={example}")
 
 
 def directory_of(flag) -> str:
-    """Where a run goes that was given no --workdir: runs/ and the name of its configuration, as runs/qwen3_8b_grpo."""
+    """Where a run goes that was given no --workdir: runs/ and the name of its configuration, as runs/sweep_variance_smoke."""
     file, _, choice = config_flags.get_config_filename(flags.FLAGS[flag.name]).partition(":")
     words = [pathlib.Path(file).stem, *(word for word in choice.split(",") if word)]
     return str(pathlib.Path("runs") / "_".join(words))
+
+
+def show_if_asked(text: Callable[[], str]) -> None:
+    """With --print_config: print what `text` returns, and exit."""
+    if _PRINT_CONFIG.value:
+        print(text())
+        sys.exit(0)
 
 
 def resolve(flag) -> config_lib.Config:
@@ -52,18 +79,18 @@ def resolve(flag) -> config_lib.Config:
     Raises:
       UsageError: no --config, an unknown field or a value out of range.
     """
-    require(flag, "experiments/configs/arithmetic.py")
+    require_flag(flag, "experiments/configs/arithmetic.py")
     with usage_errors(TypeError):
         config = config_lib.from_flags(flag.value)
-    if _PRINT_CONFIG.value:
-        print(config_lib.describe(config))
-        sys.exit(0)
+    show_if_asked(lambda: config_lib.describe(config))
+    if ignored := config_lib.without_effect(flag.value.to_dict()):
+        print(f"note: {', '.join(ignored)} have no effect with these settings", file=sys.stderr)
     return config
 
 
 def resolve_sweep(flag) -> tuple[dict, config_lib.SweepConfig]:
     """The same for a sweep: (plain values shared by all runs, the grid)."""
-    require(flag, "experiments/configs/sweep_variance.py:smoke")
+    require_flag(flag, "experiments/configs/sweep_variance.py:smoke")
     with usage_errors(TypeError):
         if set(flag.value) != {"base", "sweep"}:
             raise UsageError(
@@ -71,9 +98,7 @@ def resolve_sweep(flag) -> tuple[dict, config_lib.SweepConfig]:
             )
         base, sweep = flag.value.base.to_dict(), config_lib.SweepConfig(**flag.value.sweep.to_dict())
         resolved = config_lib.from_dict(base)
-    if _PRINT_CONFIG.value:
-        print(config_lib.describe(sweep) + "\n" + config_lib.describe(resolved))
-        sys.exit(0)
+    show_if_asked(lambda: config_lib.describe(sweep) + "\n" + config_lib.describe(resolved))
     return base, sweep
 
 
@@ -83,8 +108,6 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 def start_devices() -> None:
     """Compilation cache, and the other processes of a pod. Call before anything touches a device."""
-    import jax
-
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path.cwd() / ".cache" / "jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -99,16 +122,29 @@ def _fail(message: str) -> None:
     sys.exit(2)
 
 
+_BAD_FLAGS = (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError)
+
+
+def _refuse(error: Exception, argv) -> None:
+    _fail(f"{_reason(error, argv)} (--help lists the flags, --print_config the config fields)")
+
+
 def _reason(error: Exception, argv) -> str:
-    """What was wrong with the flags; an unknown config field by its full name."""
-    lines = (str(error) or repr(error)).strip().splitlines()
+    """What was wrong with the flags; an unknown config field by its full name, an old one with its new name."""
+    while error.args and isinstance(error.args[0], Exception):  # ml_collections wraps one error into another
+        error = error.args[0]
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    lines = (text or repr(error)).strip().splitlines()
     # What a configuration file raises comes as a traceback, the exception itself in the last line.
     message = lines[-1] if "whilst parsing config file" in lines[0] else lines[0]
-    if isinstance(error, (KeyError, AttributeError)):
-        for argument in argv[1:]:
-            path = argument.lstrip("-").partition("=")[0]
-            if path.startswith("config.") and any(f"'{name}'" in str(error) for name in path.split(".")[1:]):
-                return f"unknown config field {path.removeprefix('config.')}"
+    names = [argument.lstrip("-").partition("=")[0] for argument in argv[1:]]
+    for field in (name.removeprefix("config.") for name in names if name.startswith("config.")):
+        base = "base." if field.startswith("base.") else ""  # of a sweep
+        if now := config_lib.new_name(field.removeprefix(base)):
+            return f"config field {field} is now {base}{now}"
+        if isinstance(error, (KeyError, AttributeError)) and any(f"'{name}'" in text for name in field.split(".")):
+            near = re.search(r'Did you mean "(\w+)"', text)
+            return f"unknown config field {field}" + (f"; did you mean {near[1]}?" if near else "")
     return message
 
 
@@ -118,8 +154,8 @@ def run(main) -> None:
     def parse(argv):
         try:
             rest = app.parse_flags_with_usage(argv) if "--help" in " ".join(argv) else flags.FLAGS(argv)
-        except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
-            _fail(f"{_reason(error, argv)} (--help lists the flags, --print_config the config fields)")
+        except _BAD_FLAGS as error:
+            _refuse(error, argv)
         if len(rest) > 1:
             _fail(f"unexpected argument {rest[1]!r}; flags start with --")
         return rest
@@ -130,6 +166,9 @@ def run(main) -> None:
             return main()
         except UsageError as error:
             _fail(error)
+        except Stopped as stopped:
+            print(stopped)
+            return 0
         except NonFiniteUpdateError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
@@ -137,8 +176,9 @@ def run(main) -> None:
             print("interrupted; what was saved is intact", file=sys.stderr)
             return 130
 
-    for flag in (_PRINT_CONFIG, _DISTRIBUTED, _COORDINATOR, _NUM_PROCESSES, _PROCESS_ID):
-        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])  # so that --help shows it
+    shared = (_PRINT_CONFIG, _DISTRIBUTED, _COORDINATOR, _NUM_PROCESSES, _PROCESS_ID)
+    for name in (*(flag.name for flag in shared), *({"config"} & set(flags.FLAGS))):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])  # so that --help shows it
     app.run(guarded, flags_parser=parse)
 
 

@@ -11,26 +11,25 @@ Two uses, one formula w = proximal / behavior, taken once before the first updat
     loss, stats = losses.r2vpo_loss(logp, proximal_logp, advantages, mask, weights=weights, variance_coef=2.5)
 """
 
-import chex
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+
+from r2vpo_jax.losses.arrays import Logp, Mask, PerToken, check_tokens, clamp, unmasked
 
 MODES = ("truncate", "mask")
 SCOPES = ("token", "sequence")
-_CLAMP = 20.0  # numerical guard, as in losses.LOG_RATIO_CLAMP
 
 
 def importance_weights(
-    proximal_logp: Float[Array, "batch time"],
-    behavior_logp: Float[Array, "batch time"],
-    mask: Bool[Array, "batch time"],
+    proximal_logp: Logp,
+    behavior_logp: Logp,
+    mask: Mask,
     *,
     mode: str = "truncate",
     scope: str = "token",
     max_weight: float = 2.0,
     min_weight: float = 0.0,
-) -> Float[Array, "batch time"]:
+) -> PerToken:
     """w = clip(proximal / behavior) of each token, or of its whole response.
 
     "truncate" is min(w, max_weight), truncated importance sampling (arXiv 1802.01561, equation 1; for language
@@ -53,6 +52,14 @@ def importance_weights(
     Raises:
       AssertionError: shapes or ranks do not fit (chex).
       ValueError: unknown mode or scope, or bounds out of range.
+
+    Example, w = 4 and 0.5:
+      >>> proximal_logp, behavior_logp = jnp.log(jnp.array([[[0.8, 0.2]], [[0.2, 0.4]]]))
+      >>> ones = jnp.ones((1, 2))
+      >>> np.asarray(importance_weights(proximal_logp, behavior_logp, ones)).round(4).tolist()
+      [[2.0, 0.5]]
+      >>> np.asarray(importance_weights(proximal_logp, behavior_logp, ones, mode="mask")).round(4).tolist()
+      [[0.0, 0.5]]
     """
     if mode not in MODES:
         raise ValueError(f"unknown correction mode {mode!r}; one of {MODES}")
@@ -60,18 +67,13 @@ def importance_weights(
         raise ValueError(f"unknown correction scope {scope!r}; one of {SCOPES}")
     if not 0 <= min_weight <= 1 <= max_weight:
         raise ValueError(f"0 <= min_weight <= 1 <= max_weight is needed, got {min_weight} and {max_weight}")
-    chex.assert_rank([proximal_logp, behavior_logp, mask], 2)
-    chex.assert_equal_shape([proximal_logp, behavior_logp, mask])
-    mask = jnp.asarray(mask).astype(bool)
-    proximal_logp, behavior_logp = (
-        jnp.where(mask, jnp.asarray(x, jnp.float32), 0.0) for x in (proximal_logp, behavior_logp)
-    )
-    log_weight = proximal_logp - behavior_logp
+    mask = check_tokens(mask, proximal_logp, behavior_logp)
+    log_weight = unmasked(proximal_logp, mask) - unmasked(behavior_logp, mask)
     if scope == "sequence":
         log_weight = jnp.broadcast_to(jnp.sum(log_weight, axis=-1, keepdims=True), mask.shape)
-    weight = jnp.exp(jnp.clip(log_weight, -_CLAMP, _CLAMP))
+    weight = jnp.exp(clamp(log_weight))
     if mode == "truncate":
         weight = jnp.minimum(weight, max_weight)
     else:
         weight = jnp.where((weight < min_weight) | (weight > max_weight), 0.0, weight)
-    return jax.lax.stop_gradient(jnp.where(mask, weight, 0.0))
+    return jax.lax.stop_gradient(unmasked(weight, mask))

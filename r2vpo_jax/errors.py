@@ -18,3 +18,7 @@ def usage_errors(*more: type[Exception]):
 
 class NonFiniteUpdateError(FloatingPointError):
     """An update had a NaN or infinite loss or gradient. It was not applied."""
+
+
+class Stopped(Exception):
+    """A run or an evaluation was stopped before its end, and saved: the same command goes on from there."""

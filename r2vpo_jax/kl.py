@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from r2vpo_jax.losses.arrays import LOG_RATIO_CLAMP, clamp
+
 ESTIMATORS = ("k1", "k2", "k3")
-_CLAMP = 20.0  # numerical guard, as in losses.LOG_RATIO_CLAMP
 
 
 def estimate(
@@ -46,6 +47,11 @@ def estimate(
     Raises:
       AssertionError: the shapes differ (chex).
       ValueError: unknown estimator.
+
+    Example, x = log(0.4 / 0.2) = 0.6931:
+      >>> logp, reference_logp = jnp.log(jnp.array([0.4, 0.2]))
+      >>> [round(float(estimate(logp, reference_logp, name)), 4) for name in ESTIMATORS]  # x, x^2 / 2, 1/2 - 1 + x
+      [0.6931, 0.2402, 0.1931]
     """
     x = _log_ratio(logp, reference_logp)
     if behavior_logp is not None:
@@ -87,6 +93,10 @@ def adapt_coef(
     Raises:
       AssertionError: coef or value is not a scalar (chex).
       ValueError: target or bounds out of range.
+
+    Example, twice the target:
+      >>> float(adapt_coef(jnp.float32(0.5), jnp.float32(0.02), target=0.01))
+      1.0
     """
     if not (target > 0 and 0 < min_coef <= max_coef):
         raise ValueError(f"target > 0 and 0 < min_coef <= max_coef is needed, got {target}, {min_coef}, {max_coef}")
@@ -99,4 +109,4 @@ def _log_ratio(first, second):
     first, second = jnp.asarray(first, jnp.float32), jnp.asarray(second, jnp.float32)
     chex.assert_equal_shape([first, second])
     x = first - second
-    return jnp.where(jnp.abs(x) <= _CLAMP, x, jax.lax.stop_gradient(jnp.clip(x, -_CLAMP, _CLAMP)))
+    return jnp.where(jnp.abs(x) <= LOG_RATIO_CLAMP, x, clamp(x))

@@ -13,13 +13,24 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Int
 
-_CLAMP = 20.0  # numerical guard, as in losses.LOG_RATIO_CLAMP
+from r2vpo_jax.losses.arrays import (
+    LOG_RATIO_CLAMP,
+    Advantages,
+    Logp,
+    Mask,
+    PerToken,
+    Weights,
+    check_tokens,
+    clamp,
+    spread,
+    unmasked,
+)
+from r2vpo_jax.train_stats import TrainStats
 
 # Fixed edges of the histogram of |log r|, fine near zero, mirrored for negative values.
-_MAGNITUDES = np.logspace(-6, np.log10(_CLAMP), 60)
+_MAGNITUDES = np.logspace(-6, np.log10(LOG_RATIO_CLAMP), 60)
 EDGES = np.concatenate([-_MAGNITUDES[::-1], _MAGNITUDES]).astype(np.float32)
 
 # Fixed edges, a quarter of a decade apart, of the histograms that say how concentrated a sum is.
@@ -38,42 +49,18 @@ _PROBABILITY_BOUNDS = (0.05, 0.5)
 _AGE_BOUNDS = (1, 8, 64)
 
 
-@struct.dataclass
-class Stats:
-    """Statistics that survive micro-batches and minibatches: sums add, maxima are maxed, histograms add."""
-
-    sums: dict[str, tuple[Array, Array]]  # name -> (sum, count)
-    maxima: dict[str, Array]
-    histogram: Array  # f32 [len(EDGES) + 1] counts of log r
-    concentration: dict[str, Array]  # name -> f32 [2, len(CONCENTRATION_EDGES) + 1]: tokens, and their sum
-
-    def reduce(self) -> "Stats":
-        """Merge statistics that are stacked along axis 0."""
-        return Stats(
-            sums=jax.tree.map(lambda x: jnp.sum(x, axis=0), self.sums),
-            maxima=jax.tree.map(lambda x: jnp.max(x, axis=0), self.maxima),
-            histogram=jnp.sum(self.histogram, axis=0),
-            concentration=jax.tree.map(lambda x: jnp.sum(x, axis=0), self.concentration),
-        )
-
-    def mean(self, name: str) -> Array:
-        """The mean of one summed statistic; 0 where nothing was counted."""
-        total, number = self.sums[name]
-        return total / jnp.where(number == 0, 1.0, number)
-
-
 def compute(
-    logp: Float[Array, "batch time"],
-    behavior_logp: Float[Array, "batch time"],
-    advantages: Float[Array, "batch"] | Float[Array, "batch time"],
-    mask: Bool[Array, "batch time"],
+    logp: Logp,
+    behavior_logp: Logp,
+    advantages: Advantages,
+    mask: Mask,
     *,
-    coefficient: Float[Array, "batch time"] | None = None,
-    weights: Float[Array, "batch time"] | None = None,
+    coefficient: PerToken | None = None,
+    weights: Weights = None,
     age: Int[Array, " batch"] | None = None,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
-) -> Stats:
+) -> TrainStats:
     """Statistics of r = exp(logp - behavior_logp) over the unmasked tokens of one micro-batch.
 
     Args:
@@ -86,40 +73,32 @@ def compute(
       clip_low, clip_high: the clip whose victims are counted: tokens where its gradient is 0.
 
     Returns:
-      Stats. `summarize` turns merged Stats into named numbers.
+      TrainStats. `summarize` turns merged TrainStats into named numbers.
 
     Raises:
       AssertionError: shapes or ranks do not fit (chex).
     """
-    chex.assert_rank([logp, behavior_logp, mask], 2)
-    chex.assert_equal_shape([logp, behavior_logp, mask])
-    chex.assert_rank(advantages, {1, 2})
-    chex.assert_equal_shape_prefix([advantages, mask], jnp.ndim(advantages))
-    chex.assert_equal_shape([x for x in (mask, coefficient, weights) if x is not None])
+    mask = check_tokens(mask, logp, behavior_logp, coefficient, weights)
     if age is not None:
         chex.assert_shape(age, mask.shape[:1])
-    mask = jnp.asarray(mask).astype(bool)
-
-    def unmasked(x):
-        return jnp.where(mask, jnp.asarray(x, jnp.float32), 0.0)
-
-    advantages = unmasked(advantages[:, None] if jnp.ndim(advantages) == 1 else advantages)
-    weights = unmasked(jnp.ones(mask.shape) if weights is None else weights)
-    log_ratio = unmasked(logp) - unmasked(behavior_logp)
-    bounded = jnp.clip(log_ratio, -_CLAMP, _CLAMP)
+    advantages = spread(advantages, mask)
+    weights = unmasked(jnp.ones(mask.shape) if weights is None else weights, mask)
+    behavior_logp = unmasked(behavior_logp, mask)
+    log_ratio = unmasked(logp, mask) - behavior_logp
+    bounded = clamp(log_ratio)
     ratio, excess = jnp.exp(bounded), jnp.expm1(bounded)
     positive, negative = mask & (advantages > 0), mask & (advantages < 0)
     clipped = (positive & (ratio > 1 + clip_high)) | (negative & (ratio < 1 - clip_low))
     unclipped_coefficient = weights * ratio * advantages
-    coefficient = unclipped_coefficient if coefficient is None else unmasked(coefficient)
+    coefficient = unclipped_coefficient if coefficient is None else unmasked(coefficient, mask)
     magnitude = jnp.abs(coefficient)
 
     def mean_over(x, where):
-        return jnp.sum(jnp.where(where, x, 0.0)), jnp.sum(where, dtype=jnp.float32)
+        return jnp.sum(unmasked(x, where)), jnp.sum(where, dtype=jnp.float32)
 
-    splits = _splits(mask, positive, negative, unmasked(behavior_logp), age)
-    at_stake = jnp.where(clipped, jnp.abs(unclipped_coefficient), 0.0)
-    along = jnp.where(clipped, coefficient * jnp.sign(advantages), 0.0)
+    splits = _splits(mask, positive, negative, behavior_logp, age)
+    at_stake = unmasked(jnp.abs(unclipped_coefficient), clipped)
+    along = unmasked(coefficient * jnp.sign(advantages), clipped)
 
     def by_split(x):
         return jnp.sum(jnp.where(splits, x[None], 0.0), axis=(1, 2))
@@ -135,22 +114,22 @@ def compute(
         "clipped": mean_over(clipped.astype(jnp.float32), mask),
         "clipped_positive": mean_over(clipped.astype(jnp.float32), positive),
         "clipped_negative": mean_over(clipped.astype(jnp.float32), negative),
-        "clipped_gradient": (jnp.sum(jnp.where(clipped, magnitude, 0.0)), jnp.sum(magnitude)),
+        "clipped_gradient": (jnp.sum(unmasked(magnitude, clipped)), jnp.sum(magnitude)),
         "at_stake": (jnp.sum(at_stake), jnp.sum(jnp.abs(unclipped_coefficient))),
         "retained": (by_split(jnp.maximum(along, 0.0)), by_split(at_stake)),
         "restoring": (by_split(jnp.maximum(-along, 0.0)), by_split(at_stake)),
     }
     maxima = {
-        "ratio": jnp.max(jnp.where(mask, ratio, 0.0)),
+        "ratio": jnp.max(unmasked(ratio, mask)),
         "abs_log": jnp.max(jnp.abs(log_ratio)),
-        "excess_squared": jnp.max(jnp.where(mask, excess**2, 0.0)),
+        "excess_squared": jnp.max(unmasked(excess**2, mask)),
     }
     histogram = _binned(log_ratio, mask, EDGES, jnp.ones_like(log_ratio))
     concentration = {
         name: jnp.stack([_binned(x, mask, CONCENTRATION_EDGES, y) for y in (jnp.ones_like(x), x)])
         for name, x in (("excess_squared", weights * excess**2), ("gradient", magnitude))
     }
-    return jax.lax.stop_gradient(Stats(sums, maxima, histogram, concentration))
+    return jax.lax.stop_gradient(TrainStats(sums, maxima, histogram, concentration))
 
 
 def _splits(mask, positive, negative, behavior_logp, age):
@@ -171,7 +150,7 @@ def _splits(mask, positive, negative, behavior_logp, age):
 def _binned(x, mask, edges, y):
     """Sum of y over the unmasked tokens whose x falls between each two edges, f32 [len(edges) + 1]."""
     # Sums above each edge, and their differences: no scatter, which is slow on every backend.
-    y = jnp.where(mask, y, 0.0)
+    y = unmasked(y, mask)
     above = jnp.sum(jnp.where(x[..., None] > edges[None, None], y[..., None], 0.0), axis=(0, 1))
     return -jnp.diff(above, prepend=jnp.sum(y), append=0.0)
 
@@ -204,7 +183,7 @@ def top_share(concentration, fraction: float) -> float:
     return float(np.clip((taken * total).sum() / total.sum(), 0.0, 1.0))
 
 
-def summarize(stats: Stats) -> dict[str, float]:
+def summarize(stats: TrainStats) -> dict[str, float]:
     """Named numbers of merged statistics, on the host. docs/metrics.md explains each."""
     stats = jax.tree.map(np.asarray, stats)
 
@@ -218,10 +197,10 @@ def summarize(stats: Stats) -> dict[str, float]:
     ess = mean("ratio") ** 2 / mean("ratio_squared") if number > 0 else 1.0
     return {
         "ratio/mean": 1 + first,
-        "ratio/second_moment_mean": second,
-        "ratio/variance": max(second - first**2, 0.0),  # rounding may leave it below zero
-        "ratio/second_moment_positive": mean("excess_squared_positive"),
-        "ratio/second_moment_negative": mean("excess_squared_negative"),
+        "ratio/token_second_moment": second,
+        "ratio/token_variance": max(second - first**2, 0.0),  # rounding may leave it below zero
+        "ratio/token_second_moment_positive": mean("excess_squared_positive"),
+        "ratio/token_second_moment_negative": mean("excess_squared_negative"),
         "ratio/effective_sample_size": ess,
         "ratio/max": float(stats.maxima["ratio"]),
         "ratio/max_abs_log": float(stats.maxima["abs_log"]),

@@ -170,9 +170,19 @@ def sample(
 
 
 @functools.partial(jax.jit, static_argnames=("model", "mesh"))
-def _sample(model, params, tokens, lengths, key, sampling, problem_ids, version, mesh):
+def _sample(model, params, tokens, lengths, key, sampling, problem_ids, first_sample, version, mesh):
     with sharding.activate(mesh):
-        return sample(model, params, tokens, lengths, key, sampling, problem_ids=problem_ids, version=version)
+        return sample(
+            model,
+            params,
+            tokens,
+            lengths,
+            key,
+            sampling,
+            problem_ids=problem_ids,
+            first_sample=first_sample,
+            version=version,
+        )
 
 
 def generate(
@@ -185,6 +195,7 @@ def generate(
     *,
     mesh,
     problem_ids,
+    first_sample=0,
     version=0,
     batch_size=None,
     buckets=(),
@@ -192,7 +203,7 @@ def generate(
     """`sample` for any number of prompts, from and to the host.
 
     Args:
-      model, params, key, sampling, version: as for `sample`.
+      model, params, key, sampling, first_sample, version: as for `sample`.
       tokens: int32 [N, P] NumPy, left-padded.
       lengths: int32 [N].
       mesh: the run's mesh.
@@ -241,6 +252,7 @@ def generate(
                 key,
                 sampling,
                 sharding.put_batch(problem_ids[filled], mesh),
+                first_sample,
                 version,
                 mesh,
             )

@@ -33,8 +33,8 @@ def rate(pool, kind, pair, seconds) -> float:
     start, count = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
         pairs = [pair(n) for n in range(count + 1, count + 65)]
-        verdicts = pool.check([Check(kind, gold, rf"Thus \boxed{{{answer}}}.") for gold, answer in pairs])
-        wrong = [pair for pair, v in zip(pairs, verdicts, strict=True) if v.outcome != Outcome.RIGHT]
+        judgements = pool.check([Check(kind, gold, rf"Thus \boxed{{{answer}}}.") for gold, answer in pairs])
+        wrong = [pair for pair, j in zip(pairs, judgements, strict=True) if j.outcome != Outcome.RIGHT]
         assert not wrong, wrong[0]
         count += len(pairs)
     return count / (time.perf_counter() - start)

@@ -1,10 +1,11 @@
-"""Compile a run's sampler, scoring and update for a TPU pod, on a machine without one.
+r"""Compile a run's sampler, scoring and update for a TPU pod, on a machine without one.
 
     python scripts/compile_for_tpu.py --model=qwen2-1.5b --topology=v5e:4x4 --mesh=1,16,1
-    python scripts/compile_for_tpu.py --model=qwen3-8b --topology=v5p:2x2x4 --config=experiments/configs/qwen3_8b.py:grpo
+    python scripts/compile_for_tpu.py --model=qwen3-8b --topology=v5p:2x2x4 \
+        --config=experiments/configs/math_reasoning.py:qwen3_8b,grpo
 
-With --config the sizes, and how the model is computed, are those of a run's configuration. The programs are the project's own, compiled by the TPU compiler (libtpu) from shapes and shardings alone:
-nothing is allocated and nothing runs. The answer is whether they compile for that pod, whether they fit into
+With --config the sizes, and how the model is computed, are those of a run's configuration. The programs are the project's
+own, compiled by the TPU compiler (libtpu) from shapes and shardings alone: nothing is allocated and nothing runs. The answer is whether they compile for that pod, whether they fit into
 the memory of its chips, and what they communicate. Weights and optimizer state are float32; without --config, computation
 and the sampler's copy of the weights are bfloat16, and layers are scanned and rematerialized.
 
@@ -36,17 +37,16 @@ from absl import app, flags
 from jax.experimental import topologies
 from ml_collections import config_flags
 
-from experiments.base_models import pretraining
 from r2vpo_jax import config, models, sampler, sharding
+from r2vpo_jax.models.base import find_directory
 from r2vpo_jax.training import learner
 
-SHIPPED = pretraining.PretrainConfig()
 QWEN2 = {"head_dim": 128, "tie_word_embeddings": False, "max_position_embeddings": 131_072}
 QWEN3 = QWEN2 | {"qkv_bias": False, "qk_norm": True, "family": "qwen3"}
 PANGU = QWEN2 | {"o_bias": True, "family": "pangu"}
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
 MODELS = {
-    # The shapes of DeepSeek-R1-Distill-Qwen-1.5B and -7B, and of the checkpoint that ships.
+    # The shapes of DeepSeek-R1-Distill-Qwen-1.5B and -7B.
     "qwen2-1.5b": QWEN2 | dict(zip(SIZES, (151_936, 1536, 8960, 28, 12, 2), strict=True)),
     "qwen2-7b": QWEN2 | dict(zip(SIZES, (152_064, 3584, 18_944, 28, 28, 4), strict=True)),
     # From the models' cards; of openPangu, which states no width of the MLP, 4 and 3.125 times the hidden size.
@@ -60,9 +60,8 @@ MODELS = {
     "qwen3-8b": QWEN3 | dict(zip(SIZES, (151_936, 4096, 12_288, 36, 32, 8), strict=True)),
     "openpangu-1b": PANGU | dict(zip(SIZES, (153_376, 1536, 6144, 26, 12, 6), strict=True)),
     "openpangu-7b": PANGU | dict(zip(SIZES, (153_376, 4096, 12_800, 34, 32, 8), strict=True)),
-    "arithmetic": {name: getattr(SHIPPED, name) for name in SIZES}
-    | {"head_dim": SHIPPED.hidden_size // SHIPPED.num_heads},
 }
+SHIPPED = {"arithmetic": "arithmetic_base"}  # --model -> the checkpoint whose config.json has the shape
 # GiB that the compiler lets a program use ("available HBM" in its messages), of 16, 95 and 32 on the chip.
 HBM = {"v5e": 15.75, "v5p": 95.74, "v6e": 31.25}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -73,7 +72,7 @@ jax.config.update("jax_enable_compilation_cache", False)  # programs for absent 
 FLAGS = flags.FLAGS
 CONFIG = config_flags.DEFINE_config_file("config", None, "configuration of a run of task text; sizes come from it")
 flags.DEFINE_string(
-    "model", "qwen2-1.5b", f"shape of the decoder: {', '.join(MODELS)}, or a directory with a config.json"
+    "model", "qwen2-1.5b", f"shape of the decoder: {', '.join([*MODELS, *SHIPPED])}, or a directory with a config.json"
 )
 flags.DEFINE_string("topology", "v5e:4x4", f"chip and grid; chips: {', '.join(HBM)}")
 flags.DEFINE_string("mesh", "1,-1,1", "devices along data,fsdp,tensor; one may be -1: all that is left")
@@ -102,10 +101,10 @@ def take_sizes_from_config() -> config.Config | None:
         raise BadFlagError("--config: sizes can be taken from runs of task.name=text only; give them as flags")
     sizes = {
         "prompts": run.trainer.prompts_per_rollout,
-        "prompts_at_a_time": run.sampler.batch_size,
+        "prompts_at_a_time": run.sampler.batch_size // run.sampler.group_size,
         "group_size": run.sampler.group_size,
         "prompt_length": run.task.prompt.max_length,
-        "response_length": run.task.max_response_length,
+        "response_length": run.task.text.max_response_length,
         "num_minibatches": run.trainer.num_minibatches,
         "micro_batch_size": run.trainer.micro_batch_size,
         "mesh": f"{run.mesh.data},{run.mesh.fsdp},{run.mesh.tensor}",
@@ -120,10 +119,12 @@ def decoder_config(how: dict) -> models.DecoderConfig:
     """The shape that --model names."""
     if FLAGS.model in MODELS:
         return models.DecoderConfig(**MODELS[FLAGS.model], **how)
-    if not os.path.isdir(FLAGS.model):
-        raise BadFlagError(f"--model={FLAGS.model} is unknown; one of {', '.join(MODELS)}, or a directory")
+    directory, _ = find_directory(SHIPPED.get(FLAGS.model, FLAGS.model))
+    if not directory.is_dir():
+        known = ", ".join([*MODELS, *SHIPPED])
+        raise BadFlagError(f"--model={FLAGS.model} is unknown; one of {known}, or a directory")
     try:
-        return dataclasses.replace(models.read_config(FLAGS.model), **how)
+        return dataclasses.replace(models.read_config(directory), **how)
     except (OSError, ValueError) as error:
         raise BadFlagError(f"--model: {error}") from error
 
@@ -182,10 +183,15 @@ def lower(run: learner.Learner):
     number = rows(jnp.zeros(1, jnp.int32), prompts)
     tokens = rows(jnp.zeros((1, FLAGS.prompt_length), jnp.int32), prompts)
     sampling = sampler.Sampling(group_size=FLAGS.group_size, max_response_length=FLAGS.response_length, eos_ids=(0,))
-    lowered = sampler._sample.lower(run.model, weights, tokens, number, key, sampling, number, 0, run.mesh)
+
+    def sample(weights, tokens, lengths, key, sampling, problem_ids):
+        with sharding.activate(run.mesh):
+            return sampler.sample(run.model, weights, tokens, lengths, key, sampling, problem_ids=problem_ids)
+
+    lowered = jax.jit(sample).lower(weights, tokens, number, key, sampling, number)
     yield "sampler", lowered
     rollout, size = lowered.out_info, FLAGS.prompts * FLAGS.group_size  # what it makes is what the learner takes
-    yield "scoring", run._score.lower(state.params, jax.tree.map(lambda x: rows(x, size), rollout))
+    yield "scoring", run.score.lower(state.params, jax.tree.map(lambda x: rows(x, size), rollout))
     size //= FLAGS.num_minibatches
     yield "update", run.update.lower(state, jax.tree.map(lambda x: rows(x, size), rollout))
 
@@ -287,7 +293,7 @@ def main(argv):
     print(
         f"{FLAGS.prompts} prompts x {FLAGS.group_size} samples of {lengths}, {prompts_at_a_time()} prompts at one time"
     )
-    print(f"updates of {batch // FLAGS.num_minibatches} rows, {run.config.trainer.micro_batch_size} at one time")
+    print(f"updates of {batch // FLAGS.num_minibatches} rows, {run.settings.micro_batch_size} at one time")
     if prompts_at_a_time() % (run.mesh.shape["data"] * run.mesh.shape["fsdp"]):
         print("note: the number of prompts does not divide over data * fsdp, so that some devices sample the same rows")
     reports = {name: compile_program(lowered) for name, lowered in lower(run)}

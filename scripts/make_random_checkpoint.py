@@ -25,7 +25,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the weights.", lower_bound=0)
 
 
 def main():
-    cli.require(_OUTPUT, "models/rehearsal")
+    cli.require_flag(_OUTPUT, "models/rehearsal")
     if _HIDDEN.value % 16:
         raise cli.UsageError(f"--hidden_size={_HIDDEN.value} is not a multiple of 16")
     if (Path(_OUTPUT.value) / "config.json").exists():

@@ -1,54 +1,49 @@
 """What the tests share: a compilation cache, a tiny decoder, a tiny task and a tiny run.
 
-Compiling costs more than computing here, so shapes are few and the same everywhere, and compiled programs are
-kept on disk: the programs that the tests start in processes of their own find them there.
+Compiling costs more than computing here. So shapes are few and the same everywhere, compiled programs are kept on
+disk, where the processes that tests start find them, and machine code is not optimized: XLA's own passes run all the
+same, only LLVM's do not. JAX_DISABLE_MOST_OPTIMIZATIONS=0 tests the code that users run.
 """
 
-import dataclasses
-import math
+import functools
 import os
-import pathlib
+import shutil
 
 import jax
-import jax.extend
 import numpy as np
 import pytest
 
-from experiments.base_models import pretraining
-from r2vpo_jax import advantages, config, models, sampler, sharding, tasks
+from r2vpo_jax import advantages, config, sampler, sharding, tasks
 from r2vpo_jax.models import base as base_model
-from r2vpo_jax.tasks.arithmetic import SYMBOLS, make_tokenizer
+from r2vpo_jax.training import trainer
 
-ROOT = pathlib.Path(__file__).parent.parent
+pytest.register_assert_rewrite("tests.helpers")
+
+from tests.helpers.paths import ROOT, TASK, TINY_BASE  # noqa: E402
+from tests.helpers.trees import merged  # noqa: E402
+
 # In the environment too, for the processes that tests start.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update(
     "jax_persistent_cache_min_compile_time_secs", float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"])
 )
-
-# Two or three operands of one digit: prompts of 4 or 6 tokens, responses of up to 14.
-TASK = {"min_operands": 2, "max_operands": 3, "num_digits": 1}
-PRETRAIN = pretraining.PretrainConfig(
-    num_steps=300,
-    batch_size=64,
-    micro_batch_size=64,
-    learning_rate=2e-2,
-    warmup_steps=10,
-    forget_carry=0.0,
-    slip=0.2,
-    hidden_size=16,
-    intermediate_size=32,
-    num_layers=1,
-    num_heads=2,
-    num_kv_heads=1,
-)
+jax.config.update("jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0")
 
 
 @pytest.fixture(scope="session")
 def task():
     return tasks.ArithmeticTask(**TASK)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_learners():
+    """Runs of one file that have the same configuration share a Learner: it holds no state, and compiles anew."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "Learner", functools.cache(trainer.Learner))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -58,26 +53,16 @@ def mesh():
 
 
 @pytest.fixture(scope="session")
-def pretrained(task):
-    """(model, params, losses by step) of a base model that is right now and then: rewards differ in a group."""
-    losses = {}
-    model, params = pretraining.pretrain(PRETRAIN, task, len(SYMBOLS), losses.__setitem__)
-    return model, params, losses
-
-
-@pytest.fixture(scope="session")
-def tiny_checkpoint(pretrained, tmp_path_factory):
-    """A Hugging Face directory with that model and the task's tokenizer. Copy it before changing it."""
-    path = tmp_path_factory.mktemp("tiny") / "checkpoint"
-    models.save_pretrained(path, *pretrained[:2], make_tokenizer())
-    return path
+def tiny_checkpoint(tmp_path_factory):
+    """A Hugging Face directory with the tests' base model and the task's tokenizer. Copy it before changing it."""
+    return shutil.copytree(TINY_BASE, tmp_path_factory.mktemp("tiny") / "checkpoint")
 
 
 @pytest.fixture(scope="session")
 def tiny_sections(tiny_checkpoint):
     """The arguments of config.make for a run of seconds: 4 iterations of 4 problems x 4 samples, 4 updates each."""
     return {
-        "objective": {"variance_budget": 0.01, "dual_step": 0.1},
+        "objective": {"dual": {"budget": 0.01, "step": 0.1}},
         "trainer": {
             "num_iterations": 4,
             "prompts_per_rollout": 4,
@@ -88,14 +73,14 @@ def tiny_sections(tiny_checkpoint):
             "eval_every": 2,
             "eval_problems": 16,
             "eval_samples": 2,
-            "eval_batch_size": 256,
             "test_problems": 16,
             "test_samples": 16,
             "checkpoint_every": 2,
         },
         "sampler": {"group_size": 4},
         "optimizer": {"learning_rate": 1e-3, "warmup_updates": 2},
-        "task": TASK,
+        "task": {"arithmetic": TASK},
+        "evaluation": {"batch_size": 256},
         "mesh": {"data": 1},
         "model": {"path": str(tiny_checkpoint)},
     }
@@ -103,13 +88,10 @@ def tiny_sections(tiny_checkpoint):
 
 @pytest.fixture(scope="session")
 def tiny_config(tiny_sections):
-    """Makes the frozen Config of that run; `section={field: value}` changes it."""
+    """Makes the frozen Config of that run; `section={field: value}` changes it, at any depth."""
 
     def make(**overrides):
-        sections = {name: dict(fields) for name, fields in tiny_sections.items()}
-        for name, value in overrides.items():
-            sections[name] = sections.get(name, {}) | value if isinstance(value, dict) else value
-        return config.from_flags(config.make(**sections))
+        return config.from_flags(config.make(**merged(tiny_sections, overrides)))
 
     return make
 
@@ -152,31 +134,3 @@ def rollout(tiny_model, task, mesh):
     assert len(set(drawn.response_length)) > 1, "ragged responses are wanted"
     assert np.any(drawn.advantage != 0), "rewards that differ are wanted"
     return drawn
-
-
-def random_params(model, seed=0):
-    """NumPy parameters none of which is at a value that hides it (biases at 0, norms at 1); compiles nothing."""
-    generator = np.random.default_rng(seed)
-
-    def draw(path, leaf):
-        spread = {"embed": 0.6, "lm_head": 0.3, "kernel": 0.3, "bias": 0.3, "scale": 0.2}[path[-1].key]
-        center = 1.0 if path[-1].key == "scale" else 0.0
-        return np.asarray(center + spread * generator.standard_normal(leaf.shape), leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(draw, models.abstract_params(model))
-
-
-def with_config(model, **changes):
-    """The same decoder with other fields of its configuration."""
-    return models.Decoder(dataclasses.replace(model.config, **changes))
-
-
-def jaxpr_sizes(jaxpr):
-    """Elements of every array in a jaxpr, those of the programs inside of it too."""
-    kinds = (jax.extend.core.Jaxpr, jax.extend.core.ClosedJaxpr)
-    for equation in jaxpr.eqns:
-        for variable in (*equation.invars, *equation.outvars):
-            yield math.prod(getattr(variable.aval, "shape", ()))
-        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: isinstance(x, kinds)):
-            if isinstance(value, kinds):
-                yield from jaxpr_sizes(getattr(value, "jaxpr", value))

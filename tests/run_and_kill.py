@@ -13,6 +13,7 @@ import os
 import pathlib
 import signal
 import sys
+import threading
 import traceback
 import warnings
 
@@ -23,11 +24,16 @@ import orbax.checkpoint as ocp
 import transformers.tokenization_utils_tokenizers  # noqa: F401
 
 from r2vpo_jax import config, models
-from r2vpo_jax.run import checkpoints, files
+from r2vpo_jax.evaluation import validation
+from r2vpo_jax.run import files, report
+from r2vpo_jax.run.checkpoints import Checkpointer
 from r2vpo_jax.training import trainer
+from r2vpo_jax.training.collector import Collector
 from r2vpo_jax.training.learner import Learner
+from r2vpo_jax.training.lifecycle import Lifecycle
+from r2vpo_jax.training.replay import ReplayBuffer
 
-_now = None  # the run of this process, once it goes
+_done = 0  # iterations that are behind the run of this process
 
 
 def _die(name):
@@ -55,12 +61,7 @@ def _wrap(owner, name, die, *, when, after=False):
 
 def _in(iteration):
     """True while this iteration, counted from 1, is under way."""
-    return lambda *_, **__: _now.iteration + 1 == iteration
-
-
-def _after(iteration):
-    """True between the end of this iteration and the beginning of the next."""
-    return lambda *_, **__: _now.iteration == iteration
+    return lambda *_, **__: _done + 1 == iteration
 
 
 def _before(owner, name, when):
@@ -73,7 +74,7 @@ def _once_done(owner, name, when):
 
 def _evaluation(split, iteration):
     """In the middle of scoring a split: responses are sampled, nothing is written."""
-    return _once_done(trainer, "evaluate", lambda *_, **k: k["split"] == split and _now.iteration == iteration)
+    return _once_done(validation, "evaluate_run", lambda *_, **k: k["split"] == split and _done == iteration)
 
 
 def _jitted(name, iteration, call):
@@ -83,7 +84,7 @@ def _jitted(name, iteration, call):
         make, calls = Learner.__init__, [0]
 
         def counted(function, *args):
-            if _now.iteration + 1 == iteration:
+            if _done + 1 == iteration:
                 calls[0] += 1
                 if calls[0] == call:
                     die()
@@ -98,50 +99,53 @@ def _jitted(name, iteration, call):
     return arm
 
 
-def _half_a_line(file, iteration):
-    """Half of this iteration's row is on disk."""
+def _half_a_line(name, iteration):
+    """Half of a row of this iteration is on disk; `name` is that of the method that writes it."""
 
     def arm(die):
-        write = files.JsonlWriter.write
+        write = getattr(files.RunFiles, name)
 
-        def torn(writer, row):
-            if (
-                pathlib.Path(writer._file.name).name == file
-                and row.get("iteration") == iteration
-                and "split" not in row
-            ):
-                text = json.dumps({k: metrics._plain(v) for k, v in row.items()})
-                writer._file.write(text[: len(text) // 2])
-                writer._file.flush()
+        def torn(run_files, row):
+            if row["iteration"] == iteration and "split" not in row:
+                text = json.dumps(row, default=float)
+                with (_workdir / {"metrics": "metrics.jsonl", "sample": "samples.jsonl"}[name]).open("a") as file:
+                    file.write(text[: len(text) // 2])
                 die()
-            write(writer, row)
+            write(run_files, row)
 
-        files.JsonlWriter.write = torn
+        setattr(files.RunFiles, name, torn)
 
     return arm
 
 
-def _replay_file(iteration):
+def _nameless(name):
     """The temporary file is written, and does not have its name yet."""
-    name = f"rollout_{iteration - 1:08d}.npz"
-    return _before(os, "replace", lambda _, to: pathlib.Path(to).name == name)
+    return _before(os, "replace", lambda _, to: pathlib.Path(to).match(name))
+
+
+def _is_manifest(iteration):
+    return lambda path, _: path.match(f"manifests/{iteration}.json")
+
+
+def _in_the_background(*_):
+    """True in the thread that writes a checkpoint."""
+    return threading.current_thread() is not threading.main_thread()
 
 
 def _half_a_manifest(iteration):
     """Half of the checksums of a step are on disk, under a temporary name."""
 
     def arm(die):
-        dump = json.dump
+        write = files.write_atomically
 
-        def torn(value, file, **options):
-            if file.name.endswith(f"manifests/{iteration}.tmp"):
-                text = json.dumps(value, **options)
-                file.write(text[: len(text) // 2])
-                file.flush()
+        def torn(path, content):
+            if path.match(f"manifests/{iteration}.json"):
+                path.parent.mkdir(exist_ok=True)
+                path.with_name(f"{path.name}.tmp").write_text(content[: len(content) // 2])
                 die()
-            dump(value, file, **options)
+            write(path, content)
 
-        checkpoints.json.dump = torn
+        files.write_atomically = torn
 
     return arm
 
@@ -163,9 +167,6 @@ def _half_an_export(die):
     models.save_pretrained = torn
 
 
-_Run, _Checkpointer = trainer._Run, checkpoints.Checkpointer
-
-
 def _of_step(iteration):
     return lambda _, step, *__, **___: step == iteration
 
@@ -176,51 +177,56 @@ MOMENTS = {
     # From the start, each of them.
     "base test": _evaluation("test", 0),
     "first validation": _evaluation("validation", 0),
-    "before sampling 1": _before(_Run, "_collect", _in(1)),
-    "replay file of 1": _replay_file(1),
-    "after the dual step of 2, before its metrics": _once_done(_Run, "_learn", _in(2)),
-    "before saving 2": _before(_Checkpointer, "save", _after(2)),
-    "while 2 is written": _before(_Checkpointer, "_commit", _of_step(2)),
+    "before sampling 1": _before(Collector, "collect", _in(1)),
+    "replay file of 1": _nameless("rollout_00000000.npz"),
+    "after the dual step of 2, before its metrics": _once_done(Learner, "train_on_rollout", _in(2)),
+    "before saving 2": _before(Checkpointer, "save", _of_step(2)),
+    "while 2 is written": _before(ocp.CheckpointManager, "wait_until_finished", _in_the_background),
     "half the manifest of 2": _half_a_manifest(2),
     "while torn 2 is discarded": _before(ocp.CheckpointManager, "delete", _of_step(2)),
     # From 2 on.
-    "after the manifest of 2": _once_done(_Checkpointer, "_write_manifest", _of_step(2)),
-    "after sampling 3": _once_done(_Run, "_collect", _in(3)),
+    "after the manifest of 2": _once_done(files, "write_atomically", _is_manifest(2)),
+    "after sampling 3": _once_done(Collector, "collect", _in(3)),
     "between two updates of 3": _jitted("update", 3, 2),
-    "before the dual step of 4": _jitted("_step_multipliers", 4, 1),
-    "half the metrics of 4": _half_a_line("metrics.jsonl", 4),
-    "between metrics and samples of 4": _before(files.RunFiles, "sample", _after(4)),
+    "before the dual step of 4": _jitted("step_multipliers", 4, 1),
+    "half the metrics of 4": _half_a_line("metrics", 4),
+    "between metrics and samples of 4": _before(files.RunFiles, "sample", _in(4)),
     "validation of 4": _evaluation("validation", 4),
-    "before the manifest of 4": _before(_Checkpointer, "_write_manifest", _of_step(4)),
+    "before the manifest of 4": _before(files, "write_atomically", _is_manifest(4)),
     # From 4 on; that 4 is committed comes to light when the next one is saved.
-    "after the manifest of 4": _once_done(_Checkpointer, "_write_manifest", _of_step(4)),
-    "between keeping and drawing in 5": _before(trainer.ReplayBuffer, "draw", _in(5)),
-    "half the samples of 6": _half_a_line("samples.jsonl", 6),
+    "after the manifest of 4": _once_done(files, "write_atomically", _is_manifest(4)),
+    "between keeping and drawing in 5": _before(ReplayBuffer, "draw", _in(5)),
+    "half the samples of 6": _half_a_line("sample", 6),
     "half the manifest of 6": _half_a_manifest(6),
     "while 2 is pruned": _before(ocp.CheckpointManager, "delete", _of_step(2)),
     # From 6 on.
     "while replay files are deleted": _garbage,
     "final test": _evaluation("test", 6),
     "half the export": _half_an_export,
-    "before the report": _before(trainer.report, "write", lambda *_: True),
-    "before the summary": _before(pathlib.Path, "replace", lambda _, to: to.name == "summary.json"),
+    "before the report": _before(report, "write", lambda *_: True),
+    "before the summary": _nameless("summary.json"),
 }
 
 
 def _go(the_config, workdir, name):
     """In a child: run to the moment, or to the end."""
-    global _now
-    go = _Run.go
+    global _workdir
+    _workdir, resume = workdir, Lifecycle.resume
 
-    def seen(run, *args):
-        global _now
-        _now = run
-        return go(run, *args)
+    def begin(life, *args):
+        global _done
+        state, counters = resume(life, *args)
+        _done = counters.iteration
+        return state, counters
 
-    _Run.go = seen
+    def count(iteration):
+        global _done
+        _done = iteration.number
+
+    Lifecycle.resume = begin
     if name is not None:
         MOMENTS[name](lambda: _die(name))
-    trainer.train(the_config, workdir)
+    trainer.train(the_config, workdir, on_iteration=count)
 
 
 def _child(the_config, workdir, name) -> dict:

@@ -63,7 +63,7 @@ def test_sizes_of_a_run_and_the_shape_of_a_directory(tmp_path):
     }
     shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True}
     (tmp_path / "config.json").write_text(json.dumps(shape))
-    run = "--config=experiments/configs/qwen3_0_6b.py:grpo,smoke"
+    run = "--config=experiments/configs/math_reasoning.py:qwen3_0_6b,grpo,smoke"
     result = _python(SCRIPT, f"--model={tmp_path}", "--topology=v5e:4x4", run)
     assert result.returncode == 0, result.stderr
     assert "8 prompts x 4 samples of 512 + 32 tokens, 4 prompts at one time" in result.stdout
@@ -88,7 +88,7 @@ def test_what_does_not_fit_exits_1():
         ("--model=tests", "config.json"),
         ("--config=experiments/configs/arithmetic.py", "task.name=text only"),
         ("--config=nowhere.py", "nowhere.py"),
-        ("--config=experiments/configs/qwen3_8b.py:sgd", "METHOD or METHOD,SIZE"),
+        ("--config=experiments/configs/math_reasoning.py:sgd", "MODEL,METHOD,SIZE"),
         ("--topology=v9:4x4", "not one of v5e, v5p, v6e"),
         ("--topology=v5e:3x7", "--topology=v5e:3x7"),
         ("--mesh=2,2,1", "needs 4 devices, but there are 16"),

@@ -11,7 +11,7 @@ import pytest
 
 from r2vpo_jax import models
 from r2vpo_jax.run import files
-from tests.conftest import ROOT
+from tests.helpers.paths import ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -53,11 +53,11 @@ def text_config_file(tmp_path_factory):
     """A --config file of a run on text: process 0 judges, the other is told."""
     path = tmp_path_factory.mktemp("config") / "text.py"
     path.write_text(
-        "from experiments.configs import gsm8k_tiny\n\n\n"
+        "from experiments.configs import word_problems\n\n\n"
         "def get_config():\n"
-        "    config = gsm8k_tiny.get_config()\n"
+        "    config = word_problems.get_config()\n"
         "    config.sampler.group_size = 4\n"
-        "    config.task.update(max_response_length=48, reward={'format': 0.5, 'format_pattern': '.*####.*'})\n"
+        "    config.task.update(text={'max_response_length': 48}, reward={'format': 0.5, 'format_pattern': '.*####.*'})\n"
         "    config.trainer.update(prompts_per_rollout=4, num_minibatches=2, num_epochs=1, micro_batch_size=4,\n"
         "        eval_every=3, eval_problems=8, test_problems=8, test_samples=2, checkpoint_every=3)\n"
         "    return config\n"
@@ -113,7 +113,7 @@ def test_processes_that_read_different_data_are_told(text_config_file, tmp_path)
             kept = rows[4 * number : 4 * number + 4 - (i if split == "train" else 0)]
             (folder / f"{split}.jsonl").write_text("\n".join(kept) + "\n")
     flags = "--distributed", f"--coordinator_address=127.0.0.1:{free_port()}", "--num_processes=2"
-    data = [f"--config.task.{split}={split}.jsonl" for split in ("train", "validation", "test")]
+    data = [f"--config.task.text.{split}={split}.jsonl" for split in ("train", "validation", "test")]
     processes = [
         start(
             text_config_file,
@@ -121,7 +121,7 @@ def test_processes_that_read_different_data_are_told(text_config_file, tmp_path)
             *flags,
             f"--process_id={i}",
             *data,
-            f"--config.task.data_dir={tmp_path / f'data{i}'}",
+            f"--config.task.text.data_dir={tmp_path / f'data{i}'}",
             XLA_FLAGS="",
         )
         for i in range(2)

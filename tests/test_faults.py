@@ -20,11 +20,11 @@ from r2vpo_jax.errors import UsageError
 from r2vpo_jax.run import files as run_files
 from r2vpo_jax.run import instruments
 from r2vpo_jax.run.checkpoints import Checkpointer
-from r2vpo_jax.training import replay
 from r2vpo_jax.training.trainer import train
 from tests import run_and_kill
-from tests.conftest import ROOT
-from tests.training.test_trainer import assert_same_run, final_state, rows
+from tests.helpers.paths import ROOT
+from tests.helpers.runs import assert_same_run, final_state, rows, stop
+from tests.helpers.trees import merged
 
 SMALL = {
     "num_iterations": 6,
@@ -32,15 +32,15 @@ SMALL = {
     # The same shapes as training batches: one sampler is compiled for all three splits.
     "eval_problems": 4,
     "eval_samples": 4,
-    "eval_batch_size": 64,
     "test_problems": 4,
     "test_samples": 4,
 }
+SCORES = {"batch_size": 64}
 STALE = {"lag": 1, "capacity": 2, "draw": "mixed"}
 
 
 def config_of(tiny_config, **sections):
-    return tiny_config(trainer=SMALL, **sections)
+    return tiny_config(trainer=SMALL, evaluation=SCORES, **sections)
 
 
 def kinds(workdir):
@@ -77,7 +77,7 @@ def whole(stale_config, tmp_path_factory):
 def stopped_at_4(stale_config, tmp_path_factory):
     """The directory of the same run stopped after 4 of 6 iterations: checkpoints 2 and 4. Copy it before changing it."""
     workdir = tmp_path_factory.mktemp("stopped") / "run"
-    assert train(stale_config, workdir, stop_after_iteration=4) is None
+    stop(stale_config, workdir, 4)
     assert {"checkpoints/2", "checkpoints/4", "checkpoints/manifests/4.json"} <= set(files(workdir))
     return workdir
 
@@ -96,7 +96,7 @@ def stopped(stopped_at_4, tmp_path):
 def test_resume_is_exact(stale, tiny_config, tiny_model, mesh, tmp_path):
     config = config_of(tiny_config, replay=stale)
     train(config, tmp_path / "whole")
-    assert train(config, tmp_path / "halves", stop_after_iteration=3) is None
+    stop(config, tmp_path / "halves", 3)
     assert len(kinds(tmp_path / "halves")) == 3
     train(config, tmp_path / "halves")
     assert_same_run(tmp_path / "halves", tmp_path / "whole", config, tiny_model, mesh)
@@ -121,8 +121,7 @@ def test_resume_is_exact_with_replay(whole, stopped, stale_config, tiny_model, m
 
 @pytest.mark.slow
 def test_faults_sigkill_at_any_moment(whole, tiny_sections, stale_config, tiny_model, mesh, tmp_path):
-    sections = {name: dict(fields) for name, fields in tiny_sections.items()} | {"replay": STALE}
-    sections["trainer"] |= SMALL
+    sections = merged(tiny_sections, {"replay": STALE, "trainer": SMALL, "evaluation": SCORES})
     (tmp_path / "sections.json").write_text(json.dumps(sections))
     workdir = tmp_path / "killed" / "run"
     result = subprocess.run(
@@ -252,11 +251,11 @@ def full_disk(monkeypatch, owner, name, when):
 WRITES = {
     "metrics": (run_files.JsonlWriter, "write", lambda _, row: row.get("kind") == "train" and row["iteration"] == 3),
     "samples": (run_files.JsonlWriter, "write", lambda _, row: "prompt" in row and row["iteration"] == 4),
-    "replay": (replay, "_write_once", lambda path, _: path.name == "rollout_00000002.npz"),
+    "replay": (run_files, "write_atomically", lambda path, _: path.name == "rollout_00000002.npz"),
     # Written in the background: it comes to light when the next checkpoint is due.
-    "checkpoint": (Checkpointer, "_write_manifest", lambda _, iteration, __: iteration == 4),
+    "checkpoint": (run_files, "write_atomically", lambda path, _: path.match("manifests/4.json")),
     # ... or at the very end, when all else is written.
-    "last checkpoint": (Checkpointer, "_write_manifest", lambda _, iteration, __: iteration == 6),
+    "last checkpoint": (run_files, "write_atomically", lambda path, _: path.match("manifests/6.json")),
 }
 
 
@@ -280,11 +279,9 @@ def test_faults_full_disk(write, whole, stale_config, tiny_model, mesh, tmp_path
 def test_faults_full_disk_when_stopping(stopped_at_4, stale_config, tmp_path, monkeypatch):
     """A run that is stopped has not saved before its last checkpoint is on disk."""
     workdir = shutil.copytree(stopped_at_4, tmp_path / "run")
-    full_disk(monkeypatch, Checkpointer, "_write_manifest", lambda _, iteration, __: iteration == 5)
-    said = []
-    with pytest.raises(UsageError, match="No space left on device"):
-        train(stale_config, workdir, stop_after_iteration=5, say=said.append)
-    assert not any("stopped after" in line for line in said)
+    full_disk(monkeypatch, run_files, "write_atomically", lambda path, _: path.match("manifests/5.json"))
+    with pytest.raises(UsageError, match="No space left on device"):  # and not Stopped
+        train(stale_config, workdir, stop_after_iteration=5)
 
 
 # ---- signals ----
@@ -316,7 +313,7 @@ def test_faults_sigterm_saves_and_exits_with_0(config_file, tiny_config, tmp_pat
     assert f"stopped after iteration {done} of 60" in output
     assert Checkpointer(workdir / "checkpoints", max_to_keep=2).latest() == done
     said = []
-    train(tiny_config(trainer=trainer), workdir, stop_after_iteration=done + 1, say=said.append)
+    stop(tiny_config(trainer=trainer), workdir, done + 1, say=said.append)
     assert any(line.endswith(f"from iteration {done}") for line in said)
     assert [row["iteration"] for row in rows(workdir) if row["kind"] == "train"] == list(range(1, done + 2))
 
@@ -337,12 +334,12 @@ def test_faults_changed_code(stopped, stale_config, monkeypatch):
     real = instruments.code_identity()
     monkeypatch.setattr(instruments, "code_identity", lambda: "0123456789abcdef")
     said = []
-    train(stale_config, stopped, stop_after_iteration=5, say=said.append)
+    stop(stale_config, stopped, 5, say=said.append)
     assert sum("the code has changed" in line for line in said) == 1
     (row,) = [row for row in rows(stopped, "events") if row["event"] == "code_changed"]
     assert row == {"event": "code_changed", "iteration": 4, "before": real, "now": "0123456789abcdef"}
     said.clear()
-    assert train(stale_config, stopped, stop_after_iteration=5, say=said.append) is None
+    stop(stale_config, stopped, 5, say=said.append)
     assert any(line.endswith("from iteration 5") for line in said)
     assert not any("the code has changed" in line for line in said)
 
@@ -392,6 +389,7 @@ def test_faults_read_only_workdir(stopped, config_file, tmp_path):
         pytest.skip("this user may write anywhere")
     settings = {f"replay.{name}": value for name, value in STALE.items()}
     settings |= {f"trainer.{name}": value for name, value in SMALL.items()}
+    settings |= {f"evaluation.{name}": value for name, value in SCORES.items()}
     flags = [f"--config.{name}={value}" for name, value in settings.items()]
     try:
         for workdir in (tmp_path / "closed" / "run", stopped):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from r2vpo_jax import losses
-from tests.test_losses import COLUMNS, NAMES, REDUCTIONS, REQUIRED, ROWS, batch, evaluate, same_up_to_rounding
+from tests.helpers.losses import COLUMNS, COMPUTED, NAMES, REDUCTIONS, ROWS, batch, evaluate, same_up_to_rounding
 
 VOCABULARY = 4
 # One advantage a response, of both signs. Both kinds of response hold tokens on either side of every bound, and
@@ -32,7 +32,7 @@ HYPER = {
     "dppo_tv": {"divergence_low": 0.05, "divergence_high": 0.05, "beta": 0.5},
     "dppo_kl": {"divergence_low": 0.01, "divergence_high": 0.01},
     "dro": {"beta": 0.5},
-} | {k: v for k, v in REQUIRED.items() if k != "m2po"}
+} | {k: v for k, v in COMPUTED.items() if k != "m2po"}
 
 
 def softmax(logits):
@@ -243,7 +243,7 @@ def test_the_token_form_has_the_gradient_of_the_sequence_level_objective(name, s
 def test_only_logp_has_a_gradient(name):
     arrays = batch()
     traced = {"weights": arrays.pop("weights")}
-    traced |= {k: np.float32(v) for k, v in REQUIRED.get(name, {}).items()}
+    traced |= {k: np.float32(v) for k, v in COMPUTED.get(name, {}).items()}
 
     def loss(differentiated):
         return losses.get(name)(**{**arrays, **traced, **differentiated})[0]
@@ -258,7 +258,7 @@ def test_stats_have_no_gradient(name):
     arrays = batch()
 
     def statistics(logp):
-        stats = losses.get(name)(**{**arrays, "logp": logp}, **REQUIRED.get(name, {}))[1]
+        stats = losses.get(name)(**{**arrays, "logp": logp}, **COMPUTED.get(name, {}))[1]
         return sum(total for total, _ in stats.values())
 
     np.testing.assert_array_equal(jax.grad(statistics)(arrays["logp"]), 0.0)
@@ -270,7 +270,7 @@ def test_jit_of_vmap_of_grad(name):
     stacked = {k: np.stack([b[k] for b in batches]) for k in batches[0]}
 
     def loss(logp, rest):
-        return losses.get(name)(logp, **rest, **REQUIRED.get(name, {}), reduction="sequence_mean")[0]
+        return losses.get(name)(logp, **rest, **COMPUTED.get(name, {}), reduction="sequence_mean")[0]
 
     many, grads = jax.jit(jax.vmap(jax.value_and_grad(loss)))(stacked.pop("logp"), stacked)
     for i, arrays in enumerate(batches):

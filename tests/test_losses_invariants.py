@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from r2vpo_jax import losses
-from tests.test_losses import (
+from tests.helpers.losses import (
     COLUMNS,
+    COMPUTED,
     NAMES,
     REDUCTIONS,
-    REQUIRED,
     ROWS,
     batch,
     by_hand,
@@ -99,7 +99,7 @@ def test_default_normalizer_and_weights(reduction):
     mask = arrays["mask"]
     del arrays["weights"]
     expected, expected_stats, _ = evaluate("r2vpo", arrays, reduction)
-    loss, stats = losses.r2vpo_loss(**arrays, reduction=reduction, **REQUIRED["r2vpo"])
+    loss, stats = losses.r2vpo_loss(**arrays, reduction=reduction, **COMPUTED["r2vpo"])
     jax.tree.map(same_up_to_rounding, (loss, stats), (expected, expected_stats))
     np.testing.assert_allclose(np.sum(losses.token_weights(mask, reduction)), 1.0, rtol=1e-6)
     np.testing.assert_allclose(losses.reduce(np.full(mask.shape, 3.0), mask, reduction), 3.0, rtol=1e-6)

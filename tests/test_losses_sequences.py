@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from r2vpo_jax import losses
-from tests.test_losses import COLUMNS, ROWS, batch, by_hand, evaluate, same_up_to_rounding
+from tests.helpers.losses import COLUMNS, ROWS, batch, by_hand, evaluate, same_up_to_rounding
 
 # Responses, by hand ---------------------------------------------------------------------------------
 
@@ -219,6 +219,19 @@ def test_m2po_threshold_has_no_gradient():
     # Nor does the loss give it one.
     grad = jax.grad(lambda t: losses.m2po_loss(**arrays, threshold=t)[0])(np.float32(0.1))
     assert grad == 0
+
+
+@pytest.mark.parametrize("budget", [0.01, 0.04])
+def test_m2po_without_a_threshold_takes_that_of_its_arrays(budget):
+    arrays, weights = batch_with_a_threshold()
+    bound = losses.m2po_threshold(**arrays, budget=budget)
+    assert 0 < bound < 1, "something is cut"
+    arrays["weights"] = weights
+    expected = evaluate("m2po", arrays, threshold=bound, jit=False)
+    actual = jax.value_and_grad(lambda logp: losses.m2po_loss(**(arrays | {"logp": logp}), budget=budget), has_aux=True)
+    (loss, stats), grad = actual(arrays["logp"])
+    jax.tree.map(np.testing.assert_array_equal, (loss, stats, grad), expected)
+    assert budget == 0.01 or losses.m2po_loss(**arrays)[0] == loss, "the published budget is the default"
 
 
 @settings(max_examples=50, deadline=None, derandomize=True, database=None)

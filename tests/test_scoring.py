@@ -9,7 +9,7 @@ import pytest
 
 from r2vpo_jax import scoring
 from r2vpo_jax.models import Decoder, DecoderConfig, abstract_params
-from tests.conftest import jaxpr_sizes, random_params, with_config
+from tests.helpers.params import jaxpr_sizes, random_params, with_config
 
 MODEL = Decoder(
     DecoderConfig(
@@ -60,13 +60,14 @@ def response_mask(response_length):
 
 def test_values_are_those_of_a_full_forward_pass(rows):
     """Log-softmax and entropy in NumPy float64, each row by itself and without any padding."""
+    forward = jax.jit(lambda tokens: MODEL.apply({"params": PARAMS}, tokens))
     tokens, prompt_length, response_length = rows
     logps, entropy = score(PARAMS, *rows)
     assert logps.dtype == entropy.dtype == jnp.float32
     assert logps.shape == entropy.shape == (BATCH, RESPONSE)
     for i in (0, 1):
         first, last = PROMPT - prompt_length[i], PROMPT + response_length[i]
-        logits = np.asarray(MODEL.apply({"params": PARAMS}, tokens[i : i + 1, first:last]), np.float64)[0, :, :17]
+        logits = np.asarray(forward(tokens[i : i + 1, first:last]), np.float64)[0, :, :17]
         logits = logits[prompt_length[i] - 1 : -1] / TEMPERATURE[i]
         exact = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
         targets = tokens[i, PROMPT:last]

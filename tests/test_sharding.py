@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 
 from r2vpo_jax import sharding
 from tests import run_on_eight_devices
-from tests.conftest import ROOT
+from tests.helpers.paths import ROOT
 
 
 def run_script(*args):

@@ -117,7 +117,7 @@ def test_effective_sample_size(s):
     # ESS / N = 1 / (1 + Var) for ratios of mean 1; here half are 1 + s and half 1 - s, so Var = s^2.
     logp = np.log([[1 + s, 1 - s]])
     summary = ratio_stats.summarize(compute_stats(logp, np.zeros((1, 2)), np.ones(1), np.ones((1, 2), bool)))
-    np.testing.assert_allclose(summary["ratio/variance"], s**2, rtol=1e-5)
+    np.testing.assert_allclose(summary["ratio/token_variance"], s**2, rtol=1e-5)
     np.testing.assert_allclose(summary["ratio/effective_sample_size"], 1 / (1 + s**2), rtol=1e-5)
 
 

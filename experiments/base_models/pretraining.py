@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments.base_models import word_problems
 from r2vpo_jax import models, scoring
+from r2vpo_jax.tasks import arithmetic
 from r2vpo_jax.training import accumulation
 
 
@@ -73,9 +75,6 @@ def make_checkpoint(path, task: str, config: PretrainConfig, report=lambda step,
       task: name, a key of `CONFIGS`.
       config, report: as for `pretrain`.
     """
-    from experiments.base_models import word_problems
-    from r2vpo_jax.tasks import arithmetic
-
     if task == "arithmetic":
         tokenizer = arithmetic.make_tokenizer()
         model, params = pretrain(config, arithmetic.ArithmeticTask(), len(tokenizer), report)

@@ -11,15 +11,12 @@ Which problems belong to which split is decided by a hash of the question, so th
 
 The base model learns from an *imperfect* demonstrator whose mistakes are systematic, as in the arithmetic task.
 It usually misreads certain words: a week has 5 days, a dozen is 10, "twice as many" is 2 more, "half" is 2 less,
-"fewer" is more. And it usually is one off in 14 of the 36 products of the times table, the hard facts. So the
+"fewer" is more. It also gets 14 of the 36 products of the times table, the hard facts, wrong by one most of the time. So the
 right solution is in the base model's distribution, but for most problems it is not the mode.
 
-    python -m experiments.base_models.word_problems --output=r2vpo_jax/assets/data/word_problems
-
-writes the files that are shipped there: train.jsonl and test.jsonl with the columns "question" and "answer".
+`experiments/pretrain.py` is the command that writes the data set and the base model from this.
 """
 
-import argparse
 import collections
 import dataclasses
 import hashlib
@@ -33,7 +30,7 @@ import numpy as np
 from r2vpo_jax.tasks.base import Problems
 from r2vpo_jax.verifiers.outcome import SPLITS
 
-FIXTURE_ROWS = {"train": 1000, "test": 256}
+ROWS_SHIPPED = {"train": 1000, "test": 256}
 
 _SPLIT_BOUNDS = {"train": (0, 13), "validation": (13, 14), "test": (14, 16)}  # sixteenths of all questions
 _NAMES = ("Ana", "Ben", "Eva", "Ida", "Leo", "Max", "Mia", "Noa", "Sam", "Tim", "Uma", "Zoe")
@@ -458,11 +455,14 @@ class WordProblems:
         return tokens, np.asarray([len(row) for row in rows], np.int32)
 
 
-def write_fixture(path) -> None:
-    """Write train.jsonl and test.jsonl: problems of these splits, no question twice, every template in turn."""
+def write_word_problems(path) -> None:
+    """Write train.jsonl and test.jsonl, which ship in r2vpo_jax/assets/data/word_problems.
+
+    Rows have the columns "question" and "answer"; no question comes twice, and every template has its turn.
+    """
     path = pathlib.Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    for split, num_rows in FIXTURE_ROWS.items():
+    for split, num_rows in ROWS_SHIPPED.items():
         rows, uses, position = {}, collections.Counter(), 0
         while len(rows) < num_rows:
             new = problem(split, position)
@@ -471,9 +471,3 @@ def write_fixture(path) -> None:
                 uses[new.template] += 1
                 rows[new.question] = json.dumps({"question": new.question, "answer": new.solution})
         (path / f"{split}.jsonl").write_text("\n".join(rows.values()) + "\n")
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Write the word problems that are shipped.")
-    parser.add_argument("--output", required=True, help="directory")
-    write_fixture(parser.parse_args().output)

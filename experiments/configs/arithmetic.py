@@ -14,11 +14,8 @@ def get_config():
         # A slow multiplier that starts near where it settles: a fast one winds up on the strong early signal.
         # No penalty for length, whatever the preset: a right answer to the longest problem takes all tokens there are.
         objective={
-            "variance_budget": 0.0006,
-            "variance_coef": 2.0,
-            "dual_step": 0.15,
-            "dual_max_step": 0.5,
-            "overlong_penalty": 0.0,
+            "dual": {"budget": 0.0006, "coef": 2.0, "step": 0.15, "max_step": 0.5},
+            "groups": {"overlong_penalty": 0.0},
         },
         # Norms start at 0.1; the clip bounds the steps in which a few rare tokens dominate the penalty's gradient.
         optimizer={"learning_rate": 1e-4, "max_grad_norm": 0.2},

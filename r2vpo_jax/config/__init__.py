@@ -1,8 +1,28 @@
 """Every setting of a run, of an evaluation and of a sweep."""
 
 from r2vpo_jax.config.evaluation import EvaluationConfig
-from r2vpo_jax.config.flags import describe, from_dict, from_flags, make, to_config_dict
-from r2vpo_jax.config.objective import PRESETS, ObjectiveConfig
+from r2vpo_jax.config.flags import (
+    describe,
+    from_dict,
+    from_flags,
+    leaves,
+    make,
+    to_config_dict,
+    to_dict,
+    to_open_config_dict,
+    without_effect,
+)
+from r2vpo_jax.config.objective import (
+    AdvantageConfig,
+    CorrectionConfig,
+    DualConfig,
+    GroupsConfig,
+    KLConfig,
+    LossConfig,
+    ObjectiveConfig,
+)
+from r2vpo_jax.config.presets import PRESETS
+from r2vpo_jax.config.renamed import new_name
 from r2vpo_jax.config.run import (
     AlarmConfig,
     Config,
@@ -11,16 +31,25 @@ from r2vpo_jax.config.run import (
     OptimizerConfig,
     ReplayConfig,
     SamplerConfig,
+    ScoreSamplingConfig,
     SweepConfig,
     TrainerConfig,
+    make_objective,
 )
-from r2vpo_jax.config.task import PromptConfig, RewardConfig, TaskConfig, VerifierConfig
+from r2vpo_jax.config.task import ArithmeticConfig, PromptConfig, RewardConfig, TaskConfig, TextConfig, VerifierConfig
 
 __all__ = [
     "PRESETS",
+    "AdvantageConfig",
     "AlarmConfig",
+    "ArithmeticConfig",
     "Config",
+    "CorrectionConfig",
+    "DualConfig",
     "EvaluationConfig",
+    "GroupsConfig",
+    "KLConfig",
+    "LossConfig",
     "MeshConfig",
     "ModelConfig",
     "ObjectiveConfig",
@@ -29,13 +58,21 @@ __all__ = [
     "ReplayConfig",
     "RewardConfig",
     "SamplerConfig",
+    "ScoreSamplingConfig",
     "SweepConfig",
     "TaskConfig",
+    "TextConfig",
     "TrainerConfig",
     "VerifierConfig",
     "describe",
     "from_dict",
     "from_flags",
+    "leaves",
     "make",
+    "make_objective",
+    "new_name",
     "to_config_dict",
+    "to_dict",
+    "to_open_config_dict",
+    "without_effect",
 ]

@@ -1,146 +1,188 @@
-"""The configuration of an evaluation. The fields of `EvaluationConfig` are the flags of experiments/evaluate.py."""
+"""The configuration of an evaluation: what only an evaluation has, and the sections that it shares with a run."""
 
-import contextlib
 import dataclasses
+import json
 import pathlib
+import re
+import urllib.parse
+from typing import Any
 
-from r2vpo_jax.config.fields import option, require
-from r2vpo_jax.config.run import ModelConfig
-from r2vpo_jax.config.task import VerifierConfig
-from r2vpo_jax.errors import UsageError
+from r2vpo_jax.config.fields import Options, build, option, require, section
+from r2vpo_jax.config.flags import to_dict, to_open_config_dict
+from r2vpo_jax.config.run import ComputeConfig, MeshConfig, ModelConfig, ScoreSamplingConfig
+from r2vpo_jax.config.task import (
+    ArithmeticConfig,
+    DataConfig,
+    PromptConfig,
+    RewardConfig,
+    TaskConfig,
+    TextConfig,
+    VerifierConfig,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataTaskConfig:
+    """How the problems of data sets are put to the model and judged."""
+
+    text: DataConfig = section(DataConfig)
+    prompt: PromptConfig = section(PromptConfig)
+    verifier: VerifierConfig = section(VerifierConfig)
+    # Correctness alone decides, except in a run whose own reward gives it no weight.
+    reward: RewardConfig = section(RewardConfig, when=lambda s: not s.reward.correct)
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """What is evaluated, and how."""
+    """Everything that the scores of an evaluation depend on, besides the weights, the code and the devices.
 
-    tasks: str | None = option(
-        None, "comma-separated: arithmetic, or data sets as in docs/data.md: gsm8k_fixture,aime24"
-    )
-    model: str | None = option(
-        None, "Hugging Face or run directory, or name of a shipped model; default: arithmetic_base"
-    )
+    The first fields are flags of experiments/evaluate.py; the sections have the names and flags of a run's.
+    """
+
+    tasks: tuple[str, ...] = option((), "benchmarks: arithmetic, data sets as in docs/data.md, or module:Class")
     checkpoint: str | None = option(
-        None, "of a run directory: an iteration, latest or best; default: the exported model, else latest"
+        None, "checkpoint of a run: an iteration, latest or best (default: its hf/ if it has finished, else latest)"
     )
-    num_problems: int | None = option(None, "a benchmark; default: all, and 256 of an endless one")
-    k: int = option(16, "samples a problem")
-    greedy: bool = option(True, "also one sample a problem at temperature 0")
-    temperature: float = option(1.0, "of the k samples")
-    top_p: float = option(1.0, "the most likely tokens with this much probability; 1: all")
-    top_k: int = option(0, "so many of the most likely tokens; 0: all")
-    seed: int = option(0, "of the samples")
-    max_length: int | None = option(None, "response tokens of data sets; default: 1024, less if the model has no room")
-    max_prompt_length: int | None = option(
-        None,
-        "prompt tokens of data sets, problems with longer ones are dropped; default: 1024, at most 3/4 of the model's",
-    )
-    template: str = option("auto", "prompts of data sets: chat, plain, or auto: chat if the tokenizer has a template")
-    prompt_text: str = option("{question}", "what is said; {question} stands for the problem")
-    system: str | None = option(None, "system prompt")
-    thinking: bool | None = option(None, "enable_thinking of the chat template")
-    bos: bool | None = option(None, "prompts start with the BOS token; default: as template or tokenizer")
-    data_dir: str | None = option(None, "folder of local data sets")
-    bad_gold: str = option("refuse", "gold answers that do not verify against themselves: refuse, or drop and count")
-    tolerance: float = option(1e-6, "relative, of numeric answers")
-    time_limit: float = option(5.0, "seconds that judging a response may take")
-    max_chars: int = option(200_000, "characters of a response; a longer one counts as a verifier error")
-    memory_limit_mb: int = option(2048, "of a verifier process, MiB")
-    num_workers: int = option(2, "verifier processes a benchmark")
-    batch_size: int = option(64, "problems sampled at one time, all devices together")
-    samples_at_once: int | None = option(
-        None, "samples of a problem drawn at one time, where memory is short; default: k"
-    )
-    texts: int = option(1, "responses a problem that are kept as text in outcomes.jsonl")
-    compute_dtype: str = option("float32", "weights, activations and matrix products: float32 or bfloat16")
-    scan_layers: bool = option(False, "compile one layer and loop (large models)")
-    attention_block_size: int = option(0, "queries whose attention scores exist at one time; 0: all")
-    mesh_data: int = option(-1, "devices in data parallel; -1: all that are left")
-    mesh_fsdp: int = option(1, "devices over which parameters are sharded")
-    mesh_tensor: int = option(1, "devices over which heads, MLP and vocabulary are sharded")
+    num_problems: int | None = option(None, "problems per benchmark (default: all; 256 of an endless source)")
+    k: int = option(16, "samples per problem")
+    greedy: bool = option(True, "also draw one sample per problem at temperature 0")
+    seed: int = option(0, "seed of the samples")
+    texts: int = option(1, "responses per problem whose text is kept in outcomes.jsonl")
+    model: ComputeConfig = section(ComputeConfig)
+    mesh: MeshConfig = section(MeshConfig)
+    evaluation: ScoreSamplingConfig = section(ScoreSamplingConfig)
+    task: DataTaskConfig = section(DataTaskConfig, when=lambda s: s.has_data)
 
     def __post_init__(self):
-        specs = self.specs
-        require(specs and all(specs), "--tasks is required, for example --tasks=arithmetic,gsm8k_fixture")
-        require(len(set(specs)) == len(specs), f"--tasks={self.tasks} names a benchmark twice")
-        for name in (
-            "num_problems",
-            "k",
-            "max_length",
-            "max_prompt_length",
-            "batch_size",
-            "samples_at_once",
-            "num_workers",
-        ):
+        require(self.tasks and all(self.tasks), "--tasks is required, for example --tasks=arithmetic,word_problems")
+        require(len(set(self.tasks)) == len(self.tasks), f"--tasks={','.join(self.tasks)} names a benchmark twice")
+        for name, low in {"num_problems": 1, "k": 1, "seed": 0, "texts": 0}.items():
             value = getattr(self, name)
-            require(value is None or value >= 1, f"--{name} must be at least 1, got {value}")
-        for name in ("temperature", "top_k", "seed", "texts", "attention_block_size"):
-            require(getattr(self, name) >= 0, f"--{name} must be at least 0, got {getattr(self, name)}")
-        require(0 < self.top_p <= 1, f"--top_p must be above 0 and at most 1, got {self.top_p}")
-        templates = ("auto", "chat", "plain")
-        require(self.template in templates, f"--template={self.template} is unknown; one of {', '.join(templates)}")
-        dtypes = ("float32", "bfloat16")
-        require(
-            self.compute_dtype in dtypes, f"--compute_dtype={self.compute_dtype} is unknown; one of {', '.join(dtypes)}"
-        )
-        require("{question}" in self.prompt_text, "--prompt_text must contain {question}")
-        require(
-            self.data_dir is None or pathlib.Path(self.data_dir).is_dir(), f"--data_dir={self.data_dir} is not a folder"
-        )
-        with flag_names():
-            self.verifier_config()
+            require(value is None or value >= low, f"--{name} must be at least {low}, got {value}")
+        folder = self.task.text.data_dir
+        there = not self.has_data or folder is None or pathlib.Path(folder).is_dir()
+        require(there, f"task.text.data_dir={folder} is not a folder")
 
     @property
-    def specs(self) -> list[str]:
-        return [spec.strip() for spec in (self.tasks or "").split(",")]
+    def has_data(self) -> bool:
+        """Whether a benchmark is a data set."""
+        return any(kind_of(spec) == "text" for spec in self.tasks)
 
-    def verifier_config(self) -> VerifierConfig:
-        return VerifierConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(VerifierConfig)})
-
-    def identity(self) -> dict:
-        """What the outcomes depend on besides model, problems, code and rounding."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in _NOT_IDENTITY}
+    @property
+    def problems_at_once(self) -> int:
+        """Problems that are sampled at one time, k samples each or as many as there is room for."""
+        return max(1, self.evaluation.batch_size // self.k)
 
     def model_config(self, path) -> ModelConfig:
-        return ModelConfig(
-            path=str(path),
-            param_dtype=self.compute_dtype,
-            compute_dtype=self.compute_dtype,
-            scan_layers=self.scan_layers,
-            attention_block_size=self.attention_block_size,
-        )
+        """The model in directory `path`, held and computed in one dtype."""
+        return ModelConfig(**vars(self.model) | {"path": str(path), "param_dtype": self.model.compute_dtype})
+
+    def task_config(self, spec: str) -> TaskConfig:
+        """The task behind a name in --tasks: all that a run has of it, of which the test split is read.
+
+        Raises:
+          ValueError: an option that the task does not have.
+        """
+        kind = kind_of(spec)
+        if kind == "text":
+            shared = self.task
+            text = TextConfig(**vars(shared.text), train=spec, validation=spec, test=spec)
+            return TaskConfig(
+                name="text", text=text, prompt=shared.prompt, verifier=shared.verifier, reward=shared.reward
+            )
+        options = _options(spec)
+        if kind != "arithmetic":
+            return TaskConfig(name=kind, options=Options(options))
+        wrong = [f"{name}={value}" for name, value in options.items() if not isinstance(value, int)]
+        require(not wrong, f"{spec}: {wrong[:1]} is not a whole number")
+        try:
+            return TaskConfig(arithmetic=build(ArithmeticConfig, options))
+        except ValueError as error:
+            raise ValueError(f"{spec}: {error}") from error
 
 
-# Fields that change how fast it goes, or what is kept besides the scores.
-_NOT_IDENTITY = {
-    "tasks", "model", "checkpoint", "num_problems", "max_length", "max_prompt_length", "data_dir", "num_workers", "batch_size",
-    "samples_at_once", "texts", "scan_layers", "attention_block_size", "mesh_data", "mesh_fsdp", "mesh_tensor",
-}  # fmt: skip
-
-_FLAG_OF = {
-    "task.prompt.text": "--prompt_text",
-    "task.prompt.max_length": "--max_prompt_length",
-    "task.prompt.": "--",
-    "task.verifier.": "--",
-    "task.max_response_length": "--max_length",
-    "task.data_dir": "--data_dir",
-    "task.test": "--tasks",
-    "--config.mesh.data/fsdp/tensor": "--mesh_data, --mesh_fsdp, --mesh_tensor",
-    "--workdir": "--output",
-}
+# Settings that say where data lie, how fast it goes, and what is kept besides the scores: they may change within one
+# evaluation. All other settings are its identity.
+NOT_IDENTITY = (
+    "mesh", "evaluation.batch_size", "model.scan_layers", "model.attention_block_size", "task.verifier.num_workers",
+    "task.text.data_dir", "num_problems", "texts",
+)  # fmt: skip
 
 
-def in_flags(text: str) -> str:
-    """A text about a run's configuration, in terms of the flags of an evaluation."""
-    for field, flag in _FLAG_OF.items():
-        text = text.replace(field, flag)
-    return text
+def identity(config: EvaluationConfig) -> dict[str, Any]:
+    """What is in force, as nested values, without NOT_IDENTITY."""
+    values = to_dict(config)
+    for path in NOT_IDENTITY:
+        *parents, name = path.split(".")
+        node = values
+        for parent in parents:
+            node = node.get(parent, {})
+        node.pop(name, None)
+    return values
 
 
-@contextlib.contextmanager
-def flag_names():
-    """Inside, complaints about fields of a run's configuration name the flags of an evaluation."""
+# Names in --tasks ------------------------------------------------------------------------------------------
+
+
+def kind_of(spec: str) -> str:
+    """`task.name` of a name in --tasks: arithmetic, module:Class, or text for all that data.load knows."""
+    name = spec.partition("?")[0]
+    return name if name == "arithmetic" or re.fullmatch(r"[\w.]+:\w+", name) else "text"
+
+
+def spec_of(task: TaskConfig) -> str:
+    """The name in --tasks of the test problems of a run's task."""
+    if task.name == "text":
+        return task.text.test
+    options = to_dict(task.arithmetic) if task.name == "arithmetic" else task.options
+    query = "&".join(f"{name}={_quoted(value)}" for name, value in options.items())
+    return f"{task.name}?{query}" if query else task.name
+
+
+def _options(spec: str) -> dict[str, Any]:
+    """The part after the question mark: numbers, booleans and so on are written as in JSON, all else is text."""
+    query = spec.partition("?")[2]
+    return {name: _value(text) for name, text in urllib.parse.parse_qsl(query, keep_blank_values=True)}
+
+
+def _value(text: str):
     try:
-        yield
-    except (ValueError, OSError) as error:
-        raise UsageError(in_flags(str(error))) from error
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _quoted(value) -> str:
+    text = value if isinstance(value, str) and _value(value) == value else json.dumps(value)
+    return urllib.parse.quote(text, safe="/:")
+
+
+# Flags -----------------------------------------------------------------------------------------------------
+
+
+def flag_sections():
+    """The ConfigDict behind --config: the shared sections, with every field open."""
+    shared = to_open_config_dict(EvaluationConfig)
+    for field in dataclasses.fields(EvaluationConfig):
+        if field.name not in ("model", "mesh", "evaluation", "task"):
+            del shared[field.name]
+    del shared.model.path, shared.task.reward
+    return shared
+
+
+# Flag -> the one that says it now.
+RENAMED_FLAGS = {
+    "config.model.path": "--model",
+    "config.task.text.test": "--tasks",
+    "max_length": "--config.task.text.max_response_length",
+    "max_prompt_length": "--config.task.prompt.max_length",
+    "prompt_text": "--config.task.prompt.text",
+    "data_dir": "--config.task.text.data_dir",
+    "batch_size": "--config.evaluation.batch_size, which counts responses",
+    "samples_at_once": "--config.evaluation.batch_size, which counts responses",
+    **{name: f"--config.evaluation.{name}" for name in ("temperature", "top_p", "top_k")},
+    **{name: f"--config.task.prompt.{name}" for name in ("template", "system", "thinking", "bos")},
+    **{field.name: f"--config.task.verifier.{field.name}" for field in dataclasses.fields(VerifierConfig)},
+    **{name: f"--config.model.{name}" for name in ("compute_dtype", "scan_layers", "attention_block_size")},
+    **{f"mesh_{field.name}": f"--config.mesh.{field.name}" for field in dataclasses.fields(MeshConfig)},
+}

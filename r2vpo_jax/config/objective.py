@@ -1,300 +1,238 @@
-"""The configuration of what is optimized, and the presets that `objective.name` picks.
-
-A preset sets loss, advantage, reduction and constants together, as its source does. Fields that are left None
-take the preset's value, then the common default; a hyper-parameter that is then still None has the default of the
-loss function itself. A hyper-parameter that the chosen loss does not have is refused.
-"""
+"""What is optimized: the section `objective`. `presets.resolve` fills it in; these classes check it."""
 
 import dataclasses
-from typing import Any
-
-import jax
-import jax.numpy as jnp
 
 from r2vpo_jax import advantages, corrections, dual, kl, losses
-from r2vpo_jax.config.fields import option, require
-
-ADVANTAGES = ("group_relative", "leave_one_out", "reinforce_pp", "reinforce_pp_baseline", "gae")
-# Estimators whose baseline is the group: a group of equal rewards has no gradient.
-GROUP_ADVANTAGES = ("group_relative", "leave_one_out", "reinforce_pp_baseline")
-_TRACED = ("variance_coef", "threshold")  # hyper-parameters that the learner computes
-
-
-_DEFAULTS = {
-    "reduction": "token_mean",
-    "adaptive": False,
-    "variance_coef": 0.0,
-    "variance_budget": 0.04,
-    "dual_step": 0.5,
-    "dual_max_step": 1.0,
-    "dual_rule": "projected",
-    "dual_signal": "auto",
-    "max_variance_coef": 50.0,
-    "normalize_variance_coef": False,
-    "m2_budget": 0.04,
-    "advantage": "group_relative",
-    "advantage_scale": "std",
-    "discount": 1.0,
-    "trace_decay": 0.95,
-    "whiten_advantages": True,
-    "value_coef": 0.5,
-    "value_clip": 0.2,
-    "zero_variance": "keep",
-    "max_resamples": 10,
-    "verifier_errors": "abstain",
-    "truncated": "keep",
-    "overlong_buffer": 0.2,
-    "overlong_penalty": 0.0,
-    "entropy_coef": 0.0,
-    "kl_coef": 0.0,
-    "kl_to": "reference",
-    "kl_in": "loss",
-    "kl_estimator": "k3",
-    "kl_corrected": False,
-    "correction": "none",
-    "correction_scope": "token",
-    "max_weight": 2.0,
-    "min_weight": 0.0,
-}
-# Sources of the constants: the docstrings of the loss functions, and docs/algorithms/objectives.md.
-PRESETS: dict[str, dict[str, Any]] = {
-    "r2vpo": {"loss": "r2vpo", "adaptive": True, "variance_coef": 1.0},
-    "r2vpo_fixed": {"loss": "r2vpo", "variance_coef": 2.5},
-    "policy_gradient": {"loss": "policy_gradient"},
-    "ppo_clip": {"loss": "ppo_clip"},
-    "grpo": {"loss": "ppo_clip", "reduction": "sequence_mean", "kl_coef": 0.04},
-    "dr_grpo": {"loss": "ppo_clip", "reduction": "constant_length", "advantage_scale": "none"},
-    "dapo": {"loss": "ppo_clip", "clip_high": 0.28, "zero_variance": "resample", "overlong_penalty": 1.0},
-    "rloo": {
-        "loss": "policy_gradient",
-        "reduction": "constant_length",
-        "advantage": "leave_one_out",
-        "kl_coef": 0.05,
-        "kl_in": "reward",
-        "kl_estimator": "k1",
-    },
-    "reinforce_pp": {
-        "loss": "ppo_clip",
-        "advantage": "reinforce_pp",
-        "kl_coef": 0.01,
-        "kl_in": "reward",
-        "kl_estimator": "k1",
-    },
-    "reinforce_pp_baseline": {
-        "loss": "ppo_clip",
-        "advantage": "reinforce_pp_baseline",
-        "kl_coef": 0.01,
-        "kl_estimator": "k2",
-    },
-    "ppo": {"loss": "ppo_clip", "advantage": "gae"},
-    "ppo_kl": {"loss": "policy_gradient", "kl_coef": 1.0, "kl_to": "behavior", "kl_target": 0.01},
-    "cispo": {"loss": "cispo"},
-    "gspo": {"loss": "gspo", "reduction": "sequence_mean"},
-    "spo": {"loss": "spo"},
-    "m2po": {"loss": "m2po"},
-    "gmpo": {"loss": "gmpo", "reduction": "sequence_mean"},
-    "sapo": {"loss": "sapo", "reduction": "sequence_mean"},
-    "vespo": {"loss": "vespo"},
-    "topr": {"loss": "topr", "reduction": "constant_length"},
-    "drpo": {"loss": "drpo"},
-    "dro": {"loss": "dro"},
-    "prime_rl": {
-        "loss": "dppo_tv",
-        "advantage_scale": "none",
-        "divergence_low": 0.2,
-        "divergence_high": 0.2,
-        "max_ratio": 5e8,  # beyond the numerical guard on log r: none
-        "beta": 2e-3,
-    },
-    "dppo_tv": {"loss": "dppo_tv", "reduction": "constant_length"},
-    "dppo_kl": {"loss": "dppo_kl", "reduction": "constant_length"},
-    "gppo": {"loss": "gppo"},
-    "ce_gppo": {"loss": "gppo", "keep_low": 0.5},
-    "aspo": {"loss": "aspo"},
-    "luspo": {"loss": "luspo", "reduction": "sequence_mean"},
-}
+from r2vpo_jax.config import presets
+from r2vpo_jax.config.fields import Options, option, require, require_choice, require_range, section
 
 
 @dataclasses.dataclass(frozen=True)
-class ObjectiveConfig:
-    """What is optimized. `name` picks a preset; docs/algorithms has a paragraph on each."""
+class LossConfig:
+    """The policy loss. `options` are the loss function's own keyword arguments, read from its signature."""
 
-    name: str = option("r2vpo", f"preset: {', '.join(PRESETS)}")
-    loss: str | None = option(None, "objective of losses.get")
-    reduction: str | None = option(None, "token_mean, sequence_mean or constant_length")
-
-    adaptive: bool | None = option(None, "r2vpo: adapt the variance coefficient by dual ascent")
-    variance_coef: float | None = option(None, "r2vpo: lambda, initial value if adaptive, else the fixed value")
-    variance_budget: float | None = option(None, "r2vpo: delta, bound on E[(r-1)^2]")
-    dual_step: float | None = option(None, "r2vpo: c, lambda moves by c * (V / delta - 1) a rollout")
-    dual_max_step: float | None = option(None, "r2vpo: bound on one move of lambda (of log lambda: multiplicative)")
-    dual_rule: str | None = option(None, "r2vpo: projected or multiplicative")
-    max_variance_coef: float | None = option(None, "r2vpo: cap of lambda")
-    dual_signal: str | None = option(
-        None, "r2vpo: V of the last minibatch (absolute), less that of the first (excess), or auto"
-    )
-    normalize_variance_coef: bool | None = option(None, "r2vpo: multiply lambda by the advantages' deviation")
-    penalty_scope: str | None = option(None, "r2vpo: token or sequence")
-
-    clip_low: float | None = option(None, "ppo_clip, gspo, luspo, gppo, aspo: distance of the lower bound from 1")
-    clip_high: float | None = option(None, "ppo_clip, gspo, luspo, gppo, aspo: distance of the upper bound from 1")
-    dual_clip: float | None = option(None, "ppo_clip, gppo, aspo: bound c > 1 for negative advantages")
-    min_ratio: float | None = option(None, "cispo: lower bound of the weight")
-    max_ratio: float | None = option(None, "cispo, topr, dppo_tv, dppo_kl: upper bound of the weight")
-    epsilon: float | None = option(None, "spo, drpo: where the gradient turns back")
-    beta: float | None = option(None, "dro, dppo_tv: weight of (log r)^2 / 2")
-    m2_budget: float | None = option(None, "m2po: bound on the second moment of log r")
-    log_clip: float | None = option(None, "gmpo: bound of |log r|")
-    keep_low: float | None = option(None, "gppo: share of the gradient kept below the clip")
-    keep_high: float | None = option(None, "gppo: share of the gradient kept above the clip")
-    divergence_low: float | None = option(None, "dppo_tv, dppo_kl: largest divergence of a fall")
-    divergence_high: float | None = option(None, "dppo_tv, dppo_kl: largest divergence of a rise")
-    tau_positive: float | None = option(None, "sapo: temperature for A > 0")
-    tau_negative: float | None = option(None, "sapo: temperature for A <= 0")
-    power_positive: float | None = option(None, "vespo: k for A >= 0")
-    decay_positive: float | None = option(None, "vespo: lambda for A >= 0")
-    power_negative: float | None = option(None, "vespo: k for A < 0")
-    decay_negative: float | None = option(None, "vespo: lambda for A < 0")
-
-    advantage: str | None = option(None, "group_relative, leave_one_out, reinforce_pp, reinforce_pp_baseline or gae")
-    advantage_scale: str | None = option(None, "group_relative: std, std_biased or none")
-    discount: float | None = option(None, "gae, reinforce_pp: gamma")
-    trace_decay: float | None = option(None, "gae: lambda")
-    whiten_advantages: bool | None = option(None, "gae: zero mean and unit deviation over the batch's tokens")
-    value_coef: float | None = option(None, "gae: weight of the value loss")
-    value_clip: float | None = option(None, "gae: bound on a value's move from the one at sampling; 0 is off")
-
-    zero_variance: str | None = option(None, "groups of equal rewards: keep, drop, or resample until enough differ")
-    max_resamples: int | None = option(None, "resample: extra rounds of sampling an iteration")
-    verifier_errors: str | None = option(None, "no verdict: abstain (no reward, no gradient) or wrong (reward 0)")
-    truncated: str | None = option(None, "responses without an end: keep, or mask (they count in the baseline only)")
-    overlong_buffer: float | None = option(None, "last share of the maximal length over which the penalty grows")
-    overlong_penalty: float | None = option(None, "taken off the reward at the maximal length; 0 is off")
-    entropy_coef: float | None = option(None, "weight of an entropy bonus; 0 is off")
-
-    kl_coef: float | None = option(None, "beta, weight of a KL divergence; 0 is off; the initial one with kl_target")
-    kl_to: str | None = option(None, "reference (the frozen base model) or behavior (the policy that sampled)")
-    kl_in: str | None = option(None, "loss or reward")
-    kl_estimator: str | None = option(None, "k1, k2 or k3")
-    kl_corrected: bool | None = option(None, "multiply the estimate by the ratio: unbiased off-policy")
-    kl_target: float | None = option(None, "adapt beta so that the divergence stays near this; default fixed")
-
-    correction: str | None = option(None, "importance weights of sampler against learner: none, truncate or mask")
-    correction_scope: str | None = option(None, "token or sequence")
-    max_weight: float | None = option(None, "correction: upper bound of the weights")
-    min_weight: float | None = option(None, "correction=mask: lower bound of the weights")
+    name: str = option("r2vpo", f"{', '.join(losses.names())}, or module:function for a loss of your own")
+    reduction: str = option("token_mean", "token_mean, sequence_mean or constant_length")
+    entropy_coef: float = option(0.0, "weight of an entropy bonus (0 = off)")
+    options: Options = option(Options(), "keyword argument of the loss, explained in its docstring")
 
     def __post_init__(self):
+        require_choice("objective.loss", self, {"reduction": losses.REDUCTIONS})
+        require_range("objective.loss", self, "entropy_coef", ">= 0")
+        object.__setattr__(self, "options", Options(self.options))
+        try:
+            losses.check_hyperparameters(self.name, **self.options)
+        except ValueError as error:
+            raise ValueError(f"objective.loss: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class DualConfig:
+    """The multiplier lambda of the ratio variance, for losses that take a variance coefficient (r2vpo)."""
+
+    adaptive: bool = option(False, "adapt lambda so that the ratio variance V stays at the budget")
+    coef: float = option(0.0, "lambda: its initial value if adaptive, else its fixed value")
+    budget: float = option(0.04, "delta, bound on V = E[(r-1)^2]", when=lambda s: s.adaptive)
+    step: float = option(0.5, "lambda moves by step * (V / budget - 1) per rollout batch", when=lambda s: s.adaptive)
+    max_step: float = option(
+        1.0, "bound on one move of lambda (of log lambda with the rule multiplicative)", when=lambda s: s.adaptive
+    )
+    max_coef: float = option(50.0, "cap of lambda", when=lambda s: s.adaptive)
+    rule: str = option("projected", "projected or multiplicative", when=lambda s: s.adaptive)
+    signal: str = option(
+        "auto",
+        "absolute (V of the last minibatch), excess (less V of the first), or auto: excess with stale data",
+        when=lambda s: s.adaptive,
+    )
+    normalize: bool = option(False, "multiply lambda by the root mean square of the advantages")
+
+    def __post_init__(self):
+        require_choice("objective.dual", self, {"rule": dual.RULES, "signal": ("auto", "absolute", "excess")})
+        require_range("objective.dual", self, "coef", ">= 0")
+        require_range("objective.dual", self, "budget step max_step", "> 0")
+        require(self.coef < float("inf"), f"objective.dual.coef must be finite, got {self.coef}")
         require(
-            self.name in PRESETS, f"objective.name={self.name!r} is not a preset; one of {', '.join(sorted(PRESETS))}"
+            self.max_coef >= self.coef or not self.adaptive,
+            f"objective.dual.max_coef={self.max_coef} is below objective.dual.coef={self.coef}",
         )
-        preset = {**_DEFAULTS, **PRESETS[self.name]}
-        object.__setattr__(self, "loss", self.loss or preset["loss"])
-        for f in dataclasses.fields(self):
-            # Another loss on top of a preset leaves behind those constants of the preset that it does not have.
-            foreign = f.name in _LOSS_HYPERPARAMETERS and f.name not in _taken_by(self.loss)
-            if getattr(self, f.name) is None and not foreign:
-                object.__setattr__(self, f.name, preset.get(f.name))
-        self._check_choices()
-        self._check_numbers()
-        self._check_combinations()
-        self._check_hyperparameters()
+
+
+@dataclasses.dataclass(frozen=True)
+class AdvantageConfig:
+    """From rewards to advantages, with a learned critic for gae."""
+
+    estimator: str = option(
+        "group_relative", f"{', '.join(advantages.ESTIMATORS)}, or module:function for an estimator of your own"
+    )
+    scale: str = option(
+        "std", "divide by the group's deviation: std, std_biased or none", when=lambda s: s._takes("scale")
+    )
+    discount: float = option(1.0, "gamma", when=lambda s: s._takes("discount"))
+    trace_decay: float = option(0.95, "lambda of GAE", when=lambda s: s._takes("trace_decay"))
+    whiten: bool = option(
+        True,
+        "shift to zero mean and scale to unit deviation over the batch's tokens",
+        when=lambda s: s._takes("whiten"),
+    )
+    value_coef: float = option(0.5, "weight of the value loss", when=lambda s: s.critic)
+    value_clip: float = option(
+        0.2, "bound on a value's move from the one at sampling (0 = off)", when=lambda s: s.critic
+    )
+
+    def __post_init__(self):
+        try:
+            advantages.estimator(self.estimator)
+        except ValueError as error:
+            raise ValueError(f"objective.advantage.estimator: {error}") from error
+        require_choice("objective.advantage", self, {"scale": advantages.SCALES})
+        require_range("objective.advantage", self, "discount trace_decay", "in [0, 1]")
+        require_range("objective.advantage", self, "value_coef value_clip", ">= 0")
 
     @property
     def critic(self) -> bool:
         """Whether a value head is learned."""
-        return self.advantage == "gae"
+        return advantages.estimator(self.estimator).critic
+
+    @property
+    def group_baseline(self) -> bool:
+        """Whether the baseline is the group: a group of equal rewards has no gradient."""
+        return advantages.estimator(self.estimator).group_baseline
+
+    def _takes(self, option: str) -> bool:
+        return option in advantages.estimator(self.estimator).options
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupsConfig:
+    """Which responses are learned from, and what is taken off their reward."""
+
+    zero_variance: str = option("keep", "groups of equal rewards: keep, drop, or resample until enough groups differ")
+    max_resamples: int = option(
+        10, "extra rounds of sampling per iteration", when=lambda s: s.zero_variance == "resample"
+    )
+    verifier_errors: str = option(
+        "abstain", "responses without a verdict: abstain (no reward, no gradient) or wrong (reward 0)"
+    )
+    truncated: str = option("keep", "responses without an end: keep, or mask (they count in the baseline only)")
+    overlong_penalty: float = option(0.0, "taken off the reward at the maximal length (0 = off)")
+    overlong_buffer: float = option(
+        0.2, "last share of the maximal length, over which the penalty grows", when=lambda s: s.overlong_penalty > 0
+    )
+
+    def __post_init__(self):
+        require_choice(
+            "objective.groups",
+            self,
+            {
+                "zero_variance": ("keep", "drop", "resample"),
+                "verifier_errors": ("abstain", "wrong"),
+                "truncated": ("keep", "mask"),
+            },
+        )
+        require_range("objective.groups", self, "max_resamples", ">= 1")
+        require_range("objective.groups", self, "overlong_penalty", ">= 0")
+        require_range("objective.groups", self, "overlong_buffer", "in [0, 1]")
+        require(
+            self.overlong_penalty == 0 or self.overlong_buffer > 0,
+            "objective.groups.overlong_penalty needs overlong_buffer > 0",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class KLConfig:
+    """A KL divergence, as a penalty in the loss or in the reward."""
+
+    coef: float = option(0.0, "beta, weight of the divergence (0 = off); the initial weight if there is a target")
+    to: str = option(
+        "reference",
+        "reference (the frozen base model) or behavior (the policy that sampled)",
+        when=lambda s: s.coef > 0,
+    )
+    where: str = option("loss", "loss or reward", when=lambda s: s.coef > 0)
+    estimator: str = option("k3", "k1, k2 or k3", when=lambda s: s.coef > 0)
+    corrected: bool = option(
+        False, "multiply the estimate by the ratio, which makes it unbiased off-policy", when=lambda s: s.coef > 0
+    )
+    target: float | None = option(
+        None, "adapt beta so that the divergence stays near this (default: beta is fixed)", when=lambda s: s.coef > 0
+    )
+
+    def __post_init__(self):
+        require_choice(
+            "objective.kl",
+            self,
+            {"to": ("reference", "behavior"), "where": ("loss", "reward"), "estimator": kl.ESTIMATORS},
+        )
+        require_range("objective.kl", self, "coef", ">= 0")
+        require_range("objective.kl", self, "target", "> 0")
+        require(self.target is None or self.coef > 0, "objective.kl.target adapts objective.kl.coef, which must be > 0")
+        require(
+            self.to == "reference" or (self.where == "loss" and not self.corrected),
+            "objective.kl.to=behavior goes into the loss, and needs no correction: its tokens are the behavior's own",
+        )
+        require(
+            self.where == "loss" or not self.corrected,
+            "objective.kl.corrected is for objective.kl.where=loss: in the reward the tokens are the sampling policy's own",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class CorrectionConfig:
+    """Importance weights of the learner's policy against the sampler's, where the two compute differently."""
+
+    mode: str = option("none", "none, truncate or mask")
+    scope: str = option("token", "token or sequence", when=lambda s: s.mode != "none")
+    max_weight: float = option(2.0, "upper bound of the weights", when=lambda s: s.mode != "none")
+    min_weight: float = option(0.0, "lower bound of the weights", when=lambda s: s.mode == "mask")
+
+    def __post_init__(self):
+        require_choice(
+            "objective.correction", self, {"mode": ("none", *corrections.MODES), "scope": corrections.SCOPES}
+        )
+        require_range("objective.correction", self, "max_weight", ">= 1")
+        require_range("objective.correction", self, "min_weight", "in [0, 1]")
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is optimized. `name` picks a preset; docs/algorithms/objectives.md explains each."""
+
+    name: str = option(presets.DEFAULT, f"preset: {', '.join(presets.PRESETS)}")
+    loss: LossConfig = section(LossConfig)
+    dual: DualConfig = section(DualConfig, when=lambda s: s.has_multiplier)
+    advantage: AdvantageConfig = section(AdvantageConfig)
+    groups: GroupsConfig = section(GroupsConfig)
+    kl: KLConfig = section(KLConfig)
+    correction: CorrectionConfig = section(CorrectionConfig)
+
+    def __post_init__(self):
+        require(
+            not self.dual.adaptive or self.has_multiplier,
+            "objective.dual.adaptive needs a loss with a variance coefficient, such as r2vpo; the loss is "
+            f"{self.loss.name}",
+        )
+        require(
+            self.groups.zero_variance == "keep" or self.advantage.group_baseline,
+            f"objective.groups.zero_variance={self.groups.zero_variance} needs a baseline from the group; with "
+            f"objective.advantage.estimator={self.advantage.estimator} a group of equal rewards has a gradient",
+        )
+
+    @property
+    def has_multiplier(self) -> bool:
+        """Whether the loss takes a variance coefficient."""
+        return "variance_coef" in losses.computed(self.loss.name)
+
+    @property
+    def variance_budget(self) -> float | None:
+        """delta, if there is one that V is held at."""
+        return self.dual.budget if self.dual.adaptive else None
+
+    @property
+    def critic(self) -> bool:
+        """Whether a value head is learned."""
+        return self.advantage.critic
 
     @property
     def needs_reference(self) -> bool:
         """Whether log-probabilities under the frozen base model are needed."""
-        return self.kl_coef > 0 and self.kl_to == "reference"
-
-    def hyperparameters(self) -> dict[str, Any]:
-        """The keyword arguments of the loss that are set: what is None keeps the loss function's default."""
-        names = [n for n in losses.hyperparameters(self.loss) if n not in _TRACED]
-        return {n: getattr(self, n) for n in names if getattr(self, n) is not None}
-
-    def _check_choices(self):
-        for name, known in (
-            ("loss", losses.names()),
-            ("reduction", losses.REDUCTIONS),
-            ("dual_rule", dual.RULES),
-            ("dual_signal", ("auto", "absolute", "excess")),
-            ("advantage", ADVANTAGES),
-            ("advantage_scale", advantages.SCALES),
-            ("zero_variance", ("keep", "drop", "resample")),
-            ("verifier_errors", ("abstain", "wrong")),
-            ("truncated", ("keep", "mask")),
-            ("kl_to", ("reference", "behavior")),
-            ("kl_in", ("loss", "reward")),
-            ("kl_estimator", kl.ESTIMATORS),
-            ("correction", ("none", *corrections.MODES)),
-            ("correction_scope", corrections.SCOPES),
-        ):
-            value = getattr(self, name)
-            require(value in known, f"objective.{name}={value!r} is unknown; one of {', '.join(known)}")
-
-    def _check_numbers(self):
-        for names, holds, range_ in (
-            ("variance_coef kl_coef entropy_coef value_coef value_clip overlong_penalty", lambda v: v >= 0, ">= 0"),
-            ("variance_budget dual_step dual_max_step m2_budget kl_target", lambda v: v > 0, "> 0"),
-            ("discount trace_decay overlong_buffer min_weight", lambda v: 0 <= v <= 1, "in [0, 1]"),
-            ("max_resamples max_weight", lambda v: v >= 1, ">= 1"),
-        ):
-            for name in names.split():
-                value = getattr(self, name)
-                require(value is None or holds(value), f"objective.{name} must be {range_}, got {value}")
-        require(
-            self.max_variance_coef >= self.variance_coef,
-            f"objective.max_variance_coef={self.max_variance_coef} is below variance_coef={self.variance_coef}",
-        )
-
-    def _check_combinations(self):
-        require(
-            not self.adaptive or self.loss == "r2vpo",
-            f"objective.adaptive needs loss r2vpo, which has a variance coefficient; the loss is {self.loss}",
-        )
-        require(
-            self.zero_variance == "keep" or self.advantage in GROUP_ADVANTAGES,
-            f"objective.zero_variance={self.zero_variance} needs a baseline from the group; with advantage="
-            f"{self.advantage} a group of equal rewards has a gradient",
-        )
-        require(self.kl_target is None or self.kl_coef > 0, "objective.kl_target adapts kl_coef, which must be > 0")
-        require(
-            self.kl_to == "reference" or (self.kl_in == "loss" and not self.kl_corrected),
-            "objective.kl_to=behavior goes into the loss, and needs no correction: its tokens are the behavior's own",
-        )
-        require(
-            self.kl_in == "loss" or not self.kl_corrected,
-            "objective.kl_corrected is for kl_in=loss: in the reward the tokens are the sampling policy's own",
-        )
-        require(
-            self.overlong_penalty == 0 or self.overlong_buffer > 0,
-            "objective.overlong_penalty needs overlong_buffer > 0",
-        )
-
-    def _check_hyperparameters(self):
-        """Refuse what the loss does not take; the ranges are the loss function's own checks."""
-        for name in sorted(_LOSS_HYPERPARAMETERS - _taken_by(self.loss)):
-            require(getattr(self, name) is None, f"objective.{name} is not a hyper-parameter of loss {self.loss}")
-        traced = {n: 1.0 for n in losses.hyperparameters(self.loss) if n in _TRACED}
-        token = jax.ShapeDtypeStruct((1, 1), jnp.float32)
-        try:
-            jax.eval_shape(
-                lambda x: losses.get(self.loss)(
-                    x, x, x, x, normalizer=1.0, reduction=self.reduction, **traced, **self.hyperparameters()
-                ),
-                token,
-            )
-        except ValueError as error:
-            raise ValueError(f"objective: {error}") from error
-
-
-def _taken_by(loss: str) -> set[str]:
-    """The fields that are hyper-parameters of a loss. M2PO's budget is one of its threshold."""
-    names = set(losses.hyperparameters(loss)) if loss in losses.names() else set()
-    return (names - set(_TRACED)) | ({"m2_budget"} if loss == "m2po" else set())
-
-
-_LOSS_HYPERPARAMETERS = set().union(*map(_taken_by, losses.names()))
+        return self.kl.coef > 0 and self.kl.to == "reference"

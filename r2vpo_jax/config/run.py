@@ -1,41 +1,45 @@
-"""A run's configuration: frozen dataclasses, validated when they are made.
-
-Fields of `objective` that are None take the value of the preset named by `objective.name`.
-"""
+"""A run's configuration: frozen dataclasses with plain values, checked when they are made."""
 
 import dataclasses
 
-from r2vpo_jax.config.fields import option, require
+from r2vpo_jax.config import presets
+from r2vpo_jax.config.fields import build, option, require, require_range, section
 from r2vpo_jax.config.objective import ObjectiveConfig
 from r2vpo_jax.config.task import TaskConfig
+
+
+def make_objective(name: str = presets.DEFAULT, **given) -> ObjectiveConfig:
+    """The objective of a preset, with `section={field: value}` on top: make_objective("grpo", kl={"coef": 0.1}).
+
+    Raises:
+      ValueError: what is unknown, out of range, or does not go together.
+    """
+    return build(ObjectiveConfig, presets.resolve({"name": name, **given}), "objective.")
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainerConfig:
     """The loop."""
 
-    num_iterations: int = option(100, "rollout batches")
-    prompts_per_rollout: int = option(64, "problems a rollout batch")
-    num_minibatches: int = option(8, "optimizer updates an epoch over a rollout batch")
+    num_iterations: int = option(100, "iterations, with one rollout batch each")
+    prompts_per_rollout: int = option(64, "problems per rollout batch")
+    num_minibatches: int = option(8, "optimizer updates per epoch over a rollout batch")
     num_epochs: int = option(1, "epochs over a rollout batch")
-    micro_batch_size: int = option(32, "rows whose activations exist at one time, all devices together")
+    micro_batch_size: int = option(32, "responses whose activations exist at one time, all devices together")
     scoring_chunk_size: int = option(128, "response columns whose logits exist at one time")
     eval_every: int = option(10, "iterations between validations")
     eval_problems: int = option(256, "validation problems")
-    eval_samples: int = option(4, "samples a validation problem")
-    eval_temperature: float = option(1.0, "of validation and test; 0: greedy")
-    eval_top_p: float = option(1.0, "of validation and test")
-    test_problems: int = option(512, "test problems, base and final")
-    test_samples: int = option(16, "samples a test problem: pass@1 from the first 8, pass@k from all")
-    eval_batch_size: int = option(1024, "responses sampled at one time in evaluations, all devices together")
+    eval_samples: int = option(4, "samples per validation problem")
+    test_problems: int = option(512, "test problems, for the base score and the final score")
+    test_samples: int = option(16, "samples per test problem: pass@1 from the first 8, pass@k from all")
     checkpoint_every: int = option(20, "iterations between checkpoints")
     max_checkpoints: int = option(2, "checkpoints kept")
-    samples_per_iteration: int = option(2, "responses written to samples.jsonl an iteration")
+    samples_per_iteration: int = option(2, "responses written to samples.jsonl per iteration")
     max_nonfinite_updates: int = option(0, "updates with NaN or inf that are skipped before the run stops")
-    max_noise_floor: float | None = option(
-        None, "start-up limit on E[(r-1)^2] with unchanged weights (default: 1e-6, bfloat16 delta/4)"
+    max_noise_floor: float = option(
+        1e-6, "start-up limit on E[(r-1)^2] with unchanged weights (bfloat16: budget / 4)", derived=True
     )
-    allow_single_update: bool = option(False, "allow one update a rollout, where r = 1 and all objectives agree")
+    allow_single_update: bool = option(False, "allow one update per rollout, where r = 1 and all objectives agree")
     tensorboard: bool = option(False, "also write TensorBoard events")
 
     def __post_init__(self):
@@ -44,8 +48,7 @@ class TrainerConfig:
             if item.type is int and item.name != "max_nonfinite_updates":
                 low = 0 if item.name == "samples_per_iteration" else 1
                 require(value >= low, f"trainer.{item.name} must be at least {low}, got {value}")
-        require(self.eval_temperature >= 0, f"trainer.eval_temperature must be >= 0, got {self.eval_temperature}")
-        require(0 < self.eval_top_p <= 1, f"trainer.eval_top_p must be in (0, 1], got {self.eval_top_p}")
+        require_range("trainer", self, "max_noise_floor", "> 0")
         require(self.max_nonfinite_updates >= 0, "trainer.max_nonfinite_updates must be at least 0")
         require(
             self.prompts_per_rollout % self.num_minibatches == 0,
@@ -62,34 +65,51 @@ class TrainerConfig:
 class SamplerConfig:
     """Rollouts. top_k and top_p serve evaluation only: training with them is refused."""
 
-    group_size: int = option(16, "samples a prompt (G)")
+    group_size: int = option(16, "samples per prompt (G)")
     temperature: float = option(1.0, "softmax temperature; scoring applies the same")
-    batch_size: int | None = option(
-        None, "prompts sampled at one time, all devices together; default: all of a rollout"
-    )
+    batch_size: int = option(1024, "responses sampled at one time, all devices together")
     prompt_buckets: tuple[int, ...] = option((), "prompt lengths below the longest that get a program of their own")
 
     def __post_init__(self):
         require(self.group_size >= 2, f"sampler.group_size must be at least 2 (a baseline), got {self.group_size}")
         require(self.temperature > 0, f"sampler.temperature must be > 0 for training, got {self.temperature}")
-        require(self.batch_size is None or self.batch_size >= 1, "sampler.batch_size must be at least 1")
+        require(
+            self.batch_size >= self.group_size,
+            f"sampler.batch_size={self.batch_size} counts responses: it must hold a group of "
+            f"sampler.group_size={self.group_size}",
+        )
         object.__setattr__(self, "prompt_buckets", tuple(self.prompt_buckets))
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreSamplingConfig:
+    """How responses are sampled for scores: validation and test of a run, and experiments.evaluate."""
+
+    temperature: float = option(1.0, "sampling temperature for scores (0 = greedy)")
+    top_p: float = option(1.0, "nucleus sampling mass (1 = off)")
+    top_k: int = option(0, "most likely tokens that are sampled from (0 = off)")
+    batch_size: int = option(1024, "responses sampled at one time, all devices together")
+
+    def __post_init__(self):
+        require_range("evaluation", self, "temperature top_k", ">= 0")
+        require_range("evaluation", self, "top_p", "in (0, 1]")
+        require_range("evaluation", self, "batch_size", ">= 1")
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW with warm-up and decay."""
 
-    learning_rate: float = option(1e-4, "peak")
+    learning_rate: float = option(1e-4, "peak learning rate")
     warmup_updates: int = option(10, "updates of linear warm-up")
     schedule: str = option("constant", "after the warm-up: constant, linear or cosine")
     final_fraction: float = option(0.1, "last learning rate / peak, for linear and cosine")
-    b1: float = option(0.9, "Adam")
-    b2: float = option(0.99, "Adam")
-    epsilon: float = option(1e-8, "Adam")
-    weight_decay: float = option(0.0, "decoupled, on matrices only")
+    b1: float = option(0.9, "Adam: decay of the first moment")
+    b2: float = option(0.99, "Adam: decay of the second moment")
+    epsilon: float = option(1e-8, "Adam: added to the root of the second moment")
+    weight_decay: float = option(0.0, "decoupled weight decay, on matrices only")
     max_grad_norm: float = option(1.0, "global-norm clip")
-    value_learning_rate: float = option(1e-2, "of the value head, constant; it starts at zero")
+    value_learning_rate: float = option(1e-2, "constant learning rate of the value head, which starts at zero")
 
     def __post_init__(self):
         require(self.learning_rate > 0, f"optimizer.learning_rate must be > 0, got {self.learning_rate}")
@@ -113,13 +133,13 @@ class ReplayConfig:
     """Stale data. With lag 0, capacity 0 and one batch an iteration, each rollout batch is trained on once."""
 
     lag: int = option(0, "iterations between generating a batch and training on it")
-    capacity: int = option(0, "rollout batches kept for replay, besides those that the lag holds back; 0: no replay")
-    capacity_bytes: int | None = option(None, "limit on the bytes of all batches kept")
+    capacity: int = option(0, "rollout batches kept for replay, besides those that the lag holds back (0 = no replay)")
+    capacity_bytes: int | None = option(None, "limit on the bytes of all batches kept (default: none)")
     draw: str = option("newest", "newest, uniform, mixed or priority (by |A|)")
-    stale_fraction: float = option(0.5, "mixed: share of older groups in a training batch")
+    stale_fraction: float = option(0.5, "share of older groups in a training batch", when=lambda s: s.draw == "mixed")
     batches_per_iteration: int = option(1, "training batches drawn for each rollout batch generated")
-    max_age: int | None = option(None, "optimizer updates after which an older group is not drawn")
-    max_uses: int | None = option(None, "times a group may be drawn")
+    max_age: int | None = option(None, "optimizer updates after which an older group is not drawn (default: no limit)")
+    max_uses: int | None = option(None, "times that a group may be drawn (default: no limit)")
 
     def __post_init__(self):
         for name in ("lag", "capacity"):
@@ -152,9 +172,9 @@ class AlarmConfig:
 
     patience: int = option(10, "iterations that a sign must last")
     stop: bool = option(False, "an alarm also ends the run, after a checkpoint")
-    min_entropy: float = option(1e-3, "policy/entropy below this, nats a token")
+    min_entropy: float = option(1e-3, "policy/entropy below this, nats per token")
     min_effective_sample_size: float = option(0.3, "ratio/effective_sample_size below this")
-    max_second_moment: float = option(10.0, "ratio/second_moment above this")
+    max_ratio_variance: float = option(10.0, "ratio/variance above this")
     max_truncated: float = option(0.5, "response/truncated above this")
     max_zero_variance_groups: float = option(0.9, "reward/zero_variance_groups above this")
 
@@ -172,42 +192,57 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """The base model and how to compute it."""
+class ComputeConfig:
+    """Which model, and how its forward pass is computed."""
 
-    path: str | None = option(
-        None, "Hugging Face directory, or a shipped model: arithmetic_base (the default) or word_problems_base"
+    path: str = option(
+        "arithmetic_base", "Hugging Face directory, or a shipped model: arithmetic_base or word_problems_base"
     )
-    param_dtype: str = option("float32", "master weights")
-    compute_dtype: str = option("float32", "activations and matrix products: float32 or bfloat16")
+    compute_dtype: str = option("float32", "dtype of activations and matrix products: float32 or bfloat16")
     scan_layers: bool = option(False, "compile one layer and loop (large models); False is faster on CPU")
-    remat: bool = option(False, "recompute activations in the backward pass")
-    attention_block_size: int = option(0, "queries whose attention scores exist at one time; 0: all (short contexts)")
-    export_dtype: str | None = option(None, "weights of hf/: float32, bfloat16 or float16; default: the base model's")
+    attention_block_size: int = option(
+        0, "queries whose attention scores exist at one time (0 = all, for short contexts)"
+    )
 
     def __post_init__(self):
-        for name in ("param_dtype", "compute_dtype"):
-            value = getattr(self, name)
-            require(value in ("float32", "bfloat16"), f"model.{name}={value!r}; one of float32, bfloat16")
-        exports = (None, "float32", "bfloat16", "float16")
-        require(self.export_dtype in exports, f"model.export_dtype={self.export_dtype!r}; one of {exports[1:]}")
+        dtypes = ("float32", "bfloat16")
+        require(self.compute_dtype in dtypes, f"model.compute_dtype={self.compute_dtype!r}; one of {', '.join(dtypes)}")
         require(self.attention_block_size >= 0, "model.attention_block_size must be at least 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(ComputeConfig):
+    """The base model and how to compute it."""
+
+    param_dtype: str = option("float32", "dtype of the master weights: float32 or bfloat16")
+    remat: bool = option(False, "recompute activations in the backward pass")
+    export_dtype: str = option(
+        "stored", "dtype of the weights in hf/: float32, bfloat16 or float16; stored: the base model's"
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        dtypes = ("float32", "bfloat16")
+        require(self.param_dtype in dtypes, f"model.param_dtype={self.param_dtype!r}; one of {', '.join(dtypes)}")
+        exports = ("stored", "float32", "bfloat16", "float16")
+        require(self.export_dtype in exports, f"model.export_dtype={self.export_dtype!r}; one of {', '.join(exports)}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Everything a run depends on, besides the code and the devices."""
 
-    objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
-    trainer: TrainerConfig = dataclasses.field(default_factory=TrainerConfig)
-    sampler: SamplerConfig = dataclasses.field(default_factory=SamplerConfig)
-    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-    replay: ReplayConfig = dataclasses.field(default_factory=ReplayConfig)
-    alarms: AlarmConfig = dataclasses.field(default_factory=AlarmConfig)
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
-    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
-    seed: int = option(0, "weights are given: the seed decides problems' order, samples and minibatches")
+    objective: ObjectiveConfig = section(make_objective)
+    trainer: TrainerConfig = section(TrainerConfig)
+    sampler: SamplerConfig = section(SamplerConfig)
+    optimizer: OptimizerConfig = section(OptimizerConfig)
+    replay: ReplayConfig = section(ReplayConfig)
+    alarms: AlarmConfig = section(AlarmConfig)
+    mesh: MeshConfig = section(MeshConfig)
+    evaluation: ScoreSamplingConfig = section(ScoreSamplingConfig)
+    task: TaskConfig = section(TaskConfig)
+    model: ModelConfig = section(ModelConfig)
+    seed: int = option(0, "decides the order of problems, the samples and the minibatches (weights are given)")
 
     def __post_init__(self):
         rows = self.trainer.prompts_per_rollout * self.sampler.group_size // self.trainer.num_minibatches
@@ -230,6 +265,11 @@ class Config:
         )
 
     @property
+    def prompts_at_once(self) -> int:
+        """Prompts whose groups are sampled at one time."""
+        return min(self.sampler.batch_size // self.sampler.group_size, self.trainer.prompts_per_rollout)
+
+    @property
     def num_updates(self) -> int:
         """Optimizer updates of the whole run."""
         trained = max(self.trainer.num_iterations - self.replay.lag, 0) * self.replay.batches_per_iteration
@@ -240,11 +280,11 @@ class Config:
 class SweepConfig:
     """A grid of coefficients per method, and presets as they are; every seed runs all of it."""
 
-    presets: tuple[str, ...] = option((), "presets with their own constants")
-    variance_coefs: tuple[float, ...] = option((0.1, 0.5, 2.5, 12.5), "fixed lambda of r2vpo_fixed")
-    variance_budgets: tuple[float, ...] = option((0.001, 0.003, 0.01, 0.04), "delta of r2vpo")
-    clips: tuple[float, ...] = option((0.05, 0.1, 0.2, 0.4), "epsilon of ppo_clip, both sides")
-    seeds: tuple[int, ...] = option((0, 1, 2), "paired over all cells")
+    presets: tuple[str, ...] = option((), "presets, with their own constants")
+    variance_coefs: tuple[float, ...] = option((0.1, 0.5, 2.5, 12.5), "lambdas of r2vpo_fixed")
+    variance_budgets: tuple[float, ...] = option((0.001, 0.003, 0.01, 0.04), "budgets delta of r2vpo")
+    clips: tuple[float, ...] = option((0.05, 0.1, 0.2, 0.4), "clips epsilon of ppo_clip, for both bounds")
+    seeds: tuple[int, ...] = option((0, 1, 2), "seeds, paired over all cells")
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 
-from r2vpo_jax.config.fields import option, require
+from r2vpo_jax.config.fields import Options, option, require, section
 
 
 @dataclasses.dataclass(frozen=True)
@@ -11,13 +11,13 @@ class PromptConfig:
     """From a question to prompt tokens (text tasks)."""
 
     template: str = option("chat", "chat: the tokenizer's chat template; plain: `text` as it is")
-    text: str = option("{question}", "what is said; {question} stands for the problem")
+    text: str = option("{question}", "text of the prompt; {question} stands for the problem")
     system: str | None = option(None, "chat: system prompt")
-    thinking: bool | None = option(None, "chat: enable_thinking of the template, for templates that know it")
+    thinking: bool | None = option(None, "chat: enable_thinking for the template, for templates that know it")
     bos: bool | None = option(
-        None, "True: starts with the BOS token, False: does not; default: as template or tokenizer"
+        None, "whether prompts start with the BOS token (default: as the template or tokenizer does)"
     )
-    max_length: int = option(512, "prompt tokens; problems with longer prompts are dropped, and counted")
+    max_length: int = option(512, "most tokens of a prompt; problems with longer prompts are dropped, and counted")
 
     def __post_init__(self):
         require(
@@ -36,12 +36,14 @@ class PromptConfig:
 class VerifierConfig:
     """The processes that judge answers (text tasks)."""
 
-    num_workers: int = option(2, "processes")
-    time_limit: float = option(5.0, "seconds a response; then the process is killed and the outcome is a timeout")
-    max_chars: int = option(200_000, "characters of a response; a longer one is not judged and counts as an error")
-    memory_limit_mb: int = option(2048, "address space a process, MiB")
-    tolerance: float = option(1e-6, "relative, of numeric answers")
-    bad_gold: str = option("refuse", "gold answers that do not verify against themselves: refuse, or drop and count")
+    num_workers: int = option(2, "verifier processes")
+    time_limit: float = option(5.0, "seconds per response; then the process is killed and the outcome is a timeout")
+    max_chars: int = option(200_000, "most characters of a response; a longer one is not judged and counts as an error")
+    memory_limit_mb: int = option(2048, "address space of each process, in MiB")
+    tolerance: float = option(1e-6, "relative tolerance of numeric answers")
+    bad_gold: str = option(
+        "refuse", "gold answers that do not verify against themselves: refuse the data, or drop and count them"
+    )
 
     def __post_init__(self):
         for name in ("num_workers", "max_chars", "memory_limit_mb"):
@@ -58,15 +60,15 @@ class VerifierConfig:
 class RewardConfig:
     """reward = correct * [right] + format * [form is kept] + function_weight * f(question, response, answer).
 
-    The penalty for length is the objective's (`objective.overlong_penalty`): it is no part of the verdict.
+    The penalty for length is the objective's (`objective.groups.overlong_penalty`): it is no part of the verdict.
     """
 
     correct: float = option(1.0, "weight of a right answer; 0: the function alone decides, right above 0.5")
-    format: float = option(0.0, "weight of the form")
+    format: float = option(0.0, "weight of the form, a bonus for a response that keeps it")
     format_pattern: str = option("boxed", "boxed, think_boxed, or a regular expression that the whole response matches")
     function: str | None = option(None, "module:function of your own: (questions, responses, answers) -> floats")
-    function_weight: float = option(1.0, "weight of its value")
-    function_batch_size: int = option(32, "responses a call of the function")
+    function_weight: float = option(1.0, "weight of the function's value")
+    function_batch_size: int = option(32, "responses per call of the function")
 
     def __post_init__(self):
         require(
@@ -87,32 +89,65 @@ class RewardConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ArithmeticConfig:
+    """Sums with written-out working, made and judged in JAX."""
+
+    min_operands: int = option(2, "fewest operands")
+    max_operands: int = option(4, "most operands")
+    num_digits: int = option(2, "digits of each operand")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where problems are, and how long responses to them may be."""
+
+    data_dir: str | None = option(None, "folder of local data sets")
+    max_response_length: int = option(1024, "most tokens of a response")
+
+    def __post_init__(self):
+        require(
+            self.max_response_length >= 1,
+            f"task.text.max_response_length must be at least 1, got {self.max_response_length}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig(DataConfig):
+    """Problems from data sets and generators (docs/data.md)."""
+
+    train: str | None = option(None, "problems to train on, for example dapo_math_17k or gsm8k?split=train&rows=500:")
+    validation: str | None = option(None, "problems to validate on")
+    test: str | None = option(None, "problems for the base score and the final score only")
+
+
+def _is_text(task) -> bool:
+    return task.name == "text"
+
+
+@dataclasses.dataclass(frozen=True)
 class TaskConfig:
     """Problems and verifier."""
 
-    name: str = option("arithmetic", "arithmetic (embedded) or text (data sets and generators, see docs/data.md)")
-    min_operands: int = option(2, "arithmetic: fewest operands")
-    max_operands: int = option(4, "arithmetic: most operands")
-    num_digits: int = option(2, "arithmetic: digits an operand")
-    train: str | None = option(
-        None, "text: problems to train on, for example dapo_math_17k or gsm8k?split=train&rows=500:"
+    name: str = option(
+        "arithmetic", "arithmetic (embedded), text (data sets and generators), or module:Class for a task of your own"
     )
-    validation: str | None = option(None, "text: problems to validate on")
-    test: str | None = option(None, "text: problems for the base and the final score only")
-    data_dir: str | None = option(None, "text: folder of local data sets")
-    max_response_length: int = option(1024, "text: response tokens")
-    prompt: PromptConfig = dataclasses.field(default_factory=PromptConfig)
-    verifier: VerifierConfig = dataclasses.field(default_factory=VerifierConfig)
-    reward: RewardConfig = dataclasses.field(default_factory=RewardConfig)
+    options: Options = option(Options(), "keyword argument of your own task's class", when=lambda s: ":" in s.name)
+    arithmetic: ArithmeticConfig = section(ArithmeticConfig, when=lambda s: s.name == "arithmetic")
+    text: TextConfig = section(TextConfig, when=_is_text)
+    prompt: PromptConfig = section(PromptConfig, when=_is_text)
+    verifier: VerifierConfig = section(VerifierConfig, when=_is_text)
+    reward: RewardConfig = section(RewardConfig, when=_is_text)
 
     def __post_init__(self):
-        require(self.name in ("arithmetic", "text"), f"task.name={self.name!r} is unknown; one of arithmetic, text")
+        object.__setattr__(self, "options", Options(self.options))
         require(
-            self.max_response_length >= 1,
-            f"task.max_response_length must be at least 1, got {self.max_response_length}",
+            self.name in ("arithmetic", "text") or re.fullmatch(r"[\w.]+:\w+", self.name),
+            f"task.name={self.name!r} is unknown; one of arithmetic, text, or module:Class",
         )
+        require(":" in self.name or not self.options, "task.options is for a task of your own, task.name=module:Class")
         if self.name == "text":
             for split in ("train", "validation", "test"):
                 require(
-                    getattr(self, split), f"task.name=text needs task.{split}, for example --config.task.{split}=gsm8k"
+                    getattr(self.text, split),
+                    f"task.name=text needs task.text.{split}, for example --config.task.text.{split}=gsm8k",
                 )

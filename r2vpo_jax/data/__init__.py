@@ -9,17 +9,28 @@ import fractions
 import pathlib
 
 from r2vpo_jax.data import files, generators, gsm8k, rows, specs
-from r2vpo_jax.data.base import Dataset, Example, Rows, same_question
+from r2vpo_jax.data.base import Dataset, Example, InMemoryDataset, same_question
 from r2vpo_jax.data.files import SUFFIXES
+from r2vpo_jax.data.known import KNOWN, LOCAL_FILE, RENAMED, KnownDataset
 from r2vpo_jax.data.mixtures import Mixture
-from r2vpo_jax.data.specs import Spec, parse
+from r2vpo_jax.data.specs import SourceSpec, parse
 from r2vpo_jax.data.splits import digest, disjoint
-from r2vpo_jax.data.table import FILE, TABLE, Named
 from r2vpo_jax.verifiers.outcome import SPLITS
 
-__all__ = ["TABLE", "Dataset", "Example", "Mixture", "Rows", "digest", "disjoint", "load", "parse", "same_question"]
+__all__ = [
+    "KNOWN",
+    "Dataset",
+    "Example",
+    "InMemoryDataset",
+    "Mixture",
+    "digest",
+    "disjoint",
+    "load",
+    "parse",
+    "same_question",
+]
 
-_FIXTURES = pathlib.Path(__file__).parents[1] / "assets" / "data" / "word_problems"
+_SHIPPED = pathlib.Path(__file__).parents[1] / "assets" / "data"
 
 
 def load(spec: str, split: str, data_dir: str | pathlib.Path | None = None) -> Dataset:
@@ -28,7 +39,7 @@ def load(spec: str, split: str, data_dir: str | pathlib.Path | None = None) -> D
     Args:
       spec: one source, or several with ' + ' between them.
       split: train, validation or test: how positions are used, and which files are read unless the text says split=.
-      data_dir: folder of named data sets; relative paths are looked up there first, then in the working directory.
+      data_dir: folder of known data sets; relative paths are looked up there first, then in the working directory.
 
     Raises:
       ValueError: what is wrong with the text or the data, and what to do.
@@ -46,55 +57,45 @@ def load(spec: str, split: str, data_dir: str | pathlib.Path | None = None) -> D
     return Mixture(parts, [source.weight or fractions.Fraction(1) for source in sources], split)
 
 
-def _load_one(spec: Spec, split: str, data_dir) -> Dataset:
+def _load_one(spec: SourceSpec, split: str, data_dir) -> Dataset:
     is_path = "/" in spec.name or spec.name.endswith(SUFFIXES)
-    if spec.name in TABLE:
-        return _load_named(spec, TABLE[spec.name], split, data_dir)
+    if spec.name in RENAMED:
+        raise ValueError(f"{spec.text!r}: the data set {spec.name} is called {RENAMED[spec.name]} now")
+    if spec.name in KNOWN:
+        return _load_known(spec, KNOWN[spec.name], split, data_dir)
     if is_path:
         return _load_path(spec, split, data_dir)
     there = generators.names()
     if spec.name not in (*there, *generators.REFUSED):
         hint = "" if there else " Generators need reasoning-gym: pip install 'r2vpo_jax[reasoning]'."
         raise ValueError(
-            f"there is no data set or generator {spec.name!r}; {specs.near(spec.name, [*TABLE, *there])} A file is named by "
+            f"there is no data set or generator {spec.name!r}; {specs.near(spec.name, [*KNOWN, *there])} A file is named by "
             f"its path, with a / or its suffix.{hint}"
         )
     return generators.load(spec, split)
 
 
-def _load_path(spec: Spec, split: str, data_dir) -> Rows:
+def _load_path(spec: SourceSpec, split: str, data_dir) -> InMemoryDataset:
     path = pathlib.Path(spec.name).expanduser()
     roots = [pathlib.Path(root) for root in (data_dir, ".") if root is not None]
     tried = [root / path for root in roots]
     base = next((p for p in tried if p.exists()), None)
     if base is None:
         raise FileNotFoundError(f"{spec.text!r}: there is no {' and no '.join(map(str, dict.fromkeys(tried)))}")
-    how, stated = rows.plan(spec, FILE, path.stem)
-    return rows.from_files(how, files.find(base, stated or split, stated=stated is not None), split)
+    plan, stated = rows.make_plan(spec, LOCAL_FILE, path.stem)
+    return rows.from_files(plan, files.find(base, stated or split, stated=stated is not None), split)
 
 
-def _load_named(spec: Spec, named: Named, split: str, data_dir) -> Rows:
-    how, stated = rows.plan(spec, named, named.name)
+def _load_known(spec: SourceSpec, known: KnownDataset, split: str, data_dir) -> InMemoryDataset:
+    plan, stated = rows.make_plan(spec, known, known.name)
     wanted = stated or split
-    if named.shipped:
-        base = _FIXTURES / named.name.removesuffix("_fixture")
+    if known.shipped:
+        base = _SHIPPED / known.name
     elif data_dir is None:
-        raise ValueError(f"{spec.text!r} needs a data folder (task.data_dir) with a copy of {named.published}")
+        raise ValueError(f"{spec.text!r} needs a data folder (task.text.data_dir) with a copy of {known.published}")
     else:
-        base = pathlib.Path(data_dir) / named.name
-    if named.tfds and base.is_dir():
-        path = _prepared(base)
-        if path is not None:
-            return rows.from_rows(how, str(path), gsm8k.rows(path, wanted), split)
-    found = files.find(base, wanted, stated=stated is not None, one_split=named.one_split)
-    return rows.from_files(how, found, split)
-
-
-def _prepared(base: pathlib.Path) -> pathlib.Path | None:
-    """The prepared GSM8K, made if it can be; else the rows are read as they are: they are the same, in the same order."""
-    try:
-        return gsm8k.current(base)
-    except (OSError, ValueError):
-        if not gsm8k.local_files(base):
-            raise
-        return None
+        base = pathlib.Path(data_dir) / known.name
+    if known.tfds and (prepared := gsm8k.prepared(base)) is not None:
+        return rows.from_rows(plan, str(prepared), gsm8k.read_prepared(prepared, wanted), split)
+    found = files.find(base, wanted, stated=stated is not None, one_split=known.one_split)
+    return rows.from_files(plan, found, split)

@@ -10,8 +10,6 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from r2vpo_jax.data.positions import row_of_position
 
-KINDS = ("math", "numeric", "exact")  # how answers of rows are judged; generators judge their own
-
 
 @dataclasses.dataclass(frozen=True)
 class Example:
@@ -26,7 +24,7 @@ class Example:
 
 
 def same_question(text: str) -> str:
-    """Equal for questions that differ in nothing but white space, letter case and Unicode form."""
+    """A key that is equal for questions that differ only in white space, letter case and Unicode form."""
     return re.sub(r"\s+", " ", unicodedata.normalize("NFC", text)).strip().casefold()
 
 
@@ -45,10 +43,10 @@ class Dataset(abc.ABC):
 
     @abc.abstractmethod
     def example(self, position: int) -> Example:
-        """The same for the same position, in every process and on every platform.
+        """The example at a position: always the same one, in every process and on every platform.
 
         train: any position >= 0; every epoch visits each problem once (positions.py).
-        validation, test: positions [0, num_examples) in the order of the source.
+        validation, test: positions [0, num_examples), in the order of the source.
 
         Raises:
           IndexError: a position that is not there.
@@ -64,7 +62,7 @@ class Dataset(abc.ABC):
 
     @abc.abstractmethod
     def identity(self) -> Iterable[str]:
-        """Texts that are equal for data sets that are equal."""
+        """Texts that identify the data set: equal data sets have equal texts."""
 
     @functools.cached_property
     def digest(self) -> str:
@@ -76,7 +74,7 @@ class Dataset(abc.ABC):
         return hashed.hexdigest()
 
 
-class Rows(Dataset):
+class InMemoryDataset(Dataset):
     """Examples held in memory."""
 
     def __init__(self, examples: Sequence[Example], split: str, counts: dict[str, int] | None = None):
@@ -94,10 +92,10 @@ class Rows(Dataset):
     def examples(self) -> Iterator[Example]:
         return iter(self._examples)
 
-    def select(self, keep: Sequence[bool], reason: str) -> "Rows":
+    def select(self, keep: Sequence[bool], reason: str) -> "InMemoryDataset":
         kept = [example for example, stays in zip(self._examples, keep, strict=True) if stays]
         dropped = len(self._examples) - len(kept)
-        return Rows(kept, self.split, self.counts | {reason: self.counts.get(reason, 0) + dropped})
+        return InMemoryDataset(kept, self.split, self.counts | {reason: self.counts.get(reason, 0) + dropped})
 
     def identity(self) -> Iterator[str]:
         for example in self._examples:

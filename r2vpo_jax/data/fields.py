@@ -9,7 +9,7 @@ import re
 from r2vpo_jax.data.base import Example
 from r2vpo_jax.verifiers.extraction import extract
 
-ANSWER_STYLES = ("verbatim", "hash", "boxed", "list")
+ANSWER_STYLES = ("verbatim", "hash", "boxed", "list")  # where in a stored answer the final one is
 
 
 class MissingError(ValueError):
@@ -17,8 +17,8 @@ class MissingError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Mapping:
-    """Which fields of a row make an example. Of several paths, the first that the file's first row has."""
+class Columns:
+    """Which columns of a row make an example: dotted paths, of several the first that the file's first row has."""
 
     question: tuple[str, ...]
     answer: tuple[tuple[str, str], ...]  # (path, answer style)
@@ -28,12 +28,12 @@ class Mapping:
     wrapper: str | None = None  # regular expression; group 1 is the question
     wrapper_mark: str = ""  # a question with this in it is in the wrapper, or broken
 
-    def columns(self) -> set[str]:
-        """Top-level columns that may be needed."""
+    def top_level(self) -> set[str]:
+        """Names of the top-level columns that may be needed."""
         paths = (*self.question, *(path for path, _ in self.answer), *self.level, *self.context)
         return {path.partition(".")[0] for path in paths}
 
-    def on(self, first_row: dict, needed: frozenset[str] = frozenset()) -> "Mapping":
+    def on(self, first_row: dict, needed: frozenset[str] = frozenset()) -> "Columns":
         """With the one path of each that this row has.
 
         Args:

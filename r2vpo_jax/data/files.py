@@ -11,7 +11,7 @@ _GIT_LFS = b"version https://git-lfs"
 def read_rows(path: pathlib.Path, columns: set[str]) -> Iterator[tuple[int, dict]]:
     """(row number from 1, row) of a file, in its order; of Parquet only the top-level `columns`, read in pieces.
 
-    A .json file holds an array of objects, or is read like a .jsonl file: an object a line. A byte order mark and
+    A .json file holds an array of objects, or is read like a .jsonl file: one object per line. A byte order mark and
     empty lines at the end are ignored.
 
     Raises:

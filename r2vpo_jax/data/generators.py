@@ -19,8 +19,8 @@ import types
 import typing
 from collections.abc import Iterator, Sequence
 
-from r2vpo_jax.data.base import Dataset, Example, Rows, same_question
-from r2vpo_jax.data.specs import Spec, near, parse_size
+from r2vpo_jax.data.base import Dataset, Example, InMemoryDataset, same_question
+from r2vpo_jax.data.specs import SourceSpec, near, parse_size
 
 KIND = "reasoning_gym"
 _CANDIDATES = 64
@@ -59,7 +59,7 @@ def names() -> list[str]:
     return sorted(set(registry) - set(REFUSED))
 
 
-def load(spec: Spec, split: str) -> Dataset:
+def load(spec: SourceSpec, split: str) -> Dataset:
     """The problems of a generator: without end, or the first `size` different ones.
 
     Raises:
@@ -169,7 +169,7 @@ def _dataset(name: str, config: str, seed: int):
     return reasoning_gym.create_dataset(name, seed=seed, **json.loads(config))
 
 
-def _first(endless: Endless, size: int, text: str) -> Rows:
+def _first(endless: Endless, size: int, text: str) -> InMemoryDataset:
     """The first different problems."""
     chosen: dict[str, Example] = {}
     position = 0
@@ -182,7 +182,7 @@ def _first(endless: Endless, size: int, text: str) -> Rows:
         chosen.setdefault(same_question(example.question), example)
         position += 1
     counts = {"generated": position, "duplicates": position - size}
-    return Rows(list(chosen.values()), endless.split, {name: n for name, n in counts.items() if n})
+    return InMemoryDataset(list(chosen.values()), endless.split, {name: n for name, n in counts.items() if n})
 
 
 def _level(metadata: dict) -> str:
@@ -198,7 +198,7 @@ def _level(metadata: dict) -> str:
     return text if len(text) <= 40 else ""
 
 
-def _value(spec: Spec, key: str, text: str, hint):
+def _value(spec: SourceSpec, key: str, text: str, hint):
     """A parameter as its type wants it."""
     choices = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     kinds = {typing.get_origin(choice) or choice for choice in choices}
@@ -222,7 +222,7 @@ def _value(spec: Spec, key: str, text: str, hint):
     return value
 
 
-def _check_config(spec: Spec, config_type, config: dict) -> None:
+def _check_config(spec: SourceSpec, config_type, config: dict) -> None:
     try:
         made = config_type(**config)
         if hasattr(made, "validate"):

@@ -13,11 +13,11 @@ from collections.abc import Iterable
 
 
 @dataclasses.dataclass(frozen=True)
-class Spec:
+class SourceSpec:
     """One source of a data set."""
 
     text: str
-    name: str  # of the table, of a generator, or a path
+    name: str  # a known data set, a generator, or a path
     options: tuple[tuple[str, str], ...]  # in the order given, without `weight`
     weight: fractions.Fraction | None  # None: not stated
 
@@ -40,7 +40,7 @@ class Spec:
         return taken
 
 
-def parse(text: str) -> list[Spec]:
+def parse(text: str) -> list[SourceSpec]:
     """The sources that a text names.
 
     Raises:
@@ -58,7 +58,7 @@ def near(name: str, known: Iterable[str]) -> str:
     return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
 
 
-def _parse_one(text: str) -> Spec:
+def _parse_one(text: str) -> SourceSpec:
     name, asks, query = text.partition("?")
     name = name.strip()
     if not name:
@@ -81,7 +81,7 @@ def _parse_one(text: str) -> Spec:
             raise ValueError(f"{text!r}: 'weight' is given twice")
         else:
             weight = _weight(text, value)
-    return Spec(text, name, tuple(options), weight)
+    return SourceSpec(text, name, tuple(options), weight)
 
 
 def _weight(text: str, value: str) -> fractions.Fraction:

@@ -11,7 +11,7 @@ def pass_at_k(num_samples, num_right, k: int) -> np.ndarray:
         1 - C(n - c, k) / C(n, k)
 
     Args:
-      num_samples: n, samples a problem.
+      num_samples: n, samples per problem.
       num_right: c, int [problems].
       k: at most n.
 
@@ -41,7 +41,7 @@ def majority_at_k(right, answers) -> np.ndarray:
 
     Args:
       right: bool [problems, k].
-      answers: k answers a problem, equal if they say the same; None: the sample has none.
+      answers: k answers per problem, equal if they say the same; None: the sample has none.
 
     Returns:
       float64 [problems], 0 where nobody votes.

@@ -8,10 +8,11 @@ import pathlib
 import jax
 import orbax.checkpoint as ocp
 
+from r2vpo_jax import config as config_lib
 from r2vpo_jax import models, sharding
+from r2vpo_jax.config import Config
 from r2vpo_jax.models.base import BaseModel, find_directory
-from r2vpo_jax.run import report
-from r2vpo_jax.run.checkpoints import Checkpointer
+from r2vpo_jax.run import checkpoints, files, report
 
 _READ_SUFFIXES = (".json", ".jinja", ".model", ".safetensors", ".txt")
 _WHOLE_BYTES = 64 << 20  # files up to this size are digested whole
@@ -22,10 +23,11 @@ _BLOCKS, _BLOCK_BYTES = 1024, 64 << 10  # of larger ones, so many blocks, evenly
 class ModelSource:
     """Where architecture and tokenizer are, and where the weights."""
 
-    name: str  # as the user said it
+    name: str  # as the user said it: `find` finds the same again
     directory: pathlib.Path  # Hugging Face: architecture, tokenizer, and weights unless there is a checkpoint
     checkpoint: pathlib.Path | None = None  # folder of one step of a run
     iteration: int | None = None  # that step
+    run: Config | None = None  # what it was trained with
 
     def load_params(self, base: BaseModel, mesh) -> dict:
         """The parameters, placed on the mesh, in the dtype of `base.model`.
@@ -61,16 +63,16 @@ class ModelSource:
             if self.checkpoint is None or file.suffix != ".safetensors":
                 digest.update(file.name.encode() + b"\0" + _content(file))
         if self.checkpoint is not None:
-            digest.update((self.checkpoint.parent / "manifests" / f"{self.iteration}.json").read_bytes())
+            digest.update(checkpoints.manifest(self.checkpoint.parent, self.iteration).read_bytes())
         return digest.hexdigest()[:16]
 
 
 def _content(path: pathlib.Path) -> bytes:
     size = path.stat().st_size
+    if size <= _WHOLE_BYTES:
+        return bytes.fromhex(files.sha256_of(path))
+    digest = hashlib.sha256(str(size).encode())
     with open(path, "rb") as file:
-        if size <= _WHOLE_BYTES:
-            return hashlib.file_digest(file, "sha256").digest()
-        digest = hashlib.sha256(str(size).encode())
         for number in range(_BLOCKS):
             file.seek((size - _BLOCK_BYTES) * number // (_BLOCKS - 1))
             digest.update(file.read(_BLOCK_BYTES))
@@ -87,27 +89,31 @@ def find(path: str | None, checkpoint: str | None = None) -> ModelSource:
 
     Raises:
       FileNotFoundError: there is no such directory.
-      ValueError: it is neither; or the checkpoint does not exist, or is torn.
+      ValueError: it is neither; or the checkpoint does not exist, or is torn; or the run is of an older version.
     """
     directory, shipped = find_directory(path)
     if shipped:
         _refuse_checkpoint(checkpoint, "a shipped model")
-        return ModelSource(f"{directory.name} (shipped)", directory)
+        return ModelSource(directory.name, directory)
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(f"{directory} is neither a Hugging Face directory nor a run: it has no config.json")
     config = json.loads((directory / "config.json").read_text())
     if not (isinstance(config, dict) and {"model", "trainer"} <= config.keys()):
         _refuse_checkpoint(checkpoint, str(directory))
         return ModelSource(path, directory)
+    try:
+        run = config_lib.from_dict(config)
+    except ValueError as error:
+        hf = directory / "hf"
+        raise ValueError(
+            f"{directory / 'config.json'} is not of this version ({error}); evaluate {hf} without it, and say by flags "
+            "how the question was put"
+        ) from error
     if checkpoint is None and report.is_finished(directory):
-        return ModelSource(path, directory / "hf")
-    iteration = _choose(_Steps(directory / "checkpoints"), checkpoint or "latest", directory)
-    return ModelSource(
-        path,
-        find(config["model"]["path"]).directory,
-        (directory / "checkpoints" / str(iteration)).resolve(),
-        iteration,
-    )
+        return ModelSource(path, directory / "hf", run=run)
+    folder = (directory / "checkpoints").resolve()
+    iteration = _choose(folder, checkpoint or "latest", directory)
+    return ModelSource(path, find(run.model.path).directory, folder / str(iteration), iteration, run)
 
 
 def _refuse_checkpoint(checkpoint, what) -> None:
@@ -115,30 +121,16 @@ def _refuse_checkpoint(checkpoint, what) -> None:
         raise ValueError(f"--checkpoint={checkpoint} needs a run directory, and {what} is none")
 
 
-class _Steps(Checkpointer):
-    """The steps of a run, looked at only: the run may be going on."""
-
-    def __init__(self, directory):
-        self._directory, self._manifests = directory, directory / "manifests"
-
-    def steps(self) -> list[int]:
-        return sorted((int(p.stem) for p in self._manifests.glob("*.json") if p.stem.isdigit()), reverse=True)
-
-    def best(self) -> int | None:
-        intact = [step for step in self.steps() if self.problem(step) is None]
-        return max(intact, key=lambda step: (self._read_manifest(step)["score"], step), default=None)
-
-
-def _choose(steps: _Steps, wanted: str, directory) -> int:
+def _choose(folder: pathlib.Path, wanted: str, directory) -> int:
     if wanted in ("latest", "best"):
-        found = steps.latest() if wanted == "latest" else steps.best()
+        found = checkpoints.latest(folder) if wanted == "latest" else checkpoints.best(folder)
         if found is None:
             raise ValueError(f"{directory} is a run without an intact checkpoint")
         return found
     if not wanted.isdigit():
         raise ValueError(f"--checkpoint={wanted} is neither an iteration nor latest nor best")
-    if problem := steps.problem(int(wanted)):
-        there = ", ".join(str(step) for step in sorted(steps.steps()))
+    if problem := checkpoints.problem(folder, int(wanted)):
+        there = ", ".join(str(step) for step in reversed(checkpoints.steps(folder)))
         raise ValueError(
             f"checkpoint {wanted} of {directory} cannot be used: {problem}; those there are: {there or 'none'}"
         )

@@ -16,14 +16,16 @@ def pass_sizes(k: int) -> list[int]:
 def values_by_problem(rows: list[dict]) -> dict[str, np.ndarray]:
     """Every score of each problem, [problems]; their means are the scores of the benchmark.
 
+    The names are those of a run's scores: pass_at_1 is the mean over all k samples (avg@k).
+
     Args:
       rows: of outcomes.jsonl, k outcomes each.
     """
     right = np.array([row["outcomes"] for row in rows]) == Outcome.RIGHT
     k = right.shape[1]
-    values = {f"avg@{k}": right.mean(axis=1)}
-    values |= {f"pass@{j}": estimators.pass_at_k(k, right.sum(axis=1), j) for j in pass_sizes(k)}
-    values[f"maj@{k}"] = estimators.majority_at_k(right, [row["answers"] for row in rows])
+    values = {f"pass_at_{j}": estimators.pass_at_k(k, right.sum(axis=1), j) for j in pass_sizes(k)}
+    values["pass_at_1"] = right.mean(axis=1)  # the same number, to the last bit what a run reports
+    values[f"majority_at_{k}"] = estimators.majority_at_k(right, [row["answers"] for row in rows])
     if rows[0]["greedy"] is not None:
         values["greedy"] = np.array([row["greedy"]["outcome"] == Outcome.RIGHT for row in rows], np.float64)
     return values
@@ -39,7 +41,9 @@ def _scores(rows: list[dict]) -> dict:
     outcomes = np.array([row["outcomes"] for row in rows])
     greedy = [row["greedy"]["outcome"] for row in rows if row["greedy"] is not None]
     return {
-        "n": len(rows),
+        "problems": len(rows),
+        "k": outcomes.shape[1],
+        "average_at": outcomes.shape[1],
         "scores": scores,
         "response_length": {"mean": float(lengths.mean()), "max": int(lengths.max())},
         "truncated": float(np.mean([row["truncated"] for row in rows])),
@@ -73,10 +77,8 @@ def summarize(identity: dict, rows: list[dict]) -> dict:
                 "notices": task["notices"],
                 "settings": {
                     "k": identity["k"],
-                    "temperature": identity["temperature"],
-                    "top_p": identity["top_p"],
-                    "top_k": identity["top_k"],
-                    "max_length": task["max_length"],
+                    **identity["evaluation"],
+                    "max_response_length": task["max_response_length"],
                     "seed": identity["seed"],
                 },
                 **_scores(mine),
@@ -96,7 +98,7 @@ def _settings(group: dict, settings: dict, *, greedy=False) -> list[str]:
     top_k = settings["top_k"] or "all"
     sampling = (1, 0, "-", "-") if greedy else (settings["k"], settings["temperature"], settings["top_p"], top_k)
     seed = "-" if greedy else settings["seed"]
-    return [str(x) for x in (group["n"], *sampling, settings["max_length"], seed)]
+    return [str(x) for x in (group["problems"], *sampling, settings["max_response_length"], seed)]
 
 
 def _table(header, rows) -> str:
@@ -108,6 +110,11 @@ def _table(header, rows) -> str:
     return "\n".join(lines)
 
 
+def _label(name: str) -> str:
+    """A score's name in tables."""
+    return name.replace("majority_at_", "maj@").replace("pass_at_", "pass@")
+
+
 def _cell(score: dict) -> str:
     return f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"
 
@@ -116,13 +123,13 @@ def _score_table(groups: dict[str, tuple[dict, dict]], first: str) -> str:
     """One row a group: (scores, settings) by label."""
     first_group, settings = next(iter(groups.values()))
     k = settings["k"]
-    names = [f"avg@{k}", f"pass@{k}", f"maj@{k}", "greedy"]
-    shown = [name for name in names if name in first_group["scores"] and name != "pass@1"]
+    names = dict.fromkeys(["pass_at_1", f"pass_at_{k}", f"majority_at_{k}", "greedy"])
+    shown = [name for name in names if name in first_group["scores"]]
     rows = [
         [label, *(_cell(group["scores"][name]) for name in shown), *_settings(group, settings)]
         for label, (group, settings) in groups.items()
     ]
-    return _table([first, *shown, *_SETTINGS], rows)
+    return _table([first, *map(_label, shown), *_SETTINGS], rows)
 
 
 def _response_table(groups: dict[str, tuple[dict, dict]], first: str) -> str:
@@ -147,7 +154,7 @@ def _benchmark(benchmark: dict) -> list[str]:
     settings = benchmark["settings"]
     rows = [
         [
-            name,
+            _label(name),
             f"{s['value']:.3f}",
             f"[{s['low']:.3f}, {s['high']:.3f}]",
             *_settings(benchmark, settings, greedy=name == "greedy"),
@@ -169,13 +176,13 @@ def markdown(summary: dict) -> str:
     """What evaluation.md holds: all benchmarks, then each with its scores and levels."""
     evaluated = summary["evaluated"]
     model = evaluated["model"]
-    checkpoint = "" if model["checkpoint"] is None else f", checkpoint {model['checkpoint']}"
+    checkpoint = "" if evaluated["checkpoint"] is None else f", checkpoint {evaluated['checkpoint']}"
     groups = {benchmark["task"]: (benchmark, benchmark["settings"]) for benchmark in summary["benchmarks"]}
     parts = [
         "# Evaluation",
-        f"Model: {model['name']}{checkpoint} (digest {model['digest']}, computed in {evaluated['compute_dtype']}). Intervals "
-        "are 95 %, by bootstrap over problems. avg@k is the estimate of pass@1; pass@j is unbiased; maj@k is the share of "
-        "right majority answers; greedy is one sample a problem at temperature 0.",
+        f"Model: {model['path']}{checkpoint} (digest {model['digest']}, computed in {model['compute_dtype']}). Intervals "
+        "are 95 %, by bootstrap over problems. pass@1 is the mean over all k samples (avg@k); pass@j is unbiased; maj@k is "
+        "the share of right majority answers; greedy is one sample per problem at temperature 0.",
         _score_table(groups, "benchmark"),
         _response_table(groups, "benchmark"),
     ]

@@ -5,13 +5,15 @@ import dataclasses
 import jax
 import numpy as np
 
-from r2vpo_jax import sampler
+from r2vpo_jax.config import Config
 from r2vpo_jax.evaluation import estimators
+from r2vpo_jax.evaluation.draws import draw
 from r2vpo_jax.sampler import Sampling
 from r2vpo_jax.tasks.base import Outcome
 
 # Evaluation draws depend on nothing of the run: the same problems and keys for base, best and final.
 _KEY_SEED = 0x5EED
+AVERAGE_AT = 8  # samples per test problem that pass@1 is averaged over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +42,17 @@ class Evaluation:
         """Unbiased pass@k from all n samples."""
         return float(estimators.pass_at_k(self.right.shape[1], self.right.sum(axis=1), k).mean())
 
+    def row(self, scores: dict) -> dict:
+        """Its line of metrics.jsonl, with those of the scores that are plain numbers."""
+        return {
+            "split": self.split,
+            **{name: value for name, value in scores.items() if not isinstance(value, (list, dict))},
+            "response_length": float(self.response_length.mean()),
+            "truncated": float(self.truncated.mean()),
+            "verifier_errors": self.errors,
+            "verifier_timeouts": self.timeouts,
+        }
+
     def scores(self, average_over: int) -> dict:
         """Everything that a table says of it: pass@1 as avg@`average_over` with its interval, by level; pass@n."""
         low, high = self.interval_at(average_over)
@@ -60,6 +73,24 @@ class Evaluation:
         }
 
 
+def average_over(config: Config) -> int:
+    """Samples per test problem that pass@1 is averaged over: 8, or all where there are fewer."""
+    return min(AVERAGE_AT, config.trainer.test_samples)
+
+
+def evaluate_run(config: Config, model, params, task, *, split: str, mesh) -> Evaluation:
+    """`evaluate` with the numbers of problems and samples that a run has for its validation or test split."""
+    trainer = config.trainer
+    num_problems, num_samples = {
+        "validation": (trainer.eval_problems, trainer.eval_samples),
+        "test": (trainer.test_problems, trainer.test_samples),
+    }[split]
+    settings = dataclasses.asdict(config.evaluation)
+    return evaluate(
+        model, params, task, split=split, num_problems=num_problems, num_samples=num_samples, mesh=mesh, **settings
+    )
+
+
 def evaluate(
     model,
     params,
@@ -71,23 +102,21 @@ def evaluate(
     mesh,
     temperature=1.0,
     top_p=1.0,
-    batch_size=64,
+    top_k=0,
+    batch_size=1024,
 ) -> Evaluation:
-    """Sample the first `num_problems` problems of a split and verify.
-
-    The keys are fixed, and a problem's first samples do not depend on how many are drawn: two models, or the
-    same at two times, are compared on the same problems with the same random numbers.
+    """Sample and judge the first `num_problems` problems of a split, with the keys that all evaluations of runs have.
 
     Args:
       model, params: the policy; params in its compute dtype.
       task: a `tasks.base.Task`.
       split: "validation" while training; "test" for base and final scores only.
       num_problems: all of the split if it has fewer.
-      num_samples: a problem.
+      num_samples: samples per problem.
       mesh: the run's mesh.
       temperature: 0 is greedy.
-      top_p: 1 keeps all tokens.
-      batch_size: problems sampled at one time.
+      top_p, top_k: 1 and 0 keep all tokens.
+      batch_size: responses sampled at one time.
     """
     available = task.num_problems(split)
     num_problems = num_problems if available is None else min(num_problems, available)
@@ -95,33 +124,22 @@ def evaluate(
     sampling = Sampling(
         temperature=temperature,
         top_p=top_p,
+        top_k=top_k,
         group_size=num_samples,
         max_response_length=task.max_response_length,
         eos_ids=task.eos_ids,
     )
-    rollout = sampler.generate(
-        model,
-        params,
-        problems.tokens,
-        problems.length,
-        jax.random.key(_KEY_SEED),
-        sampling,
-        mesh=mesh,
-        problem_ids=problems.index,
-        batch_size=batch_size,
-    )
-    index = np.repeat(problems.index, num_samples)
-    outcome = task.verify(split, index, rollout.response_tokens, rollout.response_length).outcome
+    key = jax.random.key(_KEY_SEED)
+    drawn = draw(model, params, task, split, problems, sampling, key, mesh=mesh, batch_size=batch_size)
     shown = range(min(3, num_problems))
-    first = rollout.response_tokens[::num_samples], rollout.response_length[::num_samples]
     return Evaluation(
         split=split,
-        right=(outcome == Outcome.RIGHT).reshape(num_problems, num_samples),
-        errors=int((outcome == Outcome.ERROR).sum()),
-        timeouts=int((outcome == Outcome.TIMEOUT).sum()),
+        right=drawn.right,
+        errors=drawn.count(Outcome.ERROR),
+        timeouts=drawn.count(Outcome.TIMEOUT),
         level=task.level(split, problems.index),
-        response_length=rollout.response_length.reshape(num_problems, num_samples),
-        truncated=rollout.truncated.reshape(num_problems, num_samples),
-        texts=tuple(task.decode(first[0][i, : first[1][i]]) for i in shown),
+        response_length=drawn.lengths,
+        truncated=drawn.truncated,
+        texts=tuple(drawn.text(task, i) for i in shown),
         prompts=tuple(task.decode(problems.tokens[i, -problems.length[i] :]) for i in shown),
     )

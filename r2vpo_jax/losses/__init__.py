@@ -22,14 +22,13 @@ gradients, then add up to those of the whole batch. An empty mask gives 0.
   clamped         tokens whose |log-ratio| exceeds LOG_RATIO_CLAMP: their gradient is zero
 and `penalty`, if they have one. For constant_length the count of a statistic is the number of unmasked tokens.
 
-To add an objective: one function in one of the modules here, one row in `_LOSSES`, its oracles in
-tests/test_losses*.py, its paragraph in docs/algorithms/objectives.md. A hyper-parameter with a new name is also
-a field of config.ObjectiveConfig.
+To add an objective: one function in one of the modules here (its name goes into the lists below), one row in
+`registry._LOSSES`, its oracles in tests/test_losses*.py, and its paragraph in docs/algorithms/objectives.md. Its
+hyper-parameters are the keyword arguments of its signature: `hyperparameters` reads them there. An objective outside
+this package needs none of this: `get("module:function")` takes it as it is.
 """
 
-import inspect
-from collections.abc import Callable
-
+from r2vpo_jax.losses.arrays import LOG_RATIO_CLAMP
 from r2vpo_jax.losses.clipped import (
     aspo_loss,
     cispo_loss,
@@ -40,8 +39,16 @@ from r2vpo_jax.losses.clipped import (
     m2po_threshold,
     ppo_clip_loss,
 )
-from r2vpo_jax.losses.core import LOG_RATIO_CLAMP, REDUCTIONS, Loss, Stats, count, reduce, token_weights
-from r2vpo_jax.losses.penalized import PENALTY_SCOPES, dro_loss, drpo_loss, policy_gradient_loss, r2vpo_loss, spo_loss
+from r2vpo_jax.losses.core import REDUCTIONS, Loss, Statistics, count, reduce, token_weights
+from r2vpo_jax.losses.penalized import (
+    PENALTY_SCOPES,
+    dro_loss,
+    drpo_loss,
+    policy_gradient_loss,
+    r2vpo_loss,
+    spo_loss,
+)
+from r2vpo_jax.losses.registry import check_hyperparameters, computed, get, hyperparameters, names
 from r2vpo_jax.losses.sequence import gmpo_loss, gspo_loss, luspo_loss
 from r2vpo_jax.losses.soft import sapo_loss, topr_loss, vespo_loss
 
@@ -50,9 +57,11 @@ __all__ = [
     "PENALTY_SCOPES",
     "REDUCTIONS",
     "Loss",
-    "Stats",
+    "Statistics",
     "aspo_loss",
+    "check_hyperparameters",
     "cispo_loss",
+    "computed",
     "count",
     "dppo_kl_loss",
     "dppo_tv_loss",
@@ -77,50 +86,3 @@ __all__ = [
     "topr_loss",
     "vespo_loss",
 ]
-
-_LOSSES: dict[str, Callable[..., Loss]] = {
-    "r2vpo": r2vpo_loss,
-    "policy_gradient": policy_gradient_loss,
-    "ppo_clip": ppo_clip_loss,
-    "cispo": cispo_loss,
-    "gspo": gspo_loss,
-    "spo": spo_loss,
-    "m2po": m2po_loss,
-    "gmpo": gmpo_loss,
-    "sapo": sapo_loss,
-    "vespo": vespo_loss,
-    "topr": topr_loss,
-    "drpo": drpo_loss,
-    "dro": dro_loss,
-    "dppo_tv": dppo_tv_loss,
-    "dppo_kl": dppo_kl_loss,
-    "gppo": gppo_loss,
-    "aspo": aspo_loss,
-    "luspo": luspo_loss,
-}
-_COMMON = {"logp", "behavior_logp", "advantages", "mask", "weights", "reduction", "normalizer"}
-
-
-def names() -> tuple[str, ...]:
-    """The names that `get` knows."""
-    return tuple(_LOSSES)
-
-
-def get(name: str) -> Callable[..., Loss]:
-    """The objective of that name.
-
-    Raises:
-      ValueError: no such objective; the message lists those there are.
-    """
-    if name not in _LOSSES:
-        raise ValueError(f"unknown objective {name!r}; one of {', '.join(_LOSSES)}")
-    return _LOSSES[name]
-
-
-def hyperparameters(name: str) -> tuple[str, ...]:
-    """The keyword arguments of an objective that are its own; those without a default must be given.
-
-    Raises:
-      ValueError: no such objective.
-    """
-    return tuple(p for p in inspect.signature(get(name)).parameters if p not in _COMMON)

@@ -1,11 +1,10 @@
 """Objectives that cut something off at a bound of each token's ratio, or of its change of probability."""
 
-import chex
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
-from r2vpo_jax.losses.core import Advantages, Logp, Loss, Mask, Normalizer, Weights, check_clip, prepare, require
+from r2vpo_jax.losses.arrays import Advantages, Logp, Mask, Normalizer, Scalar, Weights, scalar
+from r2vpo_jax.losses.core import Loss, check_clip, prepare, require
 
 
 def ppo_clip_loss(
@@ -39,23 +38,23 @@ def ppo_clip_loss(
 
     Raises:
       AssertionError, ValueError: as `r2vpo_loss`; ValueError for bounds out of range.
+
+    Example, r = 1.5 and 0.5, A = 1:
+      >>> logp, behavior_logp = jnp.log(jnp.array([[[0.6, 0.2]], [[0.4, 0.4]]]))
+      >>> ones = jnp.ones((1, 2))
+      >>> loss, stats = ppo_clip_loss(logp, behavior_logp, ones, ones)
+      >>> round(float(loss), 4)  # -(min(1.5, 1.2) + min(0.5, 0.8)) / 2
+      -0.85
     """
     check_clip(clip_low, clip_high, dual_clip)
     x = prepare(logp, behavior_logp, advantages, mask, weights)
+    low, high = x.outside(x.ratio, 1 - clip_low, 1 + clip_high)
     # A choice, not a minimum: on the bound itself a minimum would share the gradient between its arguments.
-    low = (x.advantages < 0) & (x.ratio < 1 - clip_low)
-    high = (x.advantages > 0) & (x.ratio > 1 + clip_high)
-    bounded = jnp.zeros_like(x.mask) if dual_clip is None else (x.advantages < 0) & (x.ratio > dual_clip)
     ratio = jnp.where(high, 1 + clip_high, jnp.where(low, 1 - clip_low, x.ratio))
-    ratio = ratio if dual_clip is None else jnp.where(bounded, dual_clip, ratio)
-    return x.finish(
-        ratio * x.advantages,
-        reduction,
-        normalizer,
-        clip_fraction_low=low,
-        clip_fraction_high=high,
-        dual_clip_fraction=bounded,
-    )
+    beyond = _beyond(x, dual_clip)
+    if dual_clip is not None:
+        ratio = jnp.where(beyond, dual_clip, ratio)
+    return x.finish(ratio * x.advantages, reduction, normalizer, cut=(low, high), dual_clip_fraction=beyond)
 
 
 def cispo_loss(
@@ -81,6 +80,13 @@ def cispo_loss(
       min_ratio, max_ratio: bounds of the weight.
 
     Returns, Raises: as `r2vpo_loss`; ValueError for bounds out of range.
+
+    Example, r = e^2 and 1, A = 1:
+      >>> logp, behavior_logp = jnp.array([[[-1.0, -1.0]], [[-3.0, -1.0]]])
+      >>> ones = jnp.ones((1, 2))
+      >>> loss, stats = cispo_loss(logp, behavior_logp, ones, ones, max_ratio=5.0)
+      >>> round(float(loss), 4)  # -(5 * -1 + 1 * -1) / 2
+      3.0
     """
     require(
         0 <= min_ratio <= 1 <= max_ratio,
@@ -121,26 +127,23 @@ def gppo_loss(
       keep_low, keep_high: >= 0, beta_1 and beta_2 of CE-GPPO.
 
     Returns, Raises: as `ppo_clip_loss`.
+
+    Example, r = 2 and 1, A = 1:
+      >>> logp, behavior_logp = jnp.log(jnp.array([[[0.8, 0.4]], [[0.4, 0.4]]]))
+      >>> ones = jnp.ones((1, 2))
+      >>> loss, stats = gppo_loss(logp, behavior_logp, ones, ones, clip_high=0.28)
+      >>> round(float(loss), 4)  # -(1.28 + 1) / 2
+      -1.14
     """
     check_clip(clip_low, clip_high, dual_clip)
     require(keep_low >= 0 and keep_high >= 0, f"keep_low and keep_high must be >= 0, got {keep_low} and {keep_high}")
     x = prepare(logp, behavior_logp, advantages, mask, weights)
-    low = (x.advantages < 0) & (x.ratio < 1 - clip_low)
-    high = (x.advantages > 0) & (x.ratio > 1 + clip_high)
+    low, high = x.outside(x.ratio, 1 - clip_low, 1 + clip_high)
     factor = jnp.where(high, keep_high * (1 + clip_high), jnp.where(low, keep_low * (1 - clip_low), x.ratio))
-    surrogate = x.with_coefficient(factor * x.advantages)
-    bounded = jnp.zeros_like(x.mask)
+    surrogate, beyond = x.with_coefficient(factor * x.advantages), _beyond(x, dual_clip)
     if dual_clip is not None:
-        bounded = (x.advantages < 0) & (x.ratio > dual_clip)
-        surrogate = jnp.where(bounded, dual_clip * x.advantages, surrogate)
-    return x.finish(
-        surrogate,
-        reduction,
-        normalizer,
-        clip_fraction_low=low,
-        clip_fraction_high=high,
-        dual_clip_fraction=bounded,
-    )
+        surrogate = jnp.where(beyond, dual_clip * x.advantages, surrogate)
+    return x.finish(surrogate, reduction, normalizer, cut=(low, high), dual_clip_fraction=beyond)
 
 
 def aspo_loss(
@@ -170,16 +173,22 @@ def aspo_loss(
     Args: as `ppo_clip_loss`; dual_clip bounds both signs.
 
     Returns, Raises: as `ppo_clip_loss`, without `dual_clip_fraction`.
+
+    Example, r = 0.5 and 1.5, A = 1:
+      >>> logp, behavior_logp = jnp.log(jnp.array([[[0.2, 0.6]], [[0.4, 0.4]]]))
+      >>> ones = jnp.ones((1, 2))
+      >>> loss, stats = aspo_loss(logp, behavior_logp, ones, ones, clip_high=0.25)
+      >>> round(float(loss), 4)  # -(1 / 0.5 + 1 / 1.25) / 2
+      -1.4
     """
     check_clip(clip_low, clip_high, dual_clip)
     x = prepare(logp, behavior_logp, advantages, mask, weights)
-    low = (x.advantages < 0) & (x.ratio < 1 - clip_low)
-    high = (x.advantages > 0) & (x.ratio > 1 + clip_high)
+    low, high = x.outside(x.ratio, 1 - clip_low, 1 + clip_high)
     positive = jnp.minimum(jnp.exp(-x.log_ratio), dual_clip)
     factor = jnp.where(x.advantages > 0, positive, jnp.minimum(x.ratio, dual_clip))
     cut = jnp.where(high, 1 / (1 + clip_high), 1 - clip_low) * x.advantages
     surrogate = jnp.where(low | high, cut, x.with_coefficient(factor * x.advantages))
-    return x.finish(surrogate, reduction, normalizer, clip_fraction_low=low, clip_fraction_high=high)
+    return x.finish(surrogate, reduction, normalizer, cut=(low, high))
 
 
 def dppo_tv_loss(
@@ -217,6 +226,13 @@ def dppo_tv_loss(
 
     Raises:
       AssertionError, ValueError: as `r2vpo_loss`; ValueError for bounds out of range.
+
+    Example, pi - mu = 0 and e^-0.1 - e^-1 = 0.54, A = 1:
+      >>> logp, behavior_logp = jnp.array([[[-1.0, -0.1]], [[-1.0, -1.0]]])
+      >>> ones = jnp.ones((1, 2))
+      >>> loss, stats = dppo_tv_loss(logp, behavior_logp, ones, ones)
+      >>> round(float(loss), 4)  # -(1 * -1 + 0) / 2
+      0.5
     """
     _check_divergences(divergence_low, divergence_high, 1.0)
     require(max_ratio >= 1, f"max_ratio must be >= 1, got {max_ratio}")
@@ -253,6 +269,13 @@ def dppo_kl_loss(
       max_ratio: >= 1, cap of the importance weight.
 
     Returns, Raises: as `dppo_tv_loss`.
+
+    Example, D = 0 and 0.87, A = 1:
+      >>> logp, behavior_logp = jnp.array([[[-1.0, -0.1]], [[-1.0, -1.0]]])
+      >>> ones = jnp.ones((1, 2))
+      >>> loss, stats = dppo_kl_loss(logp, behavior_logp, ones, ones)
+      >>> round(float(loss), 4)  # -(1 * -1 + 0) / 2
+      0.5
     """
     _check_divergences(divergence_low, divergence_high, float("inf"))
     require(max_ratio >= 1, f"max_ratio must be >= 1, got {max_ratio}")
@@ -267,7 +290,7 @@ def dppo_kl_loss(
 
 def m2po_threshold(
     logp: Logp, behavior_logp: Logp, advantages: Advantages, mask: Mask, *, budget: float = 0.04
-) -> Float[Array, ""]:
+) -> Scalar:
     """The |log r| beyond which `m2po_loss` cuts: the second moment of what is kept stays within the budget.
 
     Harmful tokens are those that a step along the advantage moves further away: A > 0 and r > 1, or A < 0 and
@@ -290,8 +313,15 @@ def m2po_threshold(
     Raises:
       AssertionError: shapes or ranks do not fit (chex).
       ValueError: budget out of range.
+
+    Example, squares 0.01, 0.04 and 0.09, running means 0.01, 0.025 and 0.047:
+      >>> logp, behavior_logp = jnp.array([[[-0.9, -0.8, -0.7]], [[-1.0, -1.0, -1.0]]])
+      >>> ones = jnp.ones((1, 3))
+      >>> threshold = m2po_threshold(logp, behavior_logp, ones, ones, budget=0.04)
+      >>> round(float(threshold), 4)  # two are kept: (0.2 + 0.3) / 2
+      0.25
     """
-    require(budget > 0, f"budget must be > 0, got {budget}")
+    _check_budget(budget)
     x = prepare(logp, behavior_logp, advantages, mask, None)
     harmful = x.advantages * x.log_ratio > 0
     magnitude = jnp.sort(jnp.where(harmful, jnp.abs(jax.lax.stop_gradient(x.log_ratio)), jnp.inf).reshape(-1))
@@ -313,7 +343,8 @@ def m2po_loss(
     advantages: Advantages,
     mask: Mask,
     *,
-    threshold: float | Float[Array, ""],
+    budget: float = 0.04,
+    threshold: float | Scalar | None = None,
     weights: Weights = None,
     reduction: str = "token_mean",
     normalizer: Normalizer = None,
@@ -327,27 +358,41 @@ def m2po_loss(
     Source: arXiv 2510.01161; see `m2po_threshold`.
 
     Args: as `r2vpo_loss`, and
-      threshold: of |log r|, from `m2po_threshold`; inf is the unclipped policy gradient.
+      budget: > 0, of `m2po_threshold`.
+      threshold: of |log r|; inf is the unclipped policy gradient. None takes `m2po_threshold` of the arrays given;
+        where these are one micro-batch of many, give that of the whole minibatch instead.
 
     Returns:
       (loss, stats); stats also has `clip_fraction_low` and `clip_fraction_high`.
 
     Raises:
-      AssertionError, ValueError: as `r2vpo_loss`.
+      AssertionError, ValueError: as `r2vpo_loss`; ValueError for a budget out of range.
+
+    Example, r = 1.44 and 1, A = 1; (log 1.44)^2 = 0.13, so the threshold is log(1.44) / 2 = log 1.2:
+      >>> logp, behavior_logp = jnp.log(jnp.array([[[0.72, 0.5]], [[0.5, 0.5]]]))
+      >>> ones = jnp.ones((1, 2))
+      >>> loss, stats = m2po_loss(logp, behavior_logp, ones, ones)
+      >>> round(float(loss), 4)  # -(1.2 + 1) / 2
+      -1.1
     """
+    _check_budget(budget)
     x = prepare(logp, behavior_logp, advantages, mask, weights)
-    threshold = jax.lax.stop_gradient(jnp.asarray(threshold, jnp.float32))
-    chex.assert_rank(threshold, 0)
-    low = (x.advantages < 0) & (x.log_ratio < -threshold)
-    high = (x.advantages > 0) & (x.log_ratio > threshold)
+    if threshold is None:
+        threshold = m2po_threshold(logp, behavior_logp, advantages, mask, budget=budget)
+    threshold = scalar(threshold)
+    low, high = x.outside(x.log_ratio, -threshold, threshold)
     bound = jnp.exp(jnp.clip(jax.lax.stop_gradient(x.log_ratio), -threshold, threshold))
-    return x.finish(
-        jnp.where(low | high, bound, x.ratio) * x.advantages,
-        reduction,
-        normalizer,
-        clip_fraction_low=low,
-        clip_fraction_high=high,
-    )
+    surrogate = jnp.where(low | high, bound, x.ratio) * x.advantages
+    return x.finish(surrogate, reduction, normalizer, cut=(low, high))
+
+
+def _beyond(x, dual_clip):
+    """Tokens that the dual clip cuts: A < 0 and r above it. None cuts nothing."""
+    return jnp.zeros_like(x.mask) if dual_clip is None else (x.advantages < 0) & (x.ratio > dual_clip)
+
+
+def _check_budget(budget):
+    require(budget > 0, f"budget must be > 0, got {budget}")
 
 
 def _check_divergences(low, high, largest):
@@ -365,11 +410,4 @@ def _probabilities(x):
 
 def _masked_score(x, low, high, max_ratio, reduction, normalizer, penalty=None):
     factor = jnp.where(low | high, 0.0, jnp.minimum(x.ratio, max_ratio))
-    return x.finish(
-        x.score_function(factor * x.advantages),
-        reduction,
-        normalizer,
-        penalty=penalty,
-        clip_fraction_low=low,
-        clip_fraction_high=high,
-    )
+    return x.finish(x.score_function(factor * x.advantages), reduction, normalizer, penalty=penalty, cut=(low, high))

@@ -1,27 +1,31 @@
-"""What every objective shares: checks, masking, the ratio, and the reduction of tokens to a loss and statistics."""
+"""What every objective shares: the ratio, and the reduction of tokens to a loss and statistics."""
 
 import dataclasses
 
 import chex
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array
 
-# A numerical guard, not a trust region: exp(20)^2 is still finite in float32.
-LOG_RATIO_CLAMP = 20.0
+from r2vpo_jax.losses.arrays import (
+    LOG_RATIO_CLAMP,
+    Mask,
+    Normalizer,
+    PerToken,
+    Scalar,
+    check_tokens,
+    clamp,
+    spread,
+    unmasked,
+)
 
 REDUCTIONS = ("token_mean", "sequence_mean", "constant_length")
 
-Logp = Float[Array, "batch time"]
-Advantages = Float[Array, "batch"] | Float[Array, "batch time"]
-Mask = Bool[Array, "batch time"]
-Weights = Float[Array, "batch time"] | None
-Normalizer = float | Float[Array, ""] | None
-Stats = dict[str, tuple[Array, Array]]
-Loss = tuple[Float[Array, ""], Stats]
+Statistics = dict[str, tuple[Array, Array]]
+Loss = tuple[Scalar, Statistics]
 
 
-def count(mask: Mask, reduction: str) -> Float[Array, ""]:
+def count(mask: Mask, reduction: str) -> Scalar:
     """The default normalizer of a reduction, for a whole batch or one micro-batch (they add up).
 
     Raises:
@@ -37,7 +41,7 @@ def count(mask: Mask, reduction: str) -> Float[Array, ""]:
     raise ValueError(f"unknown reduction {reduction!r}; one of {REDUCTIONS}")
 
 
-def token_weights(mask: Mask, reduction: str, normalizer: Normalizer = None) -> Float[Array, "batch time"]:
+def token_weights(mask: Mask, reduction: str, normalizer: Normalizer = None) -> PerToken:
     """What one unit at each token adds to a loss: the derivative of `reduce` by its values.
 
     Raises:
@@ -51,9 +55,7 @@ def token_weights(mask: Mask, reduction: str, normalizer: Normalizer = None) -> 
     return _sum_weights(mask, reduction) / jnp.where(normalizer == 0, 1.0, normalizer)
 
 
-def reduce(
-    values: Float[Array, "batch time"], mask: Mask, reduction: str, normalizer: Normalizer = None
-) -> Float[Array, ""]:
+def reduce(values: PerToken, mask: Mask, reduction: str, normalizer: Normalizer = None) -> Scalar:
     """Reduce a term of one's own (a KL penalty, an entropy bonus) exactly as the objectives reduce theirs.
 
     Args:
@@ -64,9 +66,8 @@ def reduce(
       AssertionError: shapes differ (chex).
       ValueError: as `count`.
     """
-    chex.assert_equal_shape([values, mask])
-    mask = jnp.asarray(mask).astype(bool)
-    return jnp.sum(jnp.where(mask, values, 0.0) * token_weights(mask, reduction, normalizer))
+    mask = check_tokens(mask, values)
+    return jnp.sum(unmasked(values, mask) * token_weights(mask, reduction, normalizer))
 
 
 def _sum_weights(mask, reduction):
@@ -127,7 +128,11 @@ class Tokens:
         """sg(coefficient) log pi: a REINFORCE term with that gradient coefficient."""
         return jax.lax.stop_gradient(coefficient) * self.logp
 
-    def finish(self, surrogate, reduction, normalizer, *, penalty=None, excess=None, **extra) -> Loss:
+    def outside(self, value, low, high) -> tuple[Array, Array]:
+        """Tokens where a clip of `value` to [low, high] binds: (A < 0 and below it, A > 0 and above it)."""
+        return (self.advantages < 0) & (value < low), (self.advantages > 0) & (value > high)
+
+    def finish(self, surrogate, reduction, normalizer, *, penalty=None, excess=None, cut=None, **extra) -> Loss:
         """Reduce -surrogate + penalty to the loss, and the per-token statistics to (sum, count).
 
         Args:
@@ -135,6 +140,7 @@ class Tokens:
           reduction, normalizer: see the package.
           penalty: [B, T], subtracted from the surrogate.
           excess: what `ratio_variance` is the square of, if not r - 1.
+          cut: (low, high), tokens that a bound took the gradient from, reported as `clip_fraction_low` and `_high`.
           **extra: further statistics [B, T].
         """
         weighted = {"surrogate": self.weights * surrogate}
@@ -143,6 +149,8 @@ class Tokens:
             weighted["penalty"] = self.weights * penalty
             objective = objective - weighted["penalty"]
         loss = -reduce(objective, self.mask, reduction, normalizer)
+        if cut is not None:
+            extra |= {"clip_fraction_low": cut[0], "clip_fraction_high": cut[1]}
 
         stat_reduction = "token_mean" if reduction == "constant_length" else reduction
         stat_count = count(self.mask, stat_reduction)
@@ -153,7 +161,7 @@ class Tokens:
             **extra,
         }
         stats = {
-            k: (jax.lax.stop_gradient(reduce(jnp.asarray(v, jnp.float32), self.mask, stat_reduction, 1.0)), stat_count)
+            k: (jax.lax.stop_gradient(reduce(v, self.mask, stat_reduction, 1.0)), stat_count)
             for k, v in per_token.items()
         }
         return loss, stats
@@ -165,34 +173,18 @@ def prepare(logp, behavior_logp, advantages, mask, weights) -> Tokens:
     Raises:
       AssertionError: shapes or ranks do not fit (chex).
     """
-    mask = jnp.asarray(mask)
-    chex.assert_rank([logp, behavior_logp, mask], 2)
-    chex.assert_equal_shape([logp, behavior_logp, mask])
-    chex.assert_rank(advantages, {1, 2})
-    chex.assert_equal_shape_prefix([advantages, mask], jnp.ndim(advantages))
-    mask = mask.astype(bool)
-    advantages = jnp.asarray(advantages, jnp.float32)
-    if advantages.ndim == 1:
-        advantages = jnp.broadcast_to(advantages[:, None], mask.shape)
-    if weights is None:
-        weights = jnp.ones(mask.shape, jnp.float32)
-    chex.assert_equal_shape([weights, mask])
-
-    def unmasked(x):
-        # Chosen before any arithmetic, so that a NaN under the mask reaches neither value nor gradient.
-        return jnp.where(mask, jnp.asarray(x, jnp.float32), 0.0)
-
-    logp, behavior_logp = unmasked(logp), jax.lax.stop_gradient(unmasked(behavior_logp))
+    mask = check_tokens(mask, logp, behavior_logp, weights)
+    weights = jnp.ones(mask.shape, jnp.float32) if weights is None else weights
+    logp, behavior_logp = unmasked(logp, mask), jax.lax.stop_gradient(unmasked(behavior_logp, mask))
     log_ratio = logp - behavior_logp
     clamped = jnp.abs(log_ratio) > LOG_RATIO_CLAMP
-    bound = jax.lax.stop_gradient(jnp.clip(log_ratio, -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP))
     return Tokens(
         logp=jnp.where(clamped, jax.lax.stop_gradient(logp), logp),
         behavior_logp=behavior_logp,
-        log_ratio=jnp.where(clamped, bound, log_ratio),
-        advantages=jax.lax.stop_gradient(unmasked(advantages)),
+        log_ratio=jnp.where(clamped, clamp(log_ratio), log_ratio),
+        advantages=jax.lax.stop_gradient(spread(advantages, mask)),
         mask=mask,
-        weights=jax.lax.stop_gradient(unmasked(weights)),
+        weights=jax.lax.stop_gradient(unmasked(weights, mask)),
         clamped=clamped,
     )
 

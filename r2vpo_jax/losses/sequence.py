@@ -7,7 +7,8 @@ everywhere else; with one advantage a response the gradient is exactly that of t
 import jax
 import jax.numpy as jnp
 
-from r2vpo_jax.losses.core import Advantages, Logp, Loss, Mask, Normalizer, Weights, check_clip, prepare, require
+from r2vpo_jax.losses.arrays import Advantages, Logp, Mask, Normalizer, Weights
+from r2vpo_jax.losses.core import Loss, check_clip, prepare, require
 
 
 def gspo_loss(
@@ -33,10 +34,18 @@ def gspo_loss(
     Args: as `ppo_clip_loss`, without dual_clip; the bounds are those of s, hence small.
 
     Returns, Raises: as `ppo_clip_loss`, without `dual_clip_fraction`.
+
+    Example, r = 4 and 1, so s = 2; A = 1:
+      >>> logp, behavior_logp = jnp.log(jnp.array([[[0.8, 0.2]], [[0.2, 0.2]]]))
+      >>> ones = jnp.ones((1, 2))
+      >>> loss, stats = gspo_loss(logp, behavior_logp, ones, ones, clip_high=0.25)
+      >>> round(float(loss), 4)  # -min(2, 1.25)
+      -1.25
     """
     check_clip(clip_low, clip_high)
-    surrogate, extra, x = _clipped(logp, behavior_logp, advantages, mask, weights, clip_low, clip_high)
-    return x.finish(surrogate, reduction, normalizer, **extra)
+    x = prepare(logp, behavior_logp, advantages, mask, weights)
+    surrogate, cut = _clipped(x, clip_low, clip_high)
+    return x.finish(surrogate, reduction, normalizer, cut=cut)
 
 
 def luspo_loss(
@@ -60,10 +69,18 @@ def luspo_loss(
     Source: arXiv 2602.05261 (`luspo` of TRL).
 
     Args, Returns, Raises: as `gspo_loss`.
+
+    Example, r = 4 and 1, so s = 2; A = 1, T = 2:
+      >>> logp, behavior_logp = jnp.log(jnp.array([[[0.8, 0.2]], [[0.2, 0.2]]]))
+      >>> ones = jnp.ones((1, 2))
+      >>> loss, stats = luspo_loss(logp, behavior_logp, ones, ones, clip_high=0.25)
+      >>> round(float(loss), 4)  # -2 * min(2, 1.25)
+      -2.5
     """
     check_clip(clip_low, clip_high)
-    surrogate, extra, x = _clipped(logp, behavior_logp, advantages, mask, weights, clip_low, clip_high)
-    return x.finish(x.length * surrogate, reduction, normalizer, **extra)
+    x = prepare(logp, behavior_logp, advantages, mask, weights)
+    surrogate, cut = _clipped(x, clip_low, clip_high)
+    return x.finish(x.length * surrogate, reduction, normalizer, cut=cut)
 
 
 def gmpo_loss(
@@ -93,23 +110,27 @@ def gmpo_loss(
 
     Raises:
       AssertionError, ValueError: as `r2vpo_loss`; ValueError for log_clip out of range.
+
+    Example, log r = 1 and -0.2, A = 1:
+      >>> logp, behavior_logp = jnp.array([[[-1.0, -2.2]], [[-2.0, -2.0]]])
+      >>> ones = jnp.ones((1, 2))
+      >>> loss, stats = gmpo_loss(logp, behavior_logp, ones, ones, log_clip=0.4)
+      >>> round(float(loss), 4)  # -exp((0.4 - 0.2) / 2)
+      -1.1052
     """
     require(log_clip >= 0, f"log_clip must be >= 0, got {log_clip}")
     x = prepare(logp, behavior_logp, advantages, mask, weights)
-    low = (x.advantages < 0) & (x.log_ratio < -log_clip)
-    high = (x.advantages > 0) & (x.log_ratio > log_clip)
+    low, high = x.outside(x.log_ratio, -log_clip, log_clip)
     clipped = jnp.where(low | high, jnp.clip(x.log_ratio, -log_clip, log_clip), x.log_ratio)
     mean = jnp.sum(clipped, axis=-1, keepdims=True) / jnp.maximum(x.length, 1.0)
     value = jnp.exp(mean) * x.advantages
     surrogate = jnp.where(low | high, jax.lax.stop_gradient(value), x.with_coefficient(value))
-    return x.finish(surrogate, reduction, normalizer, clip_fraction_low=low, clip_fraction_high=high)
+    return x.finish(surrogate, reduction, normalizer, cut=(low, high))
 
 
-def _clipped(logp, behavior_logp, advantages, mask, weights, clip_low, clip_high):
-    x = prepare(logp, behavior_logp, advantages, mask, weights)
+def _clipped(x, clip_low, clip_high):
+    """(min(s A, clip(s) A) of each token, the tokens where the clip binds)."""
     s = jnp.exp(x.mean_log_ratio())
-    low = (x.advantages < 0) & (s < 1 - clip_low)
-    high = (x.advantages > 0) & (s > 1 + clip_high)
+    low, high = x.outside(s, 1 - clip_low, 1 + clip_high)
     bound = jnp.where(high, 1 + clip_high, 1 - clip_low) * x.advantages
-    surrogate = jnp.where(low | high, bound, x.with_coefficient(s * x.advantages))
-    return surrogate, {"clip_fraction_low": low, "clip_fraction_high": high}, x
+    return jnp.where(low | high, bound, x.with_coefficient(s * x.advantages)), (low, high)

@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from r2vpo_jax.losses.core import LOG_RATIO_CLAMP, Advantages, Logp, Loss, Mask, Normalizer, Weights, prepare, require
+from r2vpo_jax.losses.arrays import Advantages, Logp, Mask, Normalizer, Weights, clamp
+from r2vpo_jax.losses.core import Loss, prepare, require
 
 
 def sapo_loss(
@@ -30,6 +31,13 @@ def sapo_loss(
       tau_positive, tau_negative: > 0, temperatures of the gate.
 
     Returns, Raises: as `r2vpo_loss`; ValueError for temperatures out of range.
+
+    Example, r = 1 and 2, A = 1; sigmoid(0) = 0.5, sigmoid(1) = 0.7311:
+      >>> logp, behavior_logp = jnp.log(jnp.array([[[0.4, 0.4]], [[0.4, 0.2]]]))
+      >>> ones = jnp.ones((1, 2))
+      >>> loss, stats = sapo_loss(logp, behavior_logp, ones, ones)
+      >>> round(float(loss), 4)  # -(4 * 0.5 + 4 * 0.7311) / 2
+      -2.4621
     """
     require(
         tau_positive > 0 and tau_negative > 0,
@@ -68,6 +76,13 @@ def vespo_loss(
       power_negative, decay_negative: k and lambda for A < 0.
 
     Returns, Raises: as `r2vpo_loss`; ValueError for constants out of range.
+
+    Example, r = 2 and 1, so w = 2; A = 1:
+      >>> logp, behavior_logp = jnp.array([[[-1.0, -1.0]], [[-1.6931472, -1.0]]])
+      >>> ones = jnp.ones((1, 2))
+      >>> loss, stats = vespo_loss(logp, behavior_logp, ones, ones)
+      >>> round(float(loss), 4)  # -2^2 * exp(3 * (1 - 2)) * (-1 - 1) / 2
+      0.1991
     """
     require(
         power_positive >= 0 and power_negative >= 0 and decay_positive > 0 and decay_negative > 0,
@@ -75,7 +90,7 @@ def vespo_loss(
         f"{decay_negative}",
     )
     x = prepare(logp, behavior_logp, advantages, mask, weights)
-    log_w = jnp.clip(x.sequence_log_ratio(), -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
+    log_w = clamp(x.sequence_log_ratio())
     power = jnp.where(x.advantages >= 0, power_positive, power_negative)
     decay = jnp.where(x.advantages >= 0, decay_positive, decay_negative)
     phi = jnp.exp(power * log_w - decay * jnp.expm1(log_w))
@@ -106,9 +121,16 @@ def topr_loss(
       max_ratio: > 0, cap of the weight of negative responses.
 
     Returns, Raises: as `r2vpo_loss`; ValueError for max_ratio out of range.
+
+    Example, log r = -0.5 and -0.5, so w = e^-1 = 0.3679; A = -1:
+      >>> logp, behavior_logp = jnp.array([[[-2.0, -2.0]], [[-1.5, -1.5]]])
+      >>> ones = jnp.ones((1, 2))
+      >>> loss, stats = topr_loss(logp, behavior_logp, -ones, ones)
+      >>> round(float(loss), 4)  # 0.3679 * (-2 - 2) / 2
+      -0.7358
     """
     require(max_ratio > 0, f"max_ratio must be > 0, got {max_ratio}")
     x = prepare(logp, behavior_logp, advantages, mask, weights)
-    w = jnp.exp(jnp.clip(x.sequence_log_ratio(), -LOG_RATIO_CLAMP, LOG_RATIO_CLAMP))
+    w = jnp.exp(clamp(x.sequence_log_ratio()))
     factor = jnp.where(x.advantages >= 0, 1.0, jnp.minimum(w, max_ratio))
     return x.finish(x.score_function(factor * x.advantages), reduction, normalizer)

@@ -27,7 +27,7 @@ class BaseModel:
         if tokens > self.model.config.max_position_embeddings:
             raise ValueError(
                 f"prompt and response have up to {tokens} tokens, but the model has positions for "
-                f"{self.model.config.max_position_embeddings}; lower task.prompt.max_length or task.max_response_length"
+                f"{self.model.config.max_position_embeddings}; lower task.prompt.max_length or task.text.max_response_length"
             )
 
     def load_params(self, mesh=None):

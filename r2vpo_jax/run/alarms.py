@@ -9,12 +9,12 @@ _SIGNS = {
         "ratio/effective_sample_size",
         "low",
         "min_effective_sample_size",
-        "few tokens carry the batch: fewer updates a rollout, fresher data, or a tighter trust region",
+        "few tokens carry the batch: fewer updates per rollout, fresher data, or a tighter trust region",
     ),
-    "second_moment": (
-        "ratio/second_moment",
+    "ratio_variance": (
+        "ratio/variance",
         "high",
-        "max_second_moment",
+        "max_ratio_variance",
         "the policy leaves the data: lower the learning rate, or a tighter trust region",
     ),
     "truncation": ("response/truncated", "high", "max_truncated", "responses do not end: raise the maximal length"),
@@ -22,7 +22,7 @@ _SIGNS = {
         "reward/zero_variance_groups",
         "high",
         "max_zero_variance_groups",
-        "hardly any group has a gradient: other problems, or objective.zero_variance=resample",
+        "hardly any group has a gradient: other problems, or objective.groups.zero_variance=resample",
     ),
 }
 

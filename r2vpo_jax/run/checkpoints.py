@@ -7,15 +7,71 @@ nor a file that is cut. A step without a manifest, or one that fails it, is torn
 """
 
 import copy
-import hashlib
 import json
-import os
 import pathlib
 import threading
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+
+from r2vpo_jax.run import files
+
+# What is on disk: looked at only, so that a run which is going on is not disturbed --------------------------
+
+
+def steps(directory) -> list[int]:
+    """All iterations with a checkpoint in a directory of checkpoints, intact or not, the last one first."""
+    return sorted((int(p.name) for p in pathlib.Path(directory).glob("*") if p.name.isdigit()), reverse=True)
+
+
+def problem(directory, iteration: int) -> str | None:
+    """What is wrong with a step on disk, or None if it is intact."""
+    try:
+        listed = _read_manifest(directory, iteration)["files"]
+    except OSError:
+        return "it was not committed (no checksums)"
+    except ValueError as error:
+        return f"its checksums cannot be read ({error})"
+    found = _checksums(directory, iteration)
+    if missing := sorted(listed.keys() - found.keys()):
+        return f"{missing[0]} is missing"
+    wrong = sorted(name for name in listed if found[name] != listed[name])
+    return f"{wrong[0]} is damaged" if wrong else None
+
+
+def latest(directory) -> int | None:
+    """The last iteration with an intact checkpoint, or None."""
+    return next((step for step in steps(directory) if problem(directory, step) is None), None)
+
+
+def best(directory) -> int | None:
+    """The iteration with the best validation score among the intact checkpoints, the last of several; or None."""
+    intact = [step for step in steps(directory) if problem(directory, step) is None]
+    return max(intact, key=lambda step: (_read_manifest(directory, step)["score"], step), default=None)
+
+
+def manifest(directory, iteration: int) -> pathlib.Path:
+    """The file with the sha256 of each file of a step."""
+    return pathlib.Path(directory) / "manifests" / f"{iteration}.json"
+
+
+def _read_manifest(directory, iteration: int) -> dict:
+    """The manifest of a step; OSError if there is none, ValueError if it is damaged."""
+    found = json.loads(manifest(directory, iteration).read_bytes())
+    if not (isinstance(found, dict) and {"files", "score", "replay"} <= found.keys()):
+        raise ValueError("a field is missing")
+    if not (isinstance(found["files"], dict) and isinstance(found["score"], (int, float))):
+        raise ValueError("a field has the wrong type")
+    return found
+
+
+def _checksums(directory, iteration: int) -> dict[str, str]:
+    folder = pathlib.Path(directory) / str(iteration)
+    return {str(p.relative_to(folder)): files.sha256_of(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+# Writing ---------------------------------------------------------------------------------------------------
 
 
 class Checkpointer:
@@ -30,7 +86,6 @@ class Checkpointer:
           write: whether this process writes manifests and deletes (process 0).
         """
         self._directory = pathlib.Path(directory).resolve()
-        self._manifests = self._directory / "manifests"
         self._max_to_keep, self._write = max_to_keep, write
         self._manager = ocp.CheckpointManager(
             self._directory,
@@ -45,7 +100,7 @@ class Checkpointer:
         self._scores = {}
         for step in self._manager.all_steps():
             if self.problem(step) is None:
-                self._scores[step] = self._read_manifest(step)["score"]
+                self._scores[step] = _read_manifest(self._directory, step)["score"]
 
     def save(self, iteration: int, state, progress: dict, *, score: float = 0.0) -> None:
         """Start writing a checkpoint; returns as soon as the arrays may be overwritten.
@@ -104,33 +159,9 @@ class Checkpointer:
             raise OSError(f"the checkpoint could not be written: {str(error).splitlines()[0]}") from error
         self._prune()
 
-    # Manifests -----------------------------------------------------------------------------------------
-
-    def _manifest(self, iteration: int) -> pathlib.Path:
-        return self._manifests / f"{iteration}.json"
-
-    def _read_manifest(self, iteration: int) -> dict:
-        """The manifest of a step; OSError if there is none, ValueError if it is damaged."""
-        found = json.loads(self._manifest(iteration).read_bytes())
-        if not (isinstance(found, dict) and {"files", "score", "replay"} <= found.keys()):
-            raise ValueError("a field is missing")
-        if not (isinstance(found["files"], dict) and isinstance(found["score"], (int, float))):
-            raise ValueError("a field has the wrong type")
-        return found
-
-    def _checksums(self, iteration: int) -> dict[str, str]:
-        folder = self._directory / str(iteration)
-        files = sorted(p for p in folder.rglob("*") if p.is_file())
-        return {str(p.relative_to(folder)): _sha256(p) for p in files}
-
     def _write_manifest(self, iteration: int, details: dict) -> None:
-        self._manifests.mkdir(exist_ok=True)
-        temporary = self._manifests / f"{iteration}.tmp"
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump({"files": self._checksums(iteration), **details}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self._manifest(iteration))
+        listed = {"files": _checksums(self._directory, iteration), **details}
+        files.write_atomically(manifest(self._directory, iteration), json.dumps(listed, indent=1))
 
     def _prune(self) -> None:
         steps = sorted(self._manager.all_steps())
@@ -141,23 +172,13 @@ class Checkpointer:
 
     def _delete(self, step: int) -> None:
         if self._write:
-            self._manifest(step).unlink(missing_ok=True)  # first: half deleted is torn, not intact
+            manifest(self._directory, step).unlink(missing_ok=True)  # first: half deleted is torn, not intact
         self._manager.delete(step)
         self._scores.pop(step, None)
 
     def problem(self, iteration: int) -> str | None:
         """What is wrong with a step on disk, or None if it is intact."""
-        try:
-            listed = self._read_manifest(iteration)["files"]
-        except OSError:
-            return "it was not committed (no checksums)"
-        except ValueError as error:
-            return f"its checksums cannot be read ({error})"
-        found = self._checksums(iteration)
-        if missing := sorted(listed.keys() - found.keys()):
-            return f"{missing[0]} is missing"
-        wrong = sorted(name for name in listed if found[name] != listed[name])
-        return f"{wrong[0]} is damaged" if wrong else None
+        return problem(self._directory, iteration)
 
     def replay_listings(self) -> list[dict]:
         """What the intact checkpoints on disk say of the replay buffer."""
@@ -165,7 +186,7 @@ class Checkpointer:
         listings = []
         for step in sorted(self._scores):
             try:
-                listings.append(self._read_manifest(step)["replay"])
+                listings.append(_read_manifest(self._directory, step)["replay"])
             except (OSError, ValueError):
                 continue  # not written yet by process 0, or torn: then nothing is restored from it
         return [x for x in listings if x is not None]
@@ -174,11 +195,11 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """All iterations with a checkpoint, intact or not, the last one first."""
-        return sorted(self._manager.all_steps(), reverse=True)
+        return steps(self._directory)
 
     def latest(self) -> int | None:
         """The last iteration with an intact checkpoint, or None."""
-        return next((step for step in self.steps() if self.problem(step) is None), None)
+        return latest(self._directory)
 
     def discard_after(self, iteration: int | None) -> None:
         """Delete the steps after an iteration (all, if None), so that they can be written again.
@@ -216,8 +237,3 @@ class Checkpointer:
             except Exception as error:
                 if not self._said:
                     raise OSError(f"the checkpoint could not be written: {str(error).splitlines()[0]}") from error
-
-
-def _sha256(path: pathlib.Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,19 +1,12 @@
 """The directory of one run: whose it is, and what is in it."""
 
-import dataclasses
 import json
-import os
 import pathlib
 
+from r2vpo_jax import config as config_lib
 from r2vpo_jax.config import Config
 from r2vpo_jax.errors import UsageError
-
-
-def _flat(tree: dict, prefix="") -> dict:
-    flat = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
+from r2vpo_jax.run import files
 
 
 def claim(workdir, config: Config, *, write=True) -> pathlib.Path:
@@ -27,20 +20,20 @@ def claim(workdir, config: Config, *, write=True) -> pathlib.Path:
     Raises:
       UsageError: the directory belongs to a run with another configuration, or cannot be written.
     """
-    return claim_file(workdir, "config.json", dataclasses.asdict(config), write=write)
+    return claim_file(workdir, "config.json", config_lib.to_dict(config), write=write)
 
 
-def claim_file(workdir, name: str, identity: dict, *, write=True) -> pathlib.Path:
-    """`claim` for any JSON identity kept in `workdir/name`."""
+def claim_file(workdir, name: str, identity: dict, *, write=True, flag="--workdir") -> pathlib.Path:
+    """`claim` for any JSON identity kept in `workdir/name`; `flag` is the one that names the directory."""
     path = pathlib.Path(workdir)
     mine = json.loads(json.dumps(identity))
     file = path / name
     if file.exists():
         try:
-            theirs = _flat(json.loads(file.read_text()))
+            theirs = dict(config_lib.leaves(json.loads(file.read_text())))
         except json.JSONDecodeError as error:
-            raise UsageError(f"{file} is not valid JSON ({error}); choose another --workdir") from error
-        flat = _flat(mine)
+            raise UsageError(f"{file} is not valid JSON ({error}); choose another {flag}") from error
+        flat = dict(config_lib.leaves(mine))
         differences = [
             f"{field}: {theirs.get(field, 'absent')} there, {flat.get(field, 'absent')} here"
             for field in sorted(theirs.keys() | flat.keys())
@@ -49,16 +42,10 @@ def claim_file(workdir, name: str, identity: dict, *, write=True) -> pathlib.Pat
         if differences:
             raise UsageError(
                 f"{path} holds a run with another configuration ({'; '.join(differences[:4])}"
-                f"{'; ...' if len(differences) > 4 else ''}); choose another --workdir"
+                f"{'; ...' if len(differences) > 4 else ''}); choose another {flag}"
             )
         return path
-    if not write:
-        return path
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        temporary = path / f"{name}.tmp"
-        temporary.write_text(json.dumps(mine, indent=2) + "\n")
-        os.replace(temporary, file)
-    except OSError as error:
-        raise UsageError(f"cannot write to --workdir={path}: {error.strerror}") from error
+    if write:
+        with files.disk_errors(f"{flag}={path}"):
+            files.write_atomically(file, json.dumps(mine, indent=2) + "\n")
     return path

@@ -1,5 +1,7 @@
-"""The line files of a run directory: metrics, samples and events; TensorBoard if asked for."""
+"""Files that a kill cannot tear, and the line files of a run directory: metrics, samples, events, TensorBoard."""
 
+import contextlib
+import hashlib
 import json
 import math
 import os
@@ -7,8 +9,48 @@ import pathlib
 
 import numpy as np
 
+from r2vpo_jax.errors import UsageError
+
 # Fields that measure the machine and not the run; everything else is reproducible bit for bit.
 TIME_PREFIXES = ("time/", "throughput/")
+
+
+def write_atomically(path, content: str | bytes) -> None:
+    """Write a file that appears whole or not at all, and is on disk when this returns. Its folder is made if needed."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def sha256_of(source: bytes | os.PathLike) -> str:
+    """The sha256 of bytes or of a file, hexadecimal."""
+    if isinstance(source, bytes):
+        return hashlib.sha256(source).hexdigest()
+    with open(source, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def disk_errors(path, intact: str | None = None):
+    """Inside, a full or vanished disk is one line.
+
+    Args:
+      path: what cannot be written.
+      intact: what is safe in spite of it, where there is something to go on from.
+
+    Raises:
+      UsageError: for any OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        advice = f"; {intact} is intact: make room, and the same command goes on from there" if intact else ""
+        raise UsageError(f"cannot write to {path} ({error.strerror or error}){advice}") from error
 
 
 def _plain(value):
@@ -98,7 +140,8 @@ class TensorBoard:
 
     def write(self, step: int, row: dict) -> None:
         for name, value in row.items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
+            # A NaN (nothing was cut, say) would be drawn as nothing, and complained of on the terminal each time.
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
                 self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:

@@ -54,14 +54,17 @@ class Profiler:
         with jax.profiler.StepTraceAnnotation("iteration", step_num=number):
             yield
         if number == self._last:
-            self.stop()
+            self.close()
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """End a recording that is under way."""
         if self._running:
             jax.effects_barrier()
             jax.profiler.stop_trace()
             self._running = False
+
+
+CODE_CHANGED = "warning: the code has changed since this {} was started; the rest of it runs the new code"
 
 
 def code_identity() -> str:

@@ -1,4 +1,4 @@
-"""What a finished run shows: summary.json, curves.png, report.html, and a closing table."""
+"""What a finished run shows: summary.json, two figures, report.html, and a closing table."""
 
 import base64
 import html
@@ -7,11 +7,18 @@ import pathlib
 
 import numpy as np
 
-from r2vpo_jax import ratio_stats
 from r2vpo_jax.config import Config
 from r2vpo_jax.run import files
 
-_CLIP_EPSILON = 0.2  # of ratio_stats.compute: the clip whose victims are counted
+_CLIP_EPSILON = 0.2  # ratio_stats.compute's default: the clip whose victims are counted
+_SMOOTHED_OVER = 10  # iterations of the running mean of V in summary.png
+_TINY = 1e-12  # stands for 0 on a logarithmic axis
+_KINDS_OF_TOKENS = {  # how ratio_stats.SPLITS are named on an axis; mu is the probability under the behavior policy
+    "positive": "A > 0", "negative": "A < 0",
+    "rare": "μ < 0.05", "uncertain": "0.05 ≤ μ < 0.5", "likely": "μ ≥ 0.5",
+    "start": "first third", "middle": "second third", "end": "last third",
+    "age_0": "age 0", "age_1_to_7": "age 1 to 7", "age_8_to_63": "age 8 to 63", "age_64_up": "age 64 or more",
+}  # fmt: skip
 
 
 def summarize(config: Config, rows, *, base, final, progress, train_seconds, phases, peak_memory_bytes) -> dict:
@@ -65,13 +72,15 @@ def summarize(config: Config, rows, *, base, final, progress, train_seconds, pha
         "rollout_tokens_per_second": progress["rollout_tokens"] / max(seconds["rollout"], 1e-9),
         "update_tokens_per_second": progress["trained_tokens"] / max(seconds["update"], 1e-9),
         "peak_memory_bytes": peak_memory_bytes,
-        "adaptive": config.objective.adaptive,
+        "adaptive": config.objective.dual.adaptive,
         "variance_budget": config.objective.variance_budget,
-        "final_variance_coef": float(train[-1]["dual/variance_coef"]),
-        "max_variance_coef": config.objective.max_variance_coef,
-        "final_ratio_second_moment": float(train[-1]["ratio/second_moment"]),
-        "second_half_ratio_second_moment": mean("ratio/second_moment", second_half),
-        "second_half_variance_coef": mean("dual/variance_coef", second_half),
+        "final_variance_coef": float(train[-1].get("dual/variance_coef", 0.0)),
+        "max_variance_coef": config.objective.dual.max_coef,
+        "final_ratio_second_moment": float(train[-1]["ratio/variance"]),
+        "ratio_variance_second_half": mean("ratio/variance", second_half),
+        "second_half_variance_coef": mean("dual/variance_coef", second_half)
+        if config.objective.has_multiplier
+        else 0.0,
         "noise_floor_ratio_second_moment": progress["noise_floor"],
         "final_entropy": float(train[-1]["policy/entropy"]),
         "max_ratio": max(float(r["ratio/max"]) for r in train),
@@ -118,11 +127,11 @@ def table(summary: dict) -> str:
         f"speed                       rollout {summary['rollout_tokens_per_second']:.0f} tokens/s, "
         f"update {summary['update_tokens_per_second']:.0f} tokens/s",
         f"peak memory                 {summary['peak_memory_bytes'] / 2**20:.0f} MiB",
-        f"E[(r-1)^2], second half     {summary['second_half_ratio_second_moment']:.5f} ({budget}noise floor "
+        f"E[(r-1)^2], second half     {summary['ratio_variance_second_half']:.5f} ({budget}noise floor "
         f"{summary['noise_floor_ratio_second_moment']:.1e})",
         f"variance coefficient        {summary['final_variance_coef']:.3f} at the end ({kind}), "
         f"{summary['second_half_variance_coef']:.3f} on average in the second half",
-        f"entropy at the end          {summary['final_entropy']:.4f} nats a token",
+        f"entropy at the end          {summary['final_entropy']:.4f} nats per token",
         f"a clip at {_CLIP_EPSILON} would zero      {100 * summary['clip_fraction']:.3f} % of the tokens, which carry "
         f"{100 * summary['clip_gradient_share']:.2f} % of this objective's gradient",
         *_kept(summary),
@@ -175,106 +184,176 @@ def rewrite(workdir) -> str:
 
 
 def write(workdir, summary: dict, rows) -> None:
-    """Write workdir/report: curves.png, report.html (the picture inside) and, last, summary.json."""
+    """Write workdir/report: summary.png, curves.png, report.html (with both figures) and, last, summary.json."""
     directory = pathlib.Path(workdir) / "report"
     directory.mkdir(parents=True, exist_ok=True)
-    _plot(directory / "curves.png", summary, rows)
-    picture = base64.b64encode((directory / "curves.png").read_bytes()).decode()
+    _figure(directory / "summary.png", (8, 3.8), 200, lambda figure: _draw_summary(figure, summary, rows))
+    _figure(directory / "curves.png", (12, 10.5), 110, lambda figure: _draw_curves(figure, summary, rows))
+    pictures = {name: base64.b64encode((directory / name).read_bytes()).decode() for name in _ALT_TEXTS}
+    images = "".join(
+        f"<img alt='{_ALT_TEXTS[name]}' src='data:image/png;base64,{picture}'>" for name, picture in pictures.items()
+    )
     config = json.loads((pathlib.Path(workdir) / "config.json").read_text())
     (directory / "report.html").write_text(
         "<!doctype html><meta charset='utf-8'><title>r2vpo_jax run</title>"
         "<style>body{font:15px/1.5 sans-serif;max-width:1080px;margin:2em auto;padding:0 1em}"
         "pre{background:#f6f6f4;padding:1em;overflow-x:auto}img{max-width:100%}</style>"
-        f"<h1>{html.escape(summary['objective'])}, seed {summary['seed']}</h1>"
-        f"<img alt='curves of the run' src='data:image/png;base64,{picture}'>"
+        f"<h1>{html.escape(summary['objective'])}, seed {summary['seed']}</h1>{images}"
         f"<h2>Result</h2><pre>{html.escape(table(summary))}</pre>"
         f"<h2>Configuration</h2><pre>{html.escape(json.dumps(config, indent=2))}</pre>\n",
         encoding="utf-8",
     )
-    temporary = directory / "summary.json.tmp"
-    temporary.write_text(json.dumps(summary, indent=2) + "\n")
-    temporary.replace(directory / "summary.json")
+    files.write_atomically(directory / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
-def _plot(file, summary, rows) -> None:
+# Figures ----------------------------------------------------------------------------------------------------
+
+_ALT_TEXTS = {
+    "summary.png": "pass@1 against rollouts; the ratio variance against its budget, with the multiplier",
+    "curves.png": "nine curves of the run",
+}
+
+
+def _figure(file, size, dpi, draw) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    train = [r for r in rows if r["kind"] == "train"]
-    validation = [r for r in rows if r["kind"] == "evaluation" and r["split"] == "validation"]
-    x = [r["iteration"] for r in train]
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    draw(figure)
+    figure.savefig(file, dpi=dpi)
+
+
+def _train_rows(rows):
+    return [r for r in rows if r["kind"] == "train"]
+
+
+def _validation_rows(rows):
+    return [r for r in rows if r["kind"] == "evaluation" and r["split"] == "validation"]
+
+
+def _series(rows, name):
+    return np.array([float(r[name]) for r in rows])  # a row may hold "nan"
+
+
+def _draw_summary(figure, summary, rows) -> None:
+    """Two panels: what was learned, and what the constraint did meanwhile. Legible at 800 pixels."""
+    left, right = figure.subplots(1, 2)
+    train, validation = _train_rows(rows), _validation_rows(rows)
+    for rows_of, name, style in (
+        (train, "reward/mean", {"color": "0.75", "lw": 1, "label": "training reward"}),
+        (validation, "pass_at_1", {"color": "C0", "marker": "o", "ms": 3, "label": "validation pass@1"}),
+    ):
+        left.plot(_series(rows_of, "rollouts") / 1000, _series(rows_of, name), **style)
+    left.axhline(summary["base_pass_at_1"], color="C3", ls=":", label="base model, test")
+    left.axhline(summary["final_pass_at_1"], color="C2", ls="--", label="fine-tuned, test")
+    left.set(
+        title="Share of right answers",
+        xlabel="thousands of rollouts (responses sampled)",
+        ylabel="pass@1",
+        ylim=(0, 1.02),
+    )
+
+    x, variance = _series(train, "iteration"), np.maximum(_series(train, "ratio/variance"), _TINY)
+    right.semilogy(x, variance, color="C0", lw=0.8, alpha=0.45, label="V of each iteration")
+    window = min(_SMOOTHED_OVER, len(x))
+    smooth = np.convolve(variance, np.ones(window) / window, mode="valid")
+    right.semilogy(x[window - 1 :], smooth, color="C0", lw=1.8, label=f"V, mean of {window} iterations")
+    if summary["variance_budget"] is not None:
+        right.axhline(summary["variance_budget"], color="C3", ls="--", label="budget δ")
+    against = "" if summary["variance_budget"] is None else " against its budget"
+    right.set(title=f"Ratio variance V{against}", xlabel="iteration (rollout batch)", ylabel="V = E[(r − 1)²]")
+    lines = list(right.get_lines())
+    if any("dual/variance_coef" in r for r in train):
+        second = right.twinx()
+        lines += second.plot(x, _series(train, "dual/variance_coef"), color="C4", lw=1.2, ls="-.", label="multiplier λ")
+        second.set_ylabel("multiplier λ", color="C4")
+        second.tick_params(axis="y", colors="C4")
+        second.set_ylim(0, None)
+    for ax, shown in ((left, left.get_lines()), (right, lines)):
+        ax.grid(alpha=0.3)
+        # Below the axes: beside noisy curves there is no free corner.
+        ax.legend(handles=shown, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, fontsize=8, frameon=False)
+
+
+def _draw_curves(figure, summary, rows) -> None:
+    """Nine panels: everything that a first look at a run needs."""
+    train, validation = _train_rows(rows), _validation_rows(rows)
+    x = _series(train, "iteration")
 
     def series(name):
-        return np.array([float(r[name]) for r in train])
+        return _series(train, name)
 
-    figure = Figure(figsize=(12, 10), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(3, 3)
 
     ax = axes[0, 0]
-    ax.plot(x, series("reward/mean"), color="0.7", label="train reward")
-    ax.plot([r["iteration"] for r in validation], [r["pass_at_1"] for r in validation], "o-", ms=3, label="validation")
-    ax.axhline(summary["base_pass_at_1"], color="C3", ls=":", label="base, test")
+    ax.plot(x, series("reward/mean"), color="0.7", label="training reward")
+    ax.plot(_series(validation, "iteration"), _series(validation, "pass_at_1"), "o-", ms=3, label="validation pass@1")
+    ax.axhline(summary["base_pass_at_1"], color="C3", ls=":", label="base model, test")
     ax.axhline(summary["final_pass_at_1"], color="C2", ls="--", label="fine-tuned, test")
-    ax.set(title="pass@1", ylim=(0, 1.02))
+    ax.set(title="Share of right answers", ylabel="pass@1, mean reward", ylim=(0, 1.02))
     ax.legend(loc="lower right", fontsize=8)
 
     ax = axes[0, 1]
-    tiny = 1e-12
-    ax.semilogy(x, np.maximum(series("ratio/second_moment"), tiny), color="C0", lw=1, label="last minibatch")
-    ax.semilogy(x, np.maximum(series("ratio/second_moment_mean"), tiny), color="0.7", lw=1, label="all minibatches")
-    if summary["adaptive"]:
-        ax.axhline(summary["variance_budget"], color="C3", ls="--", label="budget")
-    ax.set(title=f"E[(r - 1)²], noise floor {summary['noise_floor_ratio_second_moment']:.0e}")
+    ax.semilogy(x, np.maximum(series("ratio/variance"), _TINY), color="C0", lw=1, label="last minibatch (λ sees it)")
+    ax.semilogy(
+        x, np.maximum(series("ratio/variance_mean"), _TINY), color="0.7", lw=1, label="mean over all minibatches"
+    )
+    if summary["variance_budget"] is not None:
+        ax.axhline(summary["variance_budget"], color="C3", ls="--", label="budget δ")
+    floor = summary["noise_floor_ratio_second_moment"]
+    ax.set(title=f"Ratio variance (numerical noise {floor:.0e})", ylabel="V = E[(r − 1)²]")
     ax.legend(fontsize=8)
 
     ax = axes[0, 2]
-    ax.plot(x, series("dual/variance_coef"), color="C4")
-    ax.set(title="variance coefficient", ylim=(0, None))
+    ax.plot(x, [r.get("dual/variance_coef", 0.0) for r in train], color="C4")
+    ax.set(title="Multiplier of the ratio variance", ylabel="λ", ylim=(0, None))
 
     ax = axes[1, 0]
     ax.plot(x, series("policy/entropy"), color="C5")
-    ax.set(title="entropy (nats a token)", ylim=(0, None), xlabel="iteration")
+    ax.set(title="Entropy of the policy", ylabel="nats per token", ylim=(0, None))
 
     ax = axes[1, 1]
-    ax.semilogy(x, series("ratio/max"), color="C1", lw=1, label="max r")
-    ax.semilogy(x, series("optimizer/grad_norm"), color="C6", lw=1, label="gradient norm")
-    ax.set(title="largest ratio, gradient norm", xlabel="iteration")
+    ax.semilogy(x, series("ratio/max"), color="C1", lw=1, label="largest ratio r of any token")
+    ax.semilogy(x, series("optimizer/grad_norm"), color="C6", lw=1, label="gradient norm before its clip")
+    ax.set(title="Outliers", ylabel="log scale")
     ax.legend(fontsize=8)
 
     ax = axes[1, 2]
-    ax.plot(x, 100 * series("clip/fraction"), color="C7", label="of the tokens")
-    ax.plot(x, 100 * series("clip/gradient_share"), color="C8", lw=1, label="of the gradient")
-    ax.plot(x, 100 * series("keeps/at_stake"), color="0.6", lw=1, ls=":", label="of the unclipped gradient")
-    ax.set(title=f"what a clip at {_CLIP_EPSILON} would zero (%)", ylim=(0, None), xlabel="iteration")
+    ax.plot(x, 100 * series("clip/fraction"), color="C7", label="share of all tokens")
+    ax.plot(x, 100 * series("clip/gradient_share"), color="C8", lw=1, label="share of this objective's gradient")
+    ax.plot(x, 100 * series("keeps/at_stake"), color="0.6", lw=1, ls=":", label="share of the unclipped gradient")
+    ax.set(title=f"Tokens that PPO's clip at {_CLIP_EPSILON} would cut", ylabel="percent", ylim=(0, None))
     ax.legend(fontsize=8)
-    _plot_kept(axes[2], x, series)
+    _draw_kept(axes[2], x, series)
     for ax in axes.flat:
         ax.grid(alpha=0.3)
+        if ax is not axes[2, 1]:
+            ax.set_xlabel("iteration (rollout batch)")
     figure.suptitle(f"{summary['objective']}, seed {summary['seed']}")
-    figure.savefig(file, dpi=110)
 
 
-def _plot_kept(axes, x, series) -> None:
-    """What the objective does with the tokens Z that a clip would zero, as shares of their unclipped gradient."""
-    axes[0].plot(x, series("keeps/retained"), ".-", color="C2", lw=1, ms=4, label="retained")
-    axes[0].plot(x, series("keeps/restoring"), ".-", color="C1", lw=1, ms=4, label="restoring")
-    axes[0].set(title="of the unclipped gradient of those tokens", xlabel="iteration")
+def _draw_kept(axes, x, series) -> None:
+    """What the objective does with the tokens that a clip would cut, as shares of their unclipped gradient."""
+    names = {"retained": ("kept (retained)", "C2"), "restoring": ("reversed (restoring)", "C1")}
+    for name, (label, color) in names.items():
+        axes[0].plot(x, series(f"keeps/{name}"), ".-", color=color, lw=1, ms=4, label=label)
+    axes[0].set(title="Cut tokens: gradient kept / reversed", ylabel="share of their unclipped gradient")
     _compress_above_one(axes[0])
 
     ax = axes[1]
-    places = np.arange(len(ratio_stats.SPLITS) - 1)
-    for offset, name, color in ((-0.2, "retained", "C2"), (0.2, "restoring", "C1")):
-        columns = [series(f"keeps/{name}_{split}") for split in ratio_stats.SPLITS[1:]]
+    places = np.arange(len(_KINDS_OF_TOKENS))
+    for offset, (name, (label, color)) in zip((-0.2, 0.2), names.items(), strict=True):
+        columns = [series(f"keeps/{name}_{split}") for split in _KINDS_OF_TOKENS]
         means = [np.mean(c[~np.isnan(c)]) if np.any(~np.isnan(c)) else 0.0 for c in columns]
-        ax.bar(places + offset, means, 0.4, color=color, label=name)
+        ax.bar(places + offset, means, 0.4, color=color, label=label)
     _compress_above_one(ax)
-    ax.set_xticks(places, [s.replace("_", " ") for s in ratio_stats.SPLITS[1:]], rotation=60, ha="right", fontsize=8)
-    ax.set(title="the same by part, mean over iterations")
+    ax.set_xticks(places, list(_KINDS_OF_TOKENS.values()), rotation=60, ha="right", fontsize=8)
+    ax.set(title="Cut tokens by kind (mean of the run)", ylabel="share of their unclipped gradient")
 
-    axes[2].plot(x, 100 * series("ratio/top_permille_share"), color="C0", lw=1, label="of E[(r - 1)²]")
-    axes[2].plot(x, 100 * series("keeps/top_permille_gradient"), color="C6", lw=1, label="of the gradient")
-    axes[2].set(title="share of the largest 0.1 % (%)", ylim=(0, None), xlabel="iteration")
+    axes[2].plot(x, 100 * series("ratio/top_permille_share"), color="C0", lw=1, label="share of V")
+    axes[2].plot(x, 100 * series("keeps/top_permille_gradient"), color="C6", lw=1, label="share of the gradient")
+    axes[2].set(title="Held by the largest 0.1 % of the tokens", ylabel="percent", ylim=(0, None))
     axes[2].legend(fontsize=8)
 
 

@@ -1,31 +1,59 @@
 """Tasks: problems and their verifiers."""
 
+import dataclasses
+import inspect
+
+from r2vpo_jax.losses.registry import import_own
 from r2vpo_jax.tasks.arithmetic import ArithmeticTask
 from r2vpo_jax.tasks.base import Problems, Task, Verdicts
 from r2vpo_jax.verifiers.outcome import SPLITS, Outcome
 
-__all__ = ["SPLITS", "ArithmeticTask", "Outcome", "Problems", "Task", "Verdicts", "make"]
+__all__ = ["SPLITS", "TASKS", "ArithmeticTask", "Outcome", "Problems", "Task", "Verdicts", "make", "task_class"]
 
 
-def make(config, tokenizer=None, eos_ids=()) -> Task:
+# Name -> class, imported when it is asked for: text tasks bring data sets and verifiers with them.
+TASKS = {"arithmetic": "r2vpo_jax.tasks.arithmetic:ArithmeticTask", "text": "r2vpo_jax.tasks.text:TextTask"}
+
+
+def task_class(name: str) -> type:
+    """The class behind `task.name`: a row of `TASKS`, or module:Class.
+
+    Raises:
+      ValueError: there is no such task, module or class.
+    """
+    if ":" not in name and name not in TASKS:
+        raise ValueError(f"task.name={name!r} is unknown; one of {', '.join(TASKS)}, or module:Class")
+    return import_own(TASKS.get(name, name), "task")
+
+
+def make(config, tokenizer=None, eos_ids=(), splits=SPLITS) -> Task:
     """The task of a `config.TaskConfig`.
+
+    A class of your own gets `task.options` as keyword arguments, and `tokenizer` and `eos_ids` if its constructor names
+    them (docs/extending.md).
 
     Args:
       config: of the task.
       tokenizer: the model's; a text task needs it.
       eos_ids: ids that end a response; of a text task (the embedded one knows its own).
+      splits: those of a text task that are loaded.
 
     Raises:
       ValueError: parameters out of range, data or verifiers that cannot work, a tokenizer of another language.
       FileNotFoundError: a data set that is not there.
     """
+    kind = task_class(config.name)
     if config.name == "text":
-        from r2vpo_jax.tasks.text import TextTask
-
-        return TextTask(config, tokenizer, eos_ids)
-    task = ArithmeticTask(
-        min_operands=config.min_operands, max_operands=config.max_operands, num_digits=config.num_digits
-    )
-    if tokenizer is not None:
+        return kind(config, tokenizer, eos_ids, splits)
+    options = dataclasses.asdict(config.arithmetic) if config.name == "arithmetic" else dict(config.options)
+    parameters = inspect.signature(kind).parameters
+    given = {"tokenizer": tokenizer, "eos_ids": eos_ids}
+    options = {name: value for name, value in given.items() if name in parameters} | options
+    try:
+        inspect.signature(kind).bind(**options)
+    except TypeError as error:
+        raise ValueError(f"task.name={config.name}: {error}; it takes {', '.join(parameters)}") from error
+    task = kind(**options)
+    if tokenizer is not None and hasattr(task, "check_tokenizer"):
         task.check_tokenizer(tokenizer)
     return task

@@ -259,7 +259,7 @@ def _verify(task, split, index, responses, lengths):
 
 
 def make_tokenizer():
-    """The task's tokenizer as a Transformers object: one token a character."""
+    """The task's tokenizer as a Transformers object: one token per character."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

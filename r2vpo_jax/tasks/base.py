@@ -16,19 +16,17 @@ __all__ = ["SPLITS", "Outcome", "Problems", "Task", "Verdicts"]
 class Problems:
     """A batch of problems, prompts left-padded to the task's maximal prompt length."""
 
-    index: np.ndarray  # int32 [N] position in the split
+    index: np.ndarray  # int32 [N] positions in the split
     tokens: np.ndarray  # int32 [N, P]
     length: np.ndarray  # int32 [N] prompt tokens
 
 
 class Verdicts(NamedTuple):
-    """What was found of a batch of B responses."""
+    """The verdicts on a batch of B responses."""
 
     reward: np.ndarray  # f32 [B] sum of the terms; 0 where there is no verdict
     outcome: np.ndarray  # int32 [B] `Outcome`
-    terms: Mapping[str, np.ndarray] = MappingProxyType(
-        {}
-    )  # name -> f32 [B]: weighted parts of the reward, if it has several
+    terms: Mapping[str, np.ndarray] = MappingProxyType({})  # name -> f32 [B] weighted parts of the reward, if several
     reasons: tuple[str, ...] = ()  # why there is no verdict, "" where there is one; () if all have one
 
 
@@ -47,10 +45,10 @@ class Task(Protocol):
     notices: list[str]  # what a user should know of the data
 
     def problems(self, split: str, index) -> Problems:
-        """The problems at these positions, int [N]; the same answer for the same (split, index), always."""
+        """The problems at the positions `index`, int [N]. A position of a split is always the same problem."""
 
     def num_problems(self, split: str) -> int | None:
-        """Problems of a split; None if there is no end to them. Of `train`, positions beyond go round again."""
+        """How many problems a split has; None if there is no end to them. In `train`, later positions go round again."""
 
     def verify(self, split: str, index, responses, lengths) -> Verdicts:
         """Verdicts on responses int [B, T] to the problems at index int [B].

@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 
 from r2vpo_jax import verifiers
 from r2vpo_jax.config.task import TaskConfig
-from r2vpo_jax.data import digest, disjoint, load
+from r2vpo_jax.data import Example, digest, disjoint, load
 from r2vpo_jax.tasks.base import SPLITS, Outcome, Problems, Verdicts
 from r2vpo_jax.tasks.prompts import PromptTemplate, unknown_share
 from r2vpo_jax.verifiers.outcome import unjudged
@@ -45,7 +45,7 @@ class TextTask:
     def __init__(self, config: TaskConfig, tokenizer, eos_ids: tuple[int, ...], splits=SPLITS):
         self.eos_ids = tuple(eos_ids)
         self.max_prompt_length = config.prompt.max_length
-        self.max_response_length = config.max_response_length
+        self.max_response_length = config.text.max_response_length
         self.notices: list[str] = []  # what a user should know of the data
         self._config, self._tokenizer = config, tokenizer
         self._template = PromptTemplate(config.prompt, tokenizer)
@@ -79,7 +79,7 @@ class TextTask:
 
     def _load(self, splits) -> dict:
         config = self._config
-        loaded = {split: load(getattr(config, split), split, config.data_dir) for split in splits}
+        loaded = {split: load(getattr(config.text, split), split, config.text.data_dir) for split in splits}
         loaded = disjoint(loaded)
         for split in splits:
             loaded[split] = self._only_short(split, loaded[split])
@@ -87,7 +87,9 @@ class TextTask:
         for split in splits:
             loaded[split] = self._only_good_gold(split, loaded[split])
             if loaded[split].num_examples == 0:
-                raise ValueError(f"task.{split}={getattr(config, split)} has no problems left ({loaded[split].counts})")
+                raise ValueError(
+                    f"task.text.{split}={getattr(config.text, split)} has no problems left ({loaded[split].counts})"
+                )
             size = loaded[split].num_examples
             counts = ", ".join(f"{name} {count}" for name, count in loaded[split].counts.items())
             kind = "endless" if size is None else size
@@ -103,12 +105,12 @@ class TextTask:
         share = unknown_share(self._tokenizer, rows)
         if share > 0.1:
             self.notices.append(
-                f"warning: {100 * share:.0f} % of the prompt tokens of task.{split} are unknown to the tokenizer: the "
+                f"warning: {100 * share:.0f} % of the prompt tokens of task.text.{split} are unknown to the tokenizer: the "
                 "model cannot read these problems"
             )
         if rows and not short.any():
             raise ValueError(
-                f"all prompts of task.{split} are longer than task.prompt.max_length={self.max_prompt_length} (the "
+                f"all prompts of task.text.{split} are longer than task.prompt.max_length={self.max_prompt_length} (the "
                 f"shortest has {min(map(len, rows))} tokens); raise it"
             )
         short = short[: len(finite)]
@@ -124,7 +126,7 @@ class TextTask:
         if not good.all() and self._config.verifier.bad_gold == "refuse":
             number = int(np.argmin(good))
             raise ValueError(
-                f"{(~good).sum()} of {len(good)} gold answers of task.{split} do not verify against themselves, first "
+                f"{(~good).sum()} of {len(good)} gold answers of task.text.{split} do not verify against themselves, first "
                 f"{examples[number].gold[:80]!r} of the question {examples[number].question[:80]!r} "
                 f"({bad.get(number, 'process 0 knows why')}); mend them, choose another kind= in the data set's spec, or "
                 "drop them by task.verifier.bad_gold=drop"
@@ -149,7 +151,7 @@ class TextTask:
     def num_problems(self, split: str) -> int | None:
         return self._data[split].num_examples
 
-    def example(self, split: str, index: int) -> tuple[data.Example, np.ndarray]:
+    def example(self, split: str, index: int) -> tuple[Example, np.ndarray]:
         """The problem at a position and its prompt tokens."""
         data = self._data[split]
         for attempt in range(_REDRAWS):
@@ -160,7 +162,7 @@ class TextTask:
             if data.num_examples is not None:
                 break
         raise ValueError(
-            f"problem {index} of task.{split} has a prompt of {len(tokens)} tokens, more than "
+            f"problem {index} of task.text.{split} has a prompt of {len(tokens)} tokens, more than "
             f"task.prompt.max_length={self.max_prompt_length}"
         )
 
@@ -226,9 +228,9 @@ class TextTask:
         outcome, reasons, terms = np.zeros(len(texts), np.int32), [""] * len(texts), {}
         if "correct" in names:
             checks = [verifiers.Check(e.kind, e.gold, text) for e, text in zip(examples, texts, strict=True)]
-            verdicts = self._pool.check(checks)
-            outcome = np.array([v.outcome for v in verdicts], np.int32)
-            reasons = [v.reason for v in verdicts]
+            judgements = self._pool.check(checks)
+            outcome = np.array([j.outcome for j in judgements], np.int32)
+            reasons = [j.reason for j in judgements]
             terms["correct"] = np.float32(reward.correct) * (outcome == Outcome.RIGHT)
         scored = []
         if "function" in names:
@@ -239,10 +241,10 @@ class TextTask:
             scored.append(("format", _FORMAT_FUNCTION, reward.format, patterns, [""] * len(texts)))
         for name, function, weight, first, last in scored:
             batch_size = reward.function_batch_size
-            values, verdicts = self._pool.score(function, first, texts, last, batch_size=batch_size)
-            failed = np.array([unjudged(v.outcome) for v in verdicts], bool)
+            values, judgements = self._pool.score(function, first, texts, last, batch_size=batch_size)
+            failed = np.array([unjudged(j.outcome) for j in judgements], bool)
             decides = failed | (name == "function" and not reward.correct)
-            outcome = np.where(decides, [v.outcome for v in verdicts], outcome).astype(np.int32)
-            reasons = [v.reason or reason for v, reason in zip(verdicts, reasons, strict=True)]
+            outcome = np.where(decides, [j.outcome for j in judgements], outcome).astype(np.int32)
+            reasons = [j.reason or reason for j, reason in zip(judgements, reasons, strict=True)]
             terms[name] = np.float32(weight) * np.where(failed, 0.0, values)
         return outcome, terms, tuple(reasons)

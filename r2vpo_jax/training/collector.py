@@ -7,22 +7,12 @@ import numpy as np
 
 from r2vpo_jax import sampler
 from r2vpo_jax.config import Config
+from r2vpo_jax.data.positions import STRETCH_BITS
 from r2vpo_jax.rollout import Rollout
 from r2vpo_jax.run.instruments import Timers
 from r2vpo_jax.sampler import Sampling
 from r2vpo_jax.tasks.base import Task, Verdicts
 from r2vpo_jax.training import credit
-
-
-def train_problem_index(config: Config, position: int) -> np.ndarray:
-    """Positions in the train split of the next problems, int64 [prompts_per_rollout].
-
-    Args:
-      config: the run's.
-      position: problems that the run has taken so far.
-    """
-    start = (config.seed % 1024) << 20  # seeds walk disjoint stretches of the split
-    return start + (position + np.arange(config.trainer.prompts_per_rollout)) % (1 << 20)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +44,15 @@ class Collector:
             eos_ids=task.eos_ids,
         )
 
+    def problem_index(self, position: int) -> np.ndarray:
+        """Positions in the train split of the next problems, int64 [prompts_per_rollout].
+
+        Args:
+          position: problems that the run has taken so far.
+        """
+        start = (self._config.seed % 1024) << STRETCH_BITS  # seeds walk disjoint stretches of the split
+        return start + (position + np.arange(self._config.trainer.prompts_per_rollout)) % (1 << STRETCH_BITS)
+
     def sample(self, params, index, *, iteration: int, version: int) -> Rollout:
         """G responses to each of the train problems at `index`, not verified, on the host."""
         problems = self._task.problems("train", index)
@@ -67,7 +66,7 @@ class Collector:
             mesh=self._mesh,
             problem_ids=problems.index,
             version=np.int32(version),
-            batch_size=self._config.sampler.batch_size,
+            batch_size=self._config.prompts_at_once,
             buckets=self._config.sampler.prompt_buckets,
         )
 
@@ -87,10 +86,10 @@ class Collector:
           iteration, version: of the run; version is stamped on the rollout.
         """
         objective, wanted = self._config.objective, self._config.trainer.prompts_per_rollout
-        resample = objective.zero_variance == "resample"
+        resample = objective.groups.zero_variance == "resample"
         parts, verdicts, differing = [], [], 0
-        for _ in range(1 + (objective.max_resamples if resample else 0)):
-            index = train_problem_index(self._config, position + wanted * len(parts))
+        for _ in range(1 + (objective.groups.max_resamples if resample else 0)):
+            index = self.problem_index(position + wanted * len(parts))
             with self._timers("rollout"):
                 rollout = self.sample(params, index, iteration=iteration, version=version)
                 rows = first_id + sum(len(part.reward) for part in parts)

@@ -37,10 +37,13 @@ def overlong_penalty(
     return penalty * np.clip((np.asarray(length) - free) / (max_length - free), 0.0, 1.0).astype(np.float32)
 
 
-def verdicts(rollout: Rollout, objective: ObjectiveConfig) -> np.ndarray:
-    """What the verifier said, f32 [B]: NaN for an abstention, unless `objective.verifier_errors` counts it as wrong."""
+def judged_reward(rollout: Rollout, objective: ObjectiveConfig) -> np.ndarray:
+    """The reward that the verifier gave, f32 [B].
+
+    NaN where there is no verdict, unless `objective.groups.verifier_errors` counts that as wrong.
+    """
     reward = np.asarray(rollout.reward, np.float32)
-    if objective.verifier_errors == "abstain":
+    if objective.groups.verifier_errors == "abstain":
         reward = np.where(unjudged(rollout.outcome), np.float32(np.nan), reward)
     return reward
 
@@ -52,13 +55,13 @@ def learning_reward(rollout: Rollout, objective: ObjectiveConfig) -> np.ndarray:
       rollout: verified, of NumPy arrays; its own `reward` stays what the verifier said.
       objective: verifier_errors, overlong_buffer and overlong_penalty are used.
     """
-    reward = verdicts(rollout, objective)
-    if objective.overlong_penalty:
+    reward = judged_reward(rollout, objective)
+    if objective.groups.overlong_penalty:
         reward = reward - overlong_penalty(
             rollout.response_length,
             rollout.response_size,
-            buffer=objective.overlong_buffer,
-            penalty=objective.overlong_penalty,
+            buffer=objective.groups.overlong_buffer,
+            penalty=objective.groups.overlong_penalty,
         )
     return reward
 
@@ -76,11 +79,11 @@ def fill_advantages(rollout: Rollout, objective: ObjectiveConfig, group_size: in
     """
     reward = learning_reward(rollout, objective)
     keep = ~np.isnan(reward)
-    if objective.truncated == "mask":
+    if objective.groups.truncated == "mask":
         keep = keep & ~np.asarray(rollout.truncated)
-    if objective.zero_variance != "keep":
+    if objective.groups.zero_variance != "keep":
         keep = keep & np.repeat(groups_differ(rollout, objective, group_size), group_size)
-    in_reward = objective.needs_reference and objective.kl_in == "reward"
+    in_reward = objective.needs_reference and objective.kl.where == "reward"
     advantage, target = _assign(
         reward,
         rollout.response_mask,
@@ -102,31 +105,17 @@ def _assign(reward, mask, behavior_logp, reference_logp, kl_coef, value, *, obje
     token_rewards = jnp.where(last & mask, reward[:, None], 0.0)
     if behavior_logp is not None:
         # The tokens are the sampling policy's own, so this estimates the KL of that policy to the reference.
-        estimate = kl.estimate(behavior_logp, reference_logp, objective.kl_estimator)
+        estimate = kl.estimate(behavior_logp, reference_logp, objective.kl.estimator)
         token_rewards = token_rewards - kl_coef * jnp.where(mask, estimate, 0.0)
-    match objective.advantage:
-        case "gae":
-            rewards = jnp.nan_to_num(token_rewards, nan=0.0)  # an abstention, which takes no part
-            discounts = {"discount": objective.discount, "trace_decay": objective.trace_decay}
-            estimate = advantages.gae(rewards, value, mask, **discounts)
-            voted = mask & ~jnp.isnan(reward)[:, None]
-            advantage = advantages.whiten(estimate, voted) if objective.whiten_advantages else estimate
-            return advantage, estimate + jnp.where(mask, value, 0.0)
-        case "reinforce_pp":
-            return advantages.reinforce_pp(token_rewards, mask, discount=objective.discount), None
-        case "reinforce_pp_baseline":
-            return advantages.reinforce_pp(token_rewards, mask, group_size=group_size), None
-        case "leave_one_out":
-            return advantages.leave_one_out(jnp.sum(token_rewards, axis=1), group_size), None
-        case "group_relative":
-            total = jnp.sum(token_rewards, axis=1)
-            return advantages.group_relative(total, group_size, scale=objective.advantage_scale), None
-    raise ValueError(f"unknown advantage {objective.advantage!r}")
+    estimator = advantages.estimator(objective.advantage.estimator)
+    options = {name: getattr(objective.advantage, name) for name in estimator.options}
+    result = estimator.function(advantages.Rewards(token_rewards, mask, group_size, value), **options)
+    return result if estimator.critic else (result, None)
 
 
 def groups_differ(rollout: Rollout, objective: ObjectiveConfig, group_size: int) -> np.ndarray:
     """bool [groups]: whether the verdicts on the group differ (penalties for length do not count, as in DAPO)."""
-    flat = advantages.zero_variance(verdicts(rollout, objective), group_size)
+    flat = advantages.zero_variance(judged_reward(rollout, objective), group_size)
     return ~np.asarray(flat).reshape(-1, group_size)[:, 0]
 
 
@@ -138,7 +127,7 @@ def select_groups(rollout: Rollout, objective: ObjectiveConfig, group_size: int,
 
     Args:
       rollout: verified, of NumPy arrays, at least num_groups groups.
-      objective: for `verdicts`.
+      objective: `groups.verifier_errors` is used.
       group_size: G.
       num_groups: groups that are returned, in the order they were sampled in.
     """

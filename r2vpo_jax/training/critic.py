@@ -1,6 +1,5 @@
 """The value head of PPO proper: one linear map of the decoder's hidden states, and its clipped loss."""
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -8,6 +7,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from r2vpo_jax import losses
+from r2vpo_jax.losses.arrays import check_tokens, unmasked
 
 
 @struct.dataclass
@@ -77,12 +77,8 @@ def value_loss(
     """
     if not clip >= 0:
         raise ValueError(f"the value clip must be >= 0, got {clip}")
-    chex.assert_rank([values, old_values, targets, mask], 2)
-    chex.assert_equal_shape([values, old_values, targets, mask])
-    mask = jnp.asarray(mask).astype(bool)
-    values, old_values, targets = (
-        jnp.where(mask, jnp.asarray(x, jnp.float32), 0.0) for x in (values, old_values, targets)
-    )
+    mask = check_tokens(mask, values, old_values, targets)
+    values, old_values, targets = (unmasked(x, mask) for x in (values, old_values, targets))
     old_values, targets = jax.lax.stop_gradient((old_values, targets))
     error = values - targets
     per_token = 0.5 * error**2
@@ -110,7 +106,7 @@ def explained_variance(stats) -> float:
     1 is a perfect critic, 0 is as good as the mean, negative is worse.
 
     Args:
-      stats: has `mean(name)`, as `ratio_stats.Stats`.
+      stats: has `mean(name)`, as `TrainStats`.
     """
     mean_square = float(stats.mean("value_target_squared"))
     variance = mean_square - float(stats.mean("value_target")) ** 2

@@ -1,87 +1,44 @@
-"""The learner: one jitted, sharded optimizer update, and one dual step a rollout batch.
-
-`update` is the optimizer step only. `train_on_rollout` runs the N minibatch updates of a rollout batch and
-then steps the multipliers (lambda of the ratio variance, beta of an adaptive KL) once, on what the *last*
-minibatch measured before its own update: on fresh data the first minibatch has r = 1 by construction, and stepping
-on it would bias them low. On stale data lambda sees what the updates added: V of the last minibatch less V of the
-first.
-"""
+"""The learner: the functions of `update`, placed on a mesh and jitted, each once."""
 
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
-from r2vpo_jax import corrections, dual, kl, losses, models, ratio_stats, scoring, sharding
-from r2vpo_jax.config import Config, OptimizerConfig
-from r2vpo_jax.config.objective import ObjectiveConfig
-from r2vpo_jax.ratio_stats import Stats
+from r2vpo_jax import models, sharding
+from r2vpo_jax.config import Config
 from r2vpo_jax.rollout import Rollout
-from r2vpo_jax.training import accumulation, critic
-from r2vpo_jax.training.critic import CriticState
+from r2vpo_jax.training import critic, update
+from r2vpo_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from r2vpo_jax.training.update import LearnerState, Optimizers, RolloutReport, UpdateSettings
 
 
-@struct.dataclass
-class LearnerState:
-    """Everything that training changes."""
-
-    params: dict
-    opt_state: optax.OptState
-    dual: dual.DualState
-    kl_coef: jax.Array  # f32 [] beta, the weight of the KL divergence
-    critic: CriticState | None  # the value head, if there is one
-    version: jax.Array  # int32 [] optimizer updates done
-
-
-def learning_rate_schedule(config: OptimizerConfig, num_updates: int) -> optax.Schedule:
-    """Warm-up, then constant, linear or cosine, over `num_updates` updates."""
-    peak, end = config.learning_rate, config.learning_rate * config.final_fraction
-    rest = max(num_updates - config.warmup_updates, 1)
-    after = {
-        "constant": optax.constant_schedule(peak),
-        "linear": optax.linear_schedule(peak, end, rest),
-        "cosine": optax.cosine_decay_schedule(peak, rest, config.final_fraction),
-    }[config.schedule]
-    if config.warmup_updates == 0:
-        return after
-    warmup = optax.linear_schedule(peak / config.warmup_updates, peak, max(config.warmup_updates - 1, 1))
-    return optax.join_schedules([warmup, after], [config.warmup_updates])
-
-
-def make_optimizer(config: OptimizerConfig, num_updates: int) -> optax.GradientTransformation:
-    """AdamW with a global-norm clip; weight decay on matrices only."""
-
-    def is_matrix(params):
-        names = ("kernel", "embed", "lm_head")
-        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in names, params)
-
-    return optax.chain(
-        optax.clip_by_global_norm(config.max_grad_norm),
-        optax.adamw(
-            learning_rate_schedule(config, num_updates),
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.epsilon,
-            weight_decay=config.weight_decay,
-            mask=is_matrix,
-        ),
+def settings_of(config: Config) -> UpdateSettings:
+    """What the update has to know of a run's configuration."""
+    trainer = config.trainer
+    return UpdateSettings(
+        objective=config.objective,
+        group_size=config.sampler.group_size,
+        num_minibatches=trainer.num_minibatches,
+        num_epochs=trainer.num_epochs,
+        micro_batch_size=trainer.micro_batch_size,
+        scoring_chunk_size=trainer.scoring_chunk_size,
+        stale=config.replay.enabled,
     )
-
-
-def policy_loss(config: ObjectiveConfig):
-    """The configured objective: `losses.get` with every hyper-parameter bound that the learner does not compute."""
-    return functools.partial(losses.get(config.loss), reduction=config.reduction, **config.hyperparameters())
 
 
 class Learner:
     """The jitted functions of one run. Holds no state: `LearnerState` goes in and comes out (donated).
 
     Attributes:
-      update: (state, minibatch) -> (state, Stats). The optimizer step; the state is donated.
+      update: (state, minibatch) -> (state, TrainStats). The optimizer step; the state is donated.
+      score: (params, rollout) -> log-probabilities f32 [B, T] of its responses, by the same code as the update.
+      values: (params, critic state, rollout) -> the critic's values f32 [B, T] before each response token.
+      minibatch: (rollout, key, number) -> the minibatch of update `number`.
+      correct: (params, rollout) -> the rollout with importance weights.
+      step_multipliers: (dual state, kl coefficient, statistics of each update) -> (dual state, kl coefficient, report).
       state_shardings: where each part of a LearnerState lives.
     """
 
@@ -97,21 +54,20 @@ class Learner:
         Raises:
           ValueError: a micro-batch does not divide over the mesh's data-parallel devices.
         """
-        self.model, self.config, self.mesh = model, config, mesh
-        trainer = config.trainer
-        self.num_updates = trainer.updates_per_rollout
+        self.model, self.mesh, self.settings = model, mesh, settings_of(config)
         data_parallel = mesh.shape["data"] * mesh.shape["fsdp"]
-        if trainer.micro_batch_size % data_parallel:
+        if self.settings.micro_batch_size % data_parallel:
             raise ValueError(
-                f"trainer.micro_batch_size={trainer.micro_batch_size} is not a multiple of the {data_parallel} "
+                f"trainer.micro_batch_size={self.settings.micro_batch_size} is not a multiple of the {data_parallel} "
                 "data-parallel devices (mesh.data * mesh.fsdp)"
             )
-        self.optimizer = optimizer or make_optimizer(config.optimizer, config.num_updates)
         self.schedule = learning_rate_schedule(config.optimizer, config.num_updates)
-        self._loss = policy_loss(config.objective)
-        self._value_optimizer = critic.make_optimizer(
-            config.optimizer.value_learning_rate, config.optimizer.max_grad_norm
+        self.optimizers = Optimizers(
+            policy=optimizer or make_optimizer(config.optimizer, config.num_updates),
+            value=critic.make_optimizer(config.optimizer.value_learning_rate, config.optimizer.max_grad_norm),
         )
+        run = {"model": model, "settings": self.settings}
+        self._init = functools.partial(update.init_state, optimizers=self.optimizers, **run)
 
         self.logical_axes = models.logical_axes(model)
         self.abstract_params = models.abstract_params(model)
@@ -121,7 +77,7 @@ class Learner:
         self.state_shardings = LearnerState(
             params=self.param_shardings,
             opt_state=optax.tree_map_params(
-                self.optimizer,
+                self.optimizers.policy,
                 lambda _, where: where,
                 self.abstract_state.opt_state,
                 self.param_shardings,
@@ -134,31 +90,26 @@ class Learner:
         )
         rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
         self.update = jax.jit(
-            self._update,
+            self._on_mesh(update.update, optimizers=self.optimizers, **run),
             in_shardings=(self.state_shardings, rows),
             out_shardings=(self.state_shardings, replicated),
             donate_argnums=0,
         )
-        self._minibatch = jax.jit(self._take_minibatch, out_shardings=rows)
-        self._step_multipliers = jax.jit(self._next_multipliers)
-        self._score = jax.jit(self._score_rollout, out_shardings=rows)
-        self._values = jax.jit(self._value_rollout, out_shardings=rows)
-        self._correct = jax.jit(self._with_correction, out_shardings=rows)
-        self._sampler_params = jax.jit(self._cast_params, out_shardings=self.param_shardings)
+        self.score = jax.jit(self._on_mesh(update.score, **run), out_shardings=rows)
+        self.values = jax.jit(self._on_mesh(update.values, **run), out_shardings=rows)
+        self.correct = jax.jit(self._on_mesh(update.correct, **run), out_shardings=rows)
+        self.minibatch = jax.jit(functools.partial(update.take_minibatch, settings=self.settings), out_shardings=rows)
+        self.step_multipliers = jax.jit(functools.partial(update.step_multipliers, settings=self.settings))
+        self.cast_params = jax.jit(self._cast_params, out_shardings=self.param_shardings)
 
-    # State ----------------------------------------------------------------------------------------------
+    def _on_mesh(self, function, **fixed):
+        """`function` traced with the mesh at hand, so that activations are constrained to it."""
 
-    def _init(self, params):
-        objective = self.config.objective
-        return LearnerState(
-            params=params,
-            opt_state=self.optimizer.init(params),
-            # Objectives without a penalty have no multiplier: it is reported as 0.
-            dual=dual.init(objective.variance_coef if objective.loss == "r2vpo" else 0.0),
-            kl_coef=jnp.float32(objective.kl_coef),
-            critic=critic.init(self.model.config.hidden_size, self._value_optimizer) if objective.critic else None,
-            version=jnp.zeros((), jnp.int32),
-        )
+        def traced(*args):
+            with sharding.activate(self.mesh):
+                return function(*args, **fixed)
+
+        return traced
 
     def init_state(self, params) -> LearnerState:
         """A fresh state; every leaf is placed by the mesh's rules.
@@ -178,215 +129,13 @@ class Learner:
 
     def sampler_params(self, state: LearnerState) -> dict:
         """A copy of the parameters in the compute dtype, for the sampler or as a frozen reference."""
-        return self._sampler_params(state.params)
+        return self.cast_params(state.params)
 
     def _cast_params(self, params):
         # `+ 0` so that the result is a buffer of its own, never the learner's donated one.
         return jax.tree.map(lambda x: (x + 0).astype(self.model.config.compute_dtype), params)
 
-    # One optimizer update -------------------------------------------------------------------------------
-
-    def _update(self, state: LearnerState, batch: Rollout) -> tuple[LearnerState, Stats]:
-        normalizer = self._normalizer(batch)
-        with sharding.activate(self.mesh):
-            traced = self._traced_hyperparameters(state, batch)
-            loss_fn = functools.partial(self._micro_batch_loss, state=state, normalizer=normalizer, traced=traced)
-            head = None if state.critic is None else (state.critic.kernel, state.critic.bias)
-            num_micro = batch.tokens.shape[0] // self.config.trainer.micro_batch_size
-            loss, stats, grads = accumulation.value_and_grad(loss_fn, (state.params, head), batch, num_micro)
-        stats, (grads, head_grads) = stats.reduce(), grads
-        grad_norm = optax.tree.norm((grads, head_grads))
-        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
-        new = {"params": optax.apply_updates(state.params, updates), "opt_state": opt_state, "critic": None}
-        if head is not None:
-            head_updates, head_opt_state = self._value_optimizer.update(head_grads, state.critic.opt_state, head)
-            new["critic"] = CriticState(*optax.apply_updates(head, head_updates), head_opt_state)
-        # A non-finite update is skipped inside the program; the caller counts and decides.
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        old = {name: getattr(state, name) for name in new}
-        new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
-        one = jnp.float32(1)
-        stats = stats.replace(
-            sums=stats.sums
-            | {
-                "loss": (loss, one),
-                "grad_norm": (grad_norm, one),
-                "update_norm": (optax.tree.norm(updates), one),
-                "nonfinite": ((~finite).astype(jnp.float32), one),
-            }
-        )
-        return state.replace(**new, version=state.version + 1), stats
-
-    def _normalizer(self, batch: Rollout):
-        """The count of the reduction, over the whole minibatch."""
-        if self.config.objective.reduction == "constant_length":
-            return jnp.sum(batch.keep, dtype=jnp.float32) * batch.response_size
-        return losses.count(batch.learning_mask, self.config.objective.reduction)
-
-    def _traced_hyperparameters(self, state: LearnerState, batch: Rollout) -> dict:
-        """Those of the loss that depend on the state or on the whole minibatch."""
-        objective = self.config.objective
-        if objective.loss == "r2vpo":
-            coef = state.dual.variance_coef
-            if objective.normalize_variance_coef:
-                coef = coef * dual.advantage_scale(batch.advantage, batch.learning_mask)
-            return {"variance_coef": coef}
-        if objective.loss == "m2po":
-            logp = self._score_rollout(state.params, batch)
-            arrays = logp, _anchor(batch), batch.advantage, batch.learning_mask
-            return {"threshold": losses.m2po_threshold(*arrays, budget=objective.m2_budget)}
-        return {}
-
-    def _micro_batch_loss(self, trained, batch: Rollout, *, state: LearnerState, normalizer, traced):
-        """(loss, Stats) of one micro-batch; losses add up over those of a minibatch."""
-        objective, mask = self.config.objective, batch.learning_mask
-        scores = self._score_rows(*trained, batch)
-        logp, anchor = scores.logp, _anchor(batch)
-        reduction = {"reduction": objective.reduction, "normalizer": normalizer}
-
-        def mean_over_tokens(x):
-            return jnp.sum(jnp.where(mask, x, 0.0)), jnp.sum(mask, dtype=jnp.float32)
-
-        def objective_of(logp):
-            loss, stats = self._loss(
-                logp, anchor, batch.advantage, mask, weights=batch.weights, normalizer=normalizer, **traced
-            )
-            if objective.kl_coef:
-                divergence = self._divergence(batch, logp)
-                stats["kl"] = mean_over_tokens(divergence)
-                if objective.kl_in == "loss":
-                    loss = loss + state.kl_coef * losses.reduce(divergence, mask, **reduction)
-            return loss, stats
-
-        loss, stats = objective_of(logp)
-        # g of each token, whatever the objective: elementwise, so cheap.
-        slope = jax.grad(lambda x: objective_of(x)[0])(jax.lax.stop_gradient(logp))
-        weight = losses.token_weights(mask, **reduction)
-        merged = ratio_stats.compute(
-            logp,
-            anchor,
-            batch.advantage,
-            mask,
-            coefficient=-slope / jnp.where(weight == 0, 1.0, weight),
-            weights=batch.weights,
-            age=state.version - batch.version,
-        )
-
-        stats["entropy"] = mean_over_tokens(scores.entropy)
-        if objective.entropy_coef:
-            loss = loss - objective.entropy_coef * losses.reduce(scores.entropy, mask, **reduction)
-        if batch.weights is not None:
-            stats["weight"] = mean_over_tokens(batch.weights)
-            stats["weight_squared"] = mean_over_tokens(batch.weights**2)
-        if scores.value is not None:
-            value_loss, value_stats = critic.value_loss(
-                scores.value, batch.value, batch.value_target, mask, clip=objective.value_clip, **reduction
-            )
-            loss = loss + objective.value_coef * value_loss
-            stats |= value_stats
-        return loss, merged.replace(sums=merged.sums | jax.lax.stop_gradient(stats))
-
-    def _divergence(self, batch: Rollout, logp):
-        """The configured estimate of a KL divergence at each token, f32 [B, T]."""
-        objective = self.config.objective
-        if objective.kl_to == "behavior":
-            return kl.estimate(_anchor(batch), logp, objective.kl_estimator)
-        behavior = batch.behavior_logp if objective.kl_corrected else None
-        return kl.estimate(logp, batch.reference_logp, objective.kl_estimator, behavior_logp=behavior)
-
-    def _score_rows(self, params, head, batch: Rollout) -> scoring.Scores:
-        return scoring.score(
-            self.model,
-            params,
-            batch.tokens,
-            batch.prompt_length,
-            batch.response_length,
-            batch.temperature,
-            prompt_size=batch.prompt_size,
-            chunk_size=self.config.trainer.scoring_chunk_size,
-            value_head=None if head is None else functools.partial(critic.values, head),
-        )
-
-    def _map_rows(self, function, batch: Rollout):
-        """`function` of the rows, f32 [B, T], one micro-batch at a time."""
-        num_micro = batch.tokens.shape[0] // self.config.trainer.micro_batch_size
-        with sharding.activate(self.mesh):
-            outputs = jax.lax.map(function, accumulation.split_rows(batch, num_micro))
-        return outputs.swapaxes(0, 1).reshape(batch.behavior_logp.shape)
-
-    def _score_rollout(self, params, batch: Rollout):
-        return self._map_rows(lambda rows: self._score_rows(params, None, rows).logp, batch)
-
-    def _value_rollout(self, params, state: CriticState, batch: Rollout):
-        return self._map_rows(lambda rows: self._score_rows(params, (state.kernel, state.bias), rows).value, batch)
-
-    def score(self, params, rollout: Rollout) -> jax.Array:
-        """Log-probabilities f32 [B, T] of a rollout's responses, by the same code as the update."""
-        return self._score(params, rollout)
-
-    def values(self, state: LearnerState, rollout: Rollout) -> jax.Array:
-        """The critic's values f32 [B, T] before each response token."""
-        return self._values(state.params, state.critic, rollout)
-
-    # One rollout batch ----------------------------------------------------------------------------------
-
-    def _take_minibatch(self, rollout: Rollout, key, number):
-        """Minibatch `number` of a shuffle by whole groups."""
-        group = self.config.sampler.group_size
-        num_groups = rollout.tokens.shape[0] // group
-        size = num_groups // self.config.trainer.num_minibatches
-        order = jax.random.permutation(key, num_groups)
-        chosen = jax.lax.dynamic_slice_in_dim(order, number * size, size)
-        rows = (chosen[:, None] * group + jnp.arange(group)).reshape(-1)
-        return jax.tree.map(lambda x: x[rows], rollout)
-
-    def _with_correction(self, params, rollout: Rollout) -> Rollout:
-        """The rollout with proximal log-probabilities, taken once before the first update, and their weights."""
-        objective = self.config.objective
-        proximal = self._score_rollout(params, rollout)
-        weights = corrections.importance_weights(
-            proximal,
-            rollout.behavior_logp,
-            rollout.response_mask,
-            mode=objective.correction,
-            scope=objective.correction_scope,
-            max_weight=objective.max_weight,
-            min_weight=objective.min_weight,
-        )
-        return rollout.replace(proximal_logp=proximal, weights=weights)
-
-    def _next_multipliers(self, dual_state, kl_coef, all_stats):
-        objective = self.config.objective
-        first, last = (s.mean("ratio_variance") for s in (all_stats[0], all_stats[-1]))
-        # A minibatch that was skipped as non-finite (and counted), or in which nothing counts, measures nothing.
-        measured = jnp.isfinite(last) & (all_stats[-1].sums["ratio_variance"][1] > 0)
-        # Stale data starts at V > 0 whatever this batch's updates do: that must not wind the multiplier up (ours).
-        excess = {"auto": self.config.replay.enabled, "excess": True, "absolute": False}[objective.dual_signal]
-        signal = last - first if excess else last
-        if objective.adaptive:
-            measured = measured & jnp.isfinite(signal)
-            stepped = dual.update(
-                dual_state,
-                signal,
-                budget=objective.variance_budget,
-                step=objective.dual_step,
-                max_coef=objective.max_variance_coef,
-                max_step=objective.dual_max_step,
-                rule=objective.dual_rule,
-            )
-            dual_state = jax.tree.map(lambda new, old: jnp.where(measured, new, old), stepped, dual_state)
-        if objective.kl_target is not None:
-            stepped = kl.adapt_coef(kl_coef, all_stats[-1].mean("kl"), target=objective.kl_target)
-            kl_coef = jnp.where(measured, stepped, kl_coef)
-        merged = jax.tree.map(lambda *x: jnp.stack(x), *all_stats)
-        return (
-            dual_state,
-            kl_coef,
-            merged.reduce(),
-            {"first": first, "last": last, "signal": signal, "nonfinite": merged.sums["nonfinite"][0]},
-        )
-
-    def train_on_rollout(self, state: LearnerState, rollout: Rollout, key):
+    def train_on_rollout(self, state: LearnerState, rollout: Rollout, key) -> tuple[LearnerState, RolloutReport]:
         """N minibatch updates, then one step of the multipliers.
 
         Args:
@@ -394,28 +143,12 @@ class Learner:
           rollout: device arrays (`sharding.put_batch`) with advantages; reference_logp with a KL to the
             reference; value and value_target with a critic.
           key: decides the shuffle.
-
-        Returns:
-          (state, merged Stats, {"first", "last": ratio variance of the first and last minibatch before their
-          updates, "signal": what the multiplier was given, "nonfinite": f32 [N], 1 where an update was skipped}).
         """
-        if self.config.objective.correction != "none":
-            rollout = self._correct(state.params, rollout)
+        if self.settings.objective.correction.mode != "none":
+            rollout = self.correct(state.params, rollout)
         all_stats = []
-        for number in range(self.num_updates):
-            epoch, index = divmod(number, self.config.trainer.num_minibatches)
-            minibatch = self._minibatch(rollout, jax.random.fold_in(key, epoch), index)
-            state, stats = self.update(state, minibatch)
+        for number in range(self.settings.num_updates):
+            state, stats = self.update(state, self.minibatch(rollout, key, number))
             all_stats.append(stats)
-        dual_state, kl_coef, merged, variance = self._step_multipliers(state.dual, state.kl_coef, all_stats)
-        return state.replace(dual=dual_state, kl_coef=kl_coef), merged, variance
-
-    def minibatch(self, rollout: Rollout, key, number: int) -> Rollout:
-        """The minibatch that `train_on_rollout` used for update `number`, to save an offending one."""
-        epoch, index = divmod(number, self.config.trainer.num_minibatches)
-        return self._minibatch(rollout, jax.random.fold_in(key, epoch), index)
-
-
-def _anchor(batch: Rollout):
-    """The log-probabilities that the ratio is against: proximal ones if the data is corrected, else behavior."""
-    return batch.behavior_logp if batch.proximal_logp is None else batch.proximal_logp
+        dual_state, kl_coef, report = self.step_multipliers(state.dual, state.kl_coef, all_stats)
+        return state.replace(dual=dual_state, kl_coef=kl_coef), report

@@ -5,17 +5,18 @@ import numpy as np
 
 from r2vpo_jax import ratio_stats
 from r2vpo_jax.config.objective import ObjectiveConfig
-from r2vpo_jax.ratio_stats import Stats
 from r2vpo_jax.rollout import Rollout
 from r2vpo_jax.tasks.base import Outcome, Task
+from r2vpo_jax.train_stats import TrainStats
 from r2vpo_jax.training import credit, critic
+from r2vpo_jax.training.update import RolloutReport
 
 
 def row(
     objective: ObjectiveConfig,
     sampled: Rollout,
     drawn: list[Rollout],
-    learned: list[tuple[Stats, dict]],
+    reports: list[RolloutReport],
     spent: dict,
     *,
     group_size: int,
@@ -25,51 +26,45 @@ def row(
     kl_coef: float,
     learning_rate: float,
 ) -> dict:
-    """Everything that is reported of an iteration that trained.
+    """Everything that is reported of an iteration: of kind "train", or "fill" if it only filled the queue.
 
     Args:
       objective: the configuration; some names exist only for what it switches on.
       sampled: all responses sampled in this iteration, verified, on the host.
-      drawn: the batches that were trained on.
-      learned: (stats, variance) of each, from `Learner.train_on_rollout`, on the host.
+      drawn: the batches that were trained on; empty while the queue fills.
+      reports: on each, from `Learner.train_on_rollout`, on the host.
       spent: seconds of this iteration by phase.
       group_size, num_epochs: of the run.
       counters: totals of the run so far.
       variance_coef, kl_coef, learning_rate: after this iteration.
     """
-    stats = jax.tree.map(lambda *x: np.stack(x), *(s for s, _ in learned)).reduce()
-    variance = learned[-1][1]
+    shared = {**counters, **_of_sampled(objective, sampled, group_size)}
+    if not drawn:
+        return _plain({"kind": "fill", **shared, **_of_time(sampled, spent)})
+    stats = jax.tree.map(lambda *x: np.stack(x), *(report.stats for report in reports)).reduce()
+    last = reports[-1]
     trained_tokens = float(sum(d.learning_mask.sum() for d in drawn)) * num_epochs
     result = {
         "kind": "train",
-        **counters,
-        **_of_sampled(objective, sampled, group_size),
+        **shared,
         "reward/kept": np.mean([d.keep.mean() for d in drawn]),
         "policy/entropy": stats.mean("entropy"),
-        "ratio/second_moment": float(variance["last"]),
-        "ratio/second_moment_first": float(variance["first"]),
+        "ratio/variance": float(last.variance_last),
+        "ratio/variance_first": float(last.variance_first),
+        "ratio/variance_mean": stats.mean("ratio_variance"),
         **ratio_stats.summarize(stats),
         "ratio/clamped": stats.mean("clamped"),
-        "dual/variance_coef": variance_coef,
-        "dual/signal": float(variance["signal"]),
-        "dual/constraint_violation": float(variance["signal"]) - objective.variance_budget,
         "loss/total": stats.mean("loss"),
         "loss/surrogate": stats.mean("surrogate"),
         "loss/penalty": stats.mean("penalty") if "penalty" in stats.sums else 0.0,
         "optimizer/grad_norm": stats.mean("grad_norm"),
         "optimizer/update_norm": stats.mean("update_norm"),
         "optimizer/learning_rate": learning_rate,
-        "optimizer/nonfinite_updates": int(sum(np.sum(v["nonfinite"]) for _, v in learned)),
-        **_optional(objective, stats, kl_coef),
+        "optimizer/nonfinite_updates": int(sum(np.sum(report.skipped) for report in reports)),
+        **_optional(objective, stats, last, variance_coef, kl_coef),
         **_of_time(sampled, spent),
         "throughput/update_tokens_per_second": trained_tokens / max(spent["update"], 1e-9),
     }
-    return _plain(result)
-
-
-def fill_row(objective: ObjectiveConfig, sampled: Rollout, spent: dict, *, group_size: int, counters: dict) -> dict:
-    """What is reported of an iteration that only filled the queue (`"kind": "fill"`); arguments as for `row`."""
-    result = {"kind": "fill", **counters, **_of_sampled(objective, sampled, group_size), **_of_time(sampled, spent)}
     return _plain(result)
 
 
@@ -103,10 +98,16 @@ def _plain(result: dict) -> dict:
     return {k: v.item() if hasattr(v, "item") else v for k, v in result.items()}
 
 
-def _optional(objective: ObjectiveConfig, stats: Stats, kl_coef: float) -> dict:
-    """What exists only with a KL divergence, a critic, or a correction."""
+def _optional(
+    objective: ObjectiveConfig, stats: TrainStats, last: RolloutReport, variance_coef: float, kl_coef: float
+) -> dict:
+    """What exists only with a multiplier, a KL divergence, a critic, or a correction."""
     result = {}
-    if objective.kl_coef:
+    if objective.has_multiplier:
+        result |= {"dual/variance_coef": variance_coef, "dual/signal": float(last.dual_signal)}
+    if objective.variance_budget is not None:
+        result["dual/constraint_violation"] = float(last.dual_signal) - objective.variance_budget
+    if objective.kl.coef:
         result |= {"kl/mean": stats.mean("kl"), "kl/coef": kl_coef}
     if objective.critic:
         result |= {
@@ -115,7 +116,7 @@ def _optional(objective: ObjectiveConfig, stats: Stats, kl_coef: float) -> dict:
             "critic/clip_fraction": stats.mean("value_clip_fraction"),
             "critic/target_mean": stats.mean("value_target"),
         }
-    if objective.correction != "none":
+    if objective.correction.mode != "none":
         mean, second = float(stats.mean("weight")), float(stats.mean("weight_squared"))
         result |= {
             "correction/weight_mean": mean,
@@ -148,19 +149,21 @@ def samples(rollout: Rollout, task: Task, number: int):
         }
 
 
-def progress_text(row: dict, *, validation: float, budget: float, seconds: float) -> str:
+def progress_text(row: dict, *, validation: float, budget: float | None, seconds: float) -> str:
     """What a progress line says of a row.
 
     Args:
-      row: of `row` or `fill_row`.
+      row: of `row`.
       validation: the last validation score.
-      budget: of the ratio variance.
+      budget: of the ratio variance, if there is one.
       seconds: spent so far.
     """
     text = f"rollouts {row['rollouts']}  reward {row['reward/mean']:.3f}  "
     if row["kind"] == "fill":
         return text + "filling the queue"
+    bound = "" if budget is None else f"/{budget:g}"
+    coef = f"lambda {row['dual/variance_coef']:.2f}  " if "dual/variance_coef" in row else ""
     return text + (
-        f"val {validation:.3f}  V {row['ratio/second_moment']:.4f}/{budget:g}  lambda {row['dual/variance_coef']:.2f}  "
+        f"val {validation:.3f}  V {row['ratio/variance']:.4f}{bound}  {coef}"
         f"entropy {row['policy/entropy']:.3f}  {row['rollout_tokens'] / max(seconds, 1e-9):.0f} tok/s"
     )

@@ -22,26 +22,34 @@ def num_prompts(config: Config) -> int:
     """Prompts that it is measured on: those of one call of the sampler, filled up to whole micro-batches."""
     group = config.sampler.group_size
     whole = math.lcm(group, config.trainer.micro_batch_size) // group
-    at_once = config.sampler.batch_size or config.trainer.prompts_per_rollout
-    return min(whole * math.ceil(at_once / whole), config.trainer.prompts_per_rollout)
+    return min(whole * math.ceil(config.prompts_at_once / whole), config.trainer.prompts_per_rollout)
 
 
-def limit(config: Config) -> float:
-    """The largest floor that is accepted: 1e-6, or a quarter of the budget for bfloat16."""
-    if config.trainer.max_noise_floor is not None:
-        return config.trainer.max_noise_floor
-    return config.objective.variance_budget / 4 if config.model.compute_dtype == "bfloat16" else 1e-6
+def check(logp: np.ndarray, rollout: Rollout, config: Config, *, first: bool, say, event) -> float:
+    """The floor; a noisy set-up is refused at the start of a run, and warned of when one is continued.
 
-
-def check(floor: float, config: Config) -> None:
-    """Refuse a noisy set-up.
+    Args:
+      logp: f32 [B, T] by the weights that sampled the rollout.
+      rollout: B responses.
+      config: trainer.max_noise_floor is the limit.
+      first: whether the run starts.
+      say: where lines for people go.
+      event: (name, **details), for events.jsonl.
 
     Raises:
-      UsageError: the floor is above the limit, or NaN.
+      UsageError: at the start, the floor is above the limit, or NaN.
     """
-    if not floor <= limit(config):
+    floor, largest = measure(logp, rollout)
+    limit = config.trainer.max_noise_floor
+    say(f"noise floor: E[(r-1)^2] = {floor:.2e}, max |log r| = {largest:.2e} (limit {limit:.0e})")
+    if floor <= limit:
+        return floor
+    if first:
         raise UsageError(
-            f"with unchanged weights the ratio's second moment is {floor:.2e}, above {limit(config):.0e}: the "
-            "constraint would act on numerical noise. Use model.compute_dtype=float32, or a larger "
-            "objective.variance_budget, or raise trainer.max_noise_floor knowingly, in a new --workdir"
+            f"with unchanged weights the ratio variance is {floor:.2e}, above {limit:.0e}: the constraint would act on "
+            "numerical noise. Use model.compute_dtype=float32, or a larger objective.dual.budget, or raise "
+            "trainer.max_noise_floor knowingly, in a new --workdir"
         )
+    say("warning: the noise floor has risen above its limit since the run was started")
+    event("noise_floor", floor=floor, limit=limit)
+    return floor

@@ -10,9 +10,7 @@ iterations ago (as in M2PO, arXiv 2510.01161).
 """
 
 import dataclasses
-import hashlib
 import io
-import os
 import pathlib
 
 import jax
@@ -20,6 +18,7 @@ import numpy as np
 
 from r2vpo_jax.config import ReplayConfig
 from r2vpo_jax.rollout import Rollout
+from r2vpo_jax.run import files
 
 
 class ReplayError(ValueError):
@@ -78,9 +77,9 @@ class ReplayBuffer:
         """
         self._check(iteration, rollout, version)
         data = _encode(rollout)
-        checksum = hashlib.sha256(data).hexdigest()
+        checksum = files.sha256_of(data)
         if self._write:
-            _write_once(self.path(iteration), data)
+            files.write_atomically(self.path(iteration), data)
         uses = np.zeros(len(rollout.group_id) // self._group, np.int64)
         self._entries.append(_Entry(iteration, rollout, uses, checksum, len(data)))
         self._evict(iteration)
@@ -236,7 +235,7 @@ class ReplayBuffer:
                 data = path.read_bytes()
             except OSError as error:
                 raise ReplayError(f"cannot read replay file {path}: {error.strerror}") from error
-            if hashlib.sha256(data).hexdigest() != item["sha256"]:
+            if files.sha256_of(data) != item["sha256"]:
                 raise ReplayError(f"replay file {path} is damaged: its checksum is not the one in the checkpoint")
             uses = np.asarray(item["uses"], np.int64)
             entries.append(_Entry(item["iteration"], _decode(data), uses, item["sha256"], len(data)))
@@ -276,14 +275,3 @@ def _encode(rollout: Rollout) -> bytes:
 def _decode(data: bytes) -> Rollout:
     with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
         return Rollout(**{name: arrays[name] for name in arrays.files})
-
-
-def _write_once(path: pathlib.Path, data: bytes) -> None:
-    """Appear whole or not at all; on disk when this returns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

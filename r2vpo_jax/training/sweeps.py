@@ -5,6 +5,7 @@ same keys. Every method has the same number of runs per value and the same data,
 A sweep that was stopped goes on where it was: finished runs are kept, the one at hand resumes.
 """
 
+import copy
 import dataclasses
 import json
 import pathlib
@@ -15,19 +16,19 @@ import numpy as np
 
 from r2vpo_jax import config as config_lib
 from r2vpo_jax.config import Config, SweepConfig
-from r2vpo_jax.errors import UsageError
+from r2vpo_jax.errors import Stopped, UsageError
 from r2vpo_jax.evaluation import estimators
 from r2vpo_jax.run import console, directory, files, report
 from r2vpo_jax.training import trainer
 
 TARGET = 0.8  # "rollouts to": first validation score of at least this
 
-# Method -> (preset, objective fields that take the swept value, label of the value). The values of "preset" are names.
+# Method -> (preset, fields of `objective` that take the swept value, label of the value). The values of "preset" are names.
 METHODS = {
     "preset": (None, (), "preset"),
-    "variance_coef": ("r2vpo_fixed", ("variance_coef",), "variance coefficient λ (fixed)"),
-    "variance_budget": ("r2vpo", ("variance_budget",), "variance budget δ (adaptive λ)"),
-    "clip": ("ppo_clip", ("clip_low", "clip_high"), "clip ε (PPO)"),
+    "variance_coef": ("r2vpo_fixed", ("dual.coef",), "variance coefficient λ (fixed)"),
+    "variance_budget": ("r2vpo", ("dual.budget",), "variance budget δ (adaptive λ)"),
+    "clip": ("ppo_clip", ("loss.options.clip_low", "loss.options.clip_high"), "clip ε (PPO)"),
 }
 
 
@@ -62,11 +63,17 @@ def runs(sweep: SweepConfig) -> list[Run]:
 def run_config(base: dict, run: Run) -> Config:
     """The configuration of one run: the base, with this method's preset, value and seed."""
     preset, fields, _ = METHODS[run.method]
-    objective = {**base["objective"], "name": preset or run.value, **dict.fromkeys(fields, run.value)}
+    objective = copy.deepcopy(base["objective"]) | {"name": preset or run.value}
+    for field in fields:
+        *sections, name = field.split(".")
+        node = objective
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[name] = run.value
     return config_lib.from_dict({**base, "objective": objective, "seed": run.seed})
 
 
-def run_sweep(base: dict, sweep: SweepConfig, workdir, say=console.say) -> list[dict] | None:
+def run_sweep(base: dict, sweep: SweepConfig, workdir, say=console.say) -> list[dict]:
     """Run what is not done yet, then write table and picture.
 
     Args:
@@ -76,9 +83,10 @@ def run_sweep(base: dict, sweep: SweepConfig, workdir, say=console.say) -> list[
       say: where progress lines go.
 
     Returns:
-      One result a run, or None when a run was stopped before its end (Ctrl-C).
+      One result per run.
 
     Raises:
+      Stopped: a run was stopped before its end (Ctrl-C); the same call goes on there.
       UsageError: the directory holds another sweep, or a run's configuration is invalid.
     """
     todo = runs(sweep)
@@ -87,21 +95,20 @@ def run_sweep(base: dict, sweep: SweepConfig, workdir, say=console.say) -> list[
     _claim(workdir, base, sweep)
     results = []
     for number, run in enumerate(todo, 1):
-        directory = workdir / "runs" / run.name
+        folder = workdir / "runs" / run.name
         say(f"[{number}/{len(todo)}] {run.name}")
-        result = _result(directory, run)
+        result = _result(folder, run)
         if result is None:
             try:
-                if trainer.train(configs[run], directory, say=lambda _: None) is None:
-                    return None
-            except UsageError:
+                trainer.train(configs[run], folder, say=lambda _: None)
+            except (UsageError, Stopped):
                 raise
             except Exception as error:  # a run that dies is a result; the next one is tried
                 say(f"{run.name} failed: {error}")
-                (directory / "failed.json").write_text(
+                (folder / "failed.json").write_text(
                     json.dumps({"error": repr(error), "traceback": traceback.format_exc()}, indent=2) + "\n"
                 )
-            result = _result(directory, run)
+            result = _result(folder, run)
         results.append(result)
     write_results(workdir, results)
     return results
@@ -112,17 +119,17 @@ def _claim(workdir: pathlib.Path, base: dict, sweep: SweepConfig) -> None:
     directory.claim_file(workdir, "sweep.json", identity)
 
 
-def _result(directory: pathlib.Path, run: Run) -> dict | None:
+def _result(folder: pathlib.Path, run: Run) -> dict | None:
     """What is known of a run: its result, its failure, or None if it has not ended."""
     row = {"method": run.method, "value": run.value, "seed": run.seed, "failed": False}
-    if (directory / "failed.json").exists():
+    if (folder / "failed.json").exists():
         return row | {"failed": True}
-    if not (directory / "report" / "summary.json").exists():
+    if not (folder / "report" / "summary.json").exists():
         return None
-    summary = report.read_summary(directory)
+    summary = report.read_summary(folder)
     reached = [
         r["rollouts"]
-        for r in files.read_jsonl(directory / "metrics.jsonl")
+        for r in files.read_jsonl(folder / "metrics.jsonl")
         if r["kind"] == "evaluation" and r["split"] == "validation" and r["pass_at_1"] >= TARGET
     ]
     return row | {
@@ -142,7 +149,7 @@ def _cells(results: list[dict]) -> Iterator[tuple[str, float | str, list[dict]]]
 
 
 def table(results: list[dict]) -> str:
-    """A Markdown table, one row a cell: mean ± half of the 95 % interval over seeds."""
+    """A Markdown table, one row per cell: mean ± half of the 95 % interval over seeds."""
     lines = [
         "| method | value | runs | failed | final pass@1 (test) | best pass@1 (validation) "
         f"| rollouts to {TARGET:g} | final entropy |",
@@ -181,7 +188,7 @@ def write_results(workdir: pathlib.Path, results: list[dict]) -> None:
 
 
 def plot(results: list[dict], file) -> None:
-    """Final pass@1 against the value, one panel a method, every seed a dot."""
+    """Final pass@1 against the value, one panel per method, every seed a dot."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -30,8 +30,8 @@ def canonical(answer: str) -> str:
 
 
 def _canonical(text, depth=0) -> str:
-    sides = equivalence._sides(text)
-    if len(sides) == 2 and equivalence._NAME.fullmatch(sides[0]):
+    sides = notation.sides(text)
+    if len(sides) == 2 and notation.is_name(sides[0]):
         text = sides[1]
     body, _ = notation.split_unit(text)
     value = notation.number(body)
@@ -41,9 +41,9 @@ def _canonical(text, depth=0) -> str:
     if spelled is not None:
         return spelled.upper() if len(spelled) == 1 else spelled
     if depth < 4:
-        if equivalence._is_set(text):
+        if notation.is_set(text):
             return r"\{" + ",".join(sorted(_canonical(part, depth + 1) for part in notation.split(text[2:-2]))) + r"\}"
-        brackets, inner = equivalence._bracketed(text)
+        brackets, inner = notation.bracketed(text)
         if inner:
             return brackets[0] + ",".join(_canonical(part, depth + 1) for part in inner) + brackets[1]
         parts = notation.split(text)
@@ -103,8 +103,8 @@ def _quantity(text):
     if len(text) > notation.MAX_ANSWER_CHARS:
         return None, ""
     text = notation.clean(text)
-    sides = equivalence._sides(text)
-    if len(sides) > 1 and equivalence._NAME.fullmatch(sides[0]):
+    sides = notation.sides(text)
+    if len(sides) > 1 and notation.is_name(sides[0]):
         text = sides[-1]
     body, unit = notation.split_unit(text)
     return notation.number(body), unit

@@ -24,9 +24,6 @@ from fractions import Fraction
 from r2vpo_jax.verifiers import notation
 
 _TOLERANCE = Fraction(1, 10**6)
-_SIDES = re.compile(r"(?<![<>!\\:])=(?!=)")
-_RELATION = re.compile(r"[<>]|\\(?:le|ge|ne|lt|gt)(?![a-zA-Z])")
-_NAME = re.compile(r"(?:\\?[A-Za-z]+|\\angle\s*[A-Z]{1,3}|[A-Za-z]?\s*\([A-Za-z,\s]+\))(?:_\{?\w+\}?)?'?")
 _CONNECTIVES = re.compile(
     r"\s*(?:,\s*)?(?:\\text\s*\{\s*(?:or|and)\s*\}|(?<![a-zA-Z\\])(?:or|and)(?![a-zA-Z])|\\(?:lor|vee|land|wedge)(?![a-zA-Z]))\s*"
 )
@@ -59,11 +56,11 @@ def same(gold: str, answer: str) -> bool:
         return _same_single(gold, answer)
     if gold_parts is not None and answer_parts is not None:
         return _same_unordered(gold_parts, answer_parts)
-    brackets, inner = _bracketed(gold)
-    if gold_parts is None and brackets == "()" and inner and not _is_set(answer):
+    brackets, inner = notation.bracketed(gold)
+    if gold_parts is None and brackets == "()" and inner and not notation.is_set(answer):
         return len(inner) == len(answer_parts) and all(map(_same_single, inner, answer_parts))
-    brackets, inner = _bracketed(answer)
-    if answer_parts is None and brackets == "()" and inner and not _is_set(gold):
+    brackets, inner = notation.bracketed(answer)
+    if answer_parts is None and brackets == "()" and inner and not notation.is_set(gold):
         return len(inner) == len(gold_parts) and all(map(_same_single, gold_parts, inner))
     golds = [gold] if gold_parts is None else _distinct(gold_parts)
     answers = [answer] if answer_parts is None else _distinct(answer_parts)
@@ -78,9 +75,9 @@ def _plain(text) -> str:
     r"""Without what only introduces: x \in S is S, {x | c} is c, (x, y) = (1, 2) is x = 1, y = 2."""
     match = _SET_BUILDER.fullmatch(text)
     text = match[1].strip() if match else _MEMBER.sub("", text, count=1)
-    sides = _sides(text)
+    sides = notation.sides(text)
     if len(sides) == 2 and _NAMES.fullmatch(sides[0]):
-        brackets, values = _bracketed(sides[1])
+        brackets, values = notation.bracketed(sides[1])
         names = sides[0].strip("() ").split(",")
         if brackets == "()" and len(values) == len(names):
             return ", ".join(f"{name.strip()} = {value}" for name, value in zip(names, values, strict=True))
@@ -91,35 +88,23 @@ def _elements(text) -> list[str] | None:
     """Members of an unordered collection, or None if it is one thing."""
     if notation.number(notation.split_unit(text)[0]) is not None:
         return None
-    if _is_set(text):
+    if notation.is_set(text):
         inner = text[2:-2]
         if re.search(r"\\mid|\||:", inner):
             return None  # {x | ...}
         return [piece for part in notation.split(inner) for piece in _signs(part)]
-    joined = _CONNECTIVES.sub(",", text) if not _RELATION.search(text) else text
+    joined = _CONNECTIVES.sub(",", text) if not notation.has_relation(text) else text
     parts = [part for part in notation.split(joined) if part]
-    if _RELATION.search(text) and len(parts) == 1:
+    if notation.has_relation(text) and len(parts) == 1:
         return None
     pieces = [piece for part in parts for piece in _signs(part)]
     return pieces if len(pieces) > 1 else None
-
-
-def _is_set(text) -> bool:
-    return text.startswith(r"\{") and notation.closing(text, 0) == len(text) - 1
 
 
 def _signs(text) -> list[str]:
     if len(re.findall(r"\\pm(?![a-zA-Z])", text)) != 1 or text.startswith(("(", "[")):
         return [text]
     return [re.sub(r"\\pm(?![a-zA-Z])", sign, text).strip().removeprefix("+") for sign in "+-"]
-
-
-def _bracketed(text) -> tuple[str, list[str]]:
-    """("()", members) of a tuple or interval; ("", []) of anything else."""
-    if not text.startswith(("(", "[")) or not text.endswith((")", "]")) or notation.closing(text, 0) != len(text) - 1:
-        return "", []
-    inner = notation.split(text[1:-1])
-    return (text[0] + text[-1], inner) if len(inner) > 1 else ("", [])
 
 
 def _same_unordered(golds, answers) -> bool:
@@ -150,11 +135,11 @@ def _distinct(parts) -> list[str]:
 def _same_single(gold, answer) -> bool:
     if not answer.strip():
         return False
-    gold_sides, answer_sides = _sides(gold), _sides(answer)
+    gold_sides, answer_sides = notation.sides(gold), notation.sides(answer)
     if len(gold_sides) > 1 or len(answer_sides) > 1:
         return _same_equation(gold, answer, gold_sides, answer_sides)
-    gold_brackets, gold_inner = _bracketed(gold)
-    answer_brackets, answer_inner = _bracketed(answer)
+    gold_brackets, gold_inner = notation.bracketed(gold)
+    answer_brackets, answer_inner = notation.bracketed(answer)
     if gold_inner and answer_inner:
         if gold_brackets != answer_brackets or len(gold_inner) != len(answer_inner):
             return False
@@ -164,7 +149,7 @@ def _same_single(gold, answer) -> bool:
         if len(golds) == len(answers) and _same_unordered(golds, answers):
             return True
         return _same_expression(gold, answer)
-    if gold_inner and not _RELATION.search(answer) and r"\cup" not in answer:
+    if gold_inner and not notation.has_relation(answer) and r"\cup" not in answer:
         _check_gold(gold)
         return False
     return _same_quantity(gold, answer)
@@ -172,15 +157,6 @@ def _same_single(gold, answer) -> bool:
 
 def _pieces(text) -> list[str]:
     return [part.strip() for part in re.split(r"\\cup(?![a-zA-Z])", text)]
-
-
-def _sides(text) -> list[str]:
-    if _RELATION.search(text) or r"\begin" in text:
-        return [text]
-    if not _SIDES.search(text):
-        return [text]
-    sides = notation.split(text, "=")
-    return [text] if any(side.endswith(("<", ">", "!", "\\", ":")) for side in sides) else sides
 
 
 def _same_equation(gold, answer, gold_sides, answer_sides) -> bool:
@@ -191,13 +167,13 @@ def _same_equation(gold, answer, gold_sides, answer_sides) -> bool:
         return False
     if len(gold_sides) == 1:
         return same(gold, answer_sides[-1])
-    named = _NAME.fullmatch(gold_sides[0]) is not None
+    named = notation.is_name(gold_sides[0])
     if len(answer_sides) == 1:
         if not named:
             _parse_gold(gold)
             return False
         return same(gold_sides[-1], answer)
-    if named and _NAME.fullmatch(answer_sides[0]):
+    if named and notation.is_name(answer_sides[0]):
         letters = [re.sub(r"[\s{}\\]", "", sides[0]) for sides in (gold_sides, answer_sides)]
         return letters[0] == letters[1] and same(gold_sides[-1], answer_sides[-1])
     return _same_expression(gold, answer)
@@ -274,7 +250,7 @@ def _check_gold(gold) -> None:
     """Raises ValueError where nothing can be made of a gold, although the answer is known to be another."""
     if notation.number(gold) is None and word(gold) is None and _elements(gold) is None:
         body, _ = notation.split_unit(gold)
-        if notation.number(body) is None and not _bracketed(gold)[1]:
+        if notation.number(body) is None and not notation.bracketed(gold)[1]:
             _parse_gold(body)
 
 

@@ -12,7 +12,7 @@ Rules:
 import collections
 import re
 
-STYLES = ("final", "boxed", "answer_tag", "hash", "last_number")
+RESPONSE_STYLES = ("final", "boxed", "answer_tag", "hash", "last_number")  # where in a response its final answer is
 MAX_FORM_CHARS = 200_000  # a longer response has no form
 
 _BRACE_OR_BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])|\\.|[{}]", re.DOTALL)
@@ -37,8 +37,8 @@ def extract(text: str, style: str = "final") -> str | None:
     Raises:
       ValueError: unknown style.
     """
-    if style not in STYLES:
-        raise ValueError(f"unknown style {style!r} of a final answer; one of {', '.join(STYLES)}")
+    if style not in RESPONSE_STYLES:
+        raise ValueError(f"unknown style {style!r} of a final answer; one of {', '.join(RESPONSE_STYLES)}")
     text = after_thinking(text)
     if text is None:
         return None

@@ -185,6 +185,44 @@ def split(text: str, separators: str = ",;") -> list[str]:
     return [part.strip() for part in [*parts, text[start:]]]
 
 
+# Structure --------------------------------------------------------------------------------------------------
+
+_EQUALS = re.compile(r"(?<![<>!\\:])=(?!=)")
+_RELATION = re.compile(r"[<>]|\\(?:le|ge|ne|lt|gt)(?![a-zA-Z])")
+_NAME = re.compile(r"(?:\\?[A-Za-z]+|\\angle\s*[A-Z]{1,3}|[A-Za-z]?\s*\([A-Za-z,\s]+\))(?:_\{?\w+\}?)?'?")
+
+
+def has_relation(text: str) -> bool:
+    r"""Whether there is an inequality in a cleaned answer: <, \le, \ne and so on."""
+    return _RELATION.search(text) is not None
+
+
+def sides(text: str) -> list[str]:
+    """The sides of an equation "a = b = c"; [text] where a cleaned answer is none."""
+    if has_relation(text) or r"\begin" in text or not _EQUALS.search(text):
+        return [text]
+    parts = split(text, "=")
+    return [text] if any(part.endswith(("<", ">", "!", "\\", ":")) for part in parts) else parts
+
+
+def is_name(text: str) -> bool:
+    r"""Whether a side of an equation is a single name: x, x_1, \angle ABC, f(x)."""
+    return _NAME.fullmatch(text) is not None
+
+
+def is_set(text: str) -> bool:
+    r"""Whether a cleaned answer is \{...\} as a whole."""
+    return text.startswith(r"\{") and closing(text, 0) == len(text) - 1
+
+
+def bracketed(text: str) -> tuple[str, list[str]]:
+    """("()", members) of a tuple or interval; ("", []) of anything else."""
+    if not text.startswith(("(", "[")) or not text.endswith((")", "]")) or closing(text, 0) != len(text) - 1:
+        return "", []
+    inner = split(text[1:-1])
+    return (text[0] + text[-1], inner) if len(inner) > 1 else ("", [])
+
+
 def split_unit(text: str) -> tuple[str, str]:
     r"""(quantity, unit) of a cleaned answer such as "5\text{ cm}^2"; the unit is "" where there is none.
 

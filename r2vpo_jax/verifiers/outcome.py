@@ -1,4 +1,4 @@
-"""Verdicts and splits by name. Imports nothing, so that verifier processes start fast."""
+"""Outcomes and splits by name. Imports nothing, so that verifier processes start fast."""
 
 import enum
 
@@ -6,7 +6,7 @@ SPLITS = ("train", "validation", "test")
 
 
 class Outcome(enum.IntEnum):
-    """What was found of one response. Without a verdict, ERROR or TIMEOUT says why, counted apart from WRONG."""
+    """The outcome of judging one response. ERROR and TIMEOUT mean that there is no verdict; they are counted apart from WRONG."""
 
     WRONG = 0
     RIGHT = 1

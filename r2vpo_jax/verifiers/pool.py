@@ -24,38 +24,39 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from r2vpo_jax.verifiers import answers, extraction, notation
+from r2vpo_jax.verifiers.kinds import KINDS
 from r2vpo_jax.verifiers.outcome import Outcome
 from r2vpo_jax.verifiers.process import Process, ProtocolError, Starter
 
-KINDS = ("math", "numeric", "exact", "reasoning_gym")
 STARTUP_LIMIT = 60.0  # seconds for a process to start, or to import a kind or a function
 RIGHT_ABOVE = 0.5  # value of a user's function that counts as right
 _MAX_FAILED_STARTS = 3
-_PACKAGES = {"math": ("math_verify", "math-verify"), "reasoning_gym": ("reasoning_gym", "reasoning-gym")}
 _POLL = 0.05  # seconds between looks at processes that may have died with their pipe held open by a child
 
 
 class Check(NamedTuple):
-    """A response to be judged."""
+    """A response to be judged against a gold answer."""
 
     kind: str  # one of KINDS
     gold: str  # the right answer; reasoning_gym: JSON, see `procedural.right`
     response: str  # whole text, thinking included
 
 
-class Verdict(NamedTuple):
+class Judgement(NamedTuple):
+    """Whether one response is right, or why nobody could tell."""
+
     outcome: Outcome
     reason: str = ""  # why there is no verdict
 
 
-_WRONG, _RIGHT = Verdict(Outcome.WRONG), Verdict(Outcome.RIGHT)
+_WRONG, _RIGHT = Judgement(Outcome.WRONG), Judgement(Outcome.RIGHT)
 
 
 @dataclasses.dataclass
 class _Job:
     load: str  # what must be imported: a kind, or module:function
     request: dict  # for the worker, without id; {} if loading is all
-    done: Callable[[dict | Verdict], None]  # gets the reply, or the verdict where there is none
+    done: Callable[[dict | Judgement], None]  # gets the reply, or the judgement where there is none
 
 
 @dataclasses.dataclass
@@ -72,16 +73,16 @@ class _Slot:
 class VerifierPool:
     """Verifier processes: CPU only, limited in time and memory, replaced when they fail.
 
-    A response never raises and never costs more than `time_limit` seconds; what it does is counted by its `Outcome`: TIMEOUT
-    for the time limit, ERROR with a reason for an exception, a process that died, too long a text or a gold answer that
-    cannot be judged against.
+    A response never raises and never costs more than `time_limit` seconds. Its `Outcome` says what happened: TIMEOUT where the
+    time limit was exceeded; ERROR, with a reason, for an exception, a process that died, a text that is too long, or a gold
+    answer that cannot be judged against.
 
     Args:
       num_workers: processes; they start with the first call.
-      time_limit: seconds an item, from its dispatch to a process that is ready; imports do not count.
+      time_limit: seconds per response, from when a process that is ready gets it; imports do not count.
       max_chars: a longer response is an ERROR and is not looked at.
-      memory_limit_mb: address space a process, MiB. JAX in a function of yours takes several thousand.
-      tolerance: relative, of kind "numeric".
+      memory_limit_mb: address space of each process, MiB. JAX in a function of yours takes several thousand.
+      tolerance: relative tolerance of kind "numeric".
 
     Raises:
       ValueError: parameters out of range.
@@ -123,8 +124,8 @@ class VerifierPool:
 
     # Gold answers -------------------------------------------------------------------------------------------
 
-    def check(self, checks: Sequence[Check]) -> list[Verdict]:
-        """Verdicts in the order of the checks.
+    def check(self, checks: Sequence[Check]) -> list[Judgement]:
+        """Judgements, in the order of the checks.
 
         A response without a final answer is WRONG. Kind "reasoning_gym" takes the answer tag, the box, or all that follows
         the thinking; the others take `extract(response, "final")`.
@@ -133,57 +134,57 @@ class VerifierPool:
           ValueError: unknown kind, or a package that it needs is missing; nothing about a response.
           RuntimeError: processes do not start, or the pool is closed.
         """
-        verdicts: list[Verdict | None] = [None] * len(checks)
+        judgements: list[Judgement | None] = [None] * len(checks)
         waiting: dict[tuple, list[int]] = collections.defaultdict(list)
         for kind in {kind for kind, _, _ in checks}:
             _check_kind(kind)
         for row, (kind, gold, response) in enumerate(checks):
             if len(response) > self.max_chars:
-                verdicts[row] = self._too_long(response)
+                judgements[row] = self._too_long(response)
                 continue
             text = kind == "reasoning_gym"
             answer = extraction.extract_text(response) if text else extraction.extract(response, "final")
             if answer is None or (len(answer) > notation.MAX_ANSWER_CHARS and not text):
-                verdicts[row] = _WRONG
+                judgements[row] = _WRONG
             else:
                 waiting[kind, gold, answer].append(row)
-        self._judge(waiting, verdicts)
-        return verdicts
+        self._judge(waiting, judgements)
+        return judgements
 
     def check_gold(self, pairs: Sequence[tuple[str, str]]) -> dict[int, str]:
         """Row -> reason of the (kind, gold) pairs of which the gold is not judged right against itself.
 
         The gold is written into a box. Plain numbers are known to be good.
         """
-        verdicts: list[Verdict | None] = [None] * len(pairs)
+        judgements: list[Judgement | None] = [None] * len(pairs)
         waiting: dict[tuple, list[int]] = collections.defaultdict(list)
         for row, (kind, gold) in enumerate(pairs):
             _check_kind(kind)
             if kind == "reasoning_gym":
                 waiting[kind, gold, None].append(row)  # the answer that the generator has stored
             elif re.fullmatch(r"-?\d{1,300}", gold, re.ASCII):
-                verdicts[row] = _RIGHT
+                judgements[row] = _RIGHT
             elif extraction.extract(rf"\boxed{{{gold}}}") is None or len(gold) > notation.MAX_ANSWER_CHARS:
-                verdicts[row] = Verdict(Outcome.WRONG, "empty, too long, or with braces that do not match")
+                judgements[row] = Judgement(Outcome.WRONG, "empty, too long, or with braces that do not match")
             else:
                 waiting[kind, gold, extraction.extract(rf"\boxed{{{gold}}}")].append(row)
-        self._judge(waiting, verdicts)
+        self._judge(waiting, judgements)
         return {
-            row: verdict.reason or "is judged wrong against itself"
-            for row, verdict in enumerate(verdicts)
-            if verdict.outcome != Outcome.RIGHT
+            row: judgement.reason or "is judged wrong against itself"
+            for row, judgement in enumerate(judgements)
+            if judgement.outcome != Outcome.RIGHT
         }
 
-    def _judge(self, waiting, verdicts) -> None:
+    def _judge(self, waiting, judgements) -> None:
         def done(rows, reply):
-            if not isinstance(reply, Verdict):
+            if not isinstance(reply, Judgement):
                 right = reply.get("right")
                 if right not in (True, False):
-                    reply = Verdict(Outcome.ERROR, str(reply.get("error", "no verdict in the reply")))
+                    reply = Judgement(Outcome.ERROR, str(reply.get("error", "no verdict in the reply")))
                 else:
                     reply = _RIGHT if right else _WRONG
             for row in rows:
-                verdicts[row] = reply
+                judgements[row] = reply
 
         jobs = []
         for (kind, gold, answer), rows in waiting.items():
@@ -191,8 +192,8 @@ class VerifierPool:
             jobs.append(_Job(kind, request, functools.partial(done, rows)))
         self._run(jobs)
 
-    def _too_long(self, response) -> Verdict:
-        return Verdict(Outcome.ERROR, f"response of {len(response)} characters, the limit is {self.max_chars}")
+    def _too_long(self, response) -> Judgement:
+        return Judgement(Outcome.ERROR, f"response of {len(response)} characters, the limit is {self.max_chars}")
 
     # Functions of the user -----------------------------------------------------------------------------------
 
@@ -209,7 +210,7 @@ class VerifierPool:
         replies = []
         self._run([_Job(function, {}, replies.append)])
         reply = replies[0]
-        problem = reply.reason if isinstance(reply, Verdict) else reply.get("error", "")
+        problem = reply.reason if isinstance(reply, Judgement) else reply.get("error", "")
         if problem:
             raise ValueError(f"reward function {function!r} cannot be imported: {problem}")
         self._functions.add(function)
@@ -217,11 +218,12 @@ class VerifierPool:
     def score(self, function: str, questions, responses, answers, batch_size: int = 32):
         """Values of a reward function of the user, `function(questions, responses, answers) -> floats`, batch by batch.
 
-        A batch has `time_limit` seconds. What befalls it (exception, time limit, end of the process, a wrong number of
-        values) befalls all of its rows, so smaller batches lose less; a value that is not finite costs its own row only.
+        A batch has `time_limit` seconds. If it fails (by an exception, the time limit, the end of the process, or a wrong number
+        of values), all of its rows get that outcome, so that smaller batches lose less. A value that is not finite costs its
+        own row only.
 
         Returns:
-          (values float32 [N], nan where there is none; verdicts [N], RIGHT where the value is above RIGHT_ABOVE).
+          (values float32 [N], nan where there is none; judgements [N], RIGHT where the value is above RIGHT_ABOVE).
 
         Raises:
           ValueError: the function cannot be imported, or lengths differ.
@@ -233,16 +235,16 @@ class VerifierPool:
             raise ValueError("questions, responses and answers must be as many, batch_size at least 1")
         self.check_function(function)
         values = np.full(len(responses), np.nan, np.float32)
-        verdicts = [self._too_long(r) if len(r) > self.max_chars else None for r in responses]
+        judgements = [self._too_long(r) if len(r) > self.max_chars else None for r in responses]
 
         def done(rows, reply):
-            found = reply if isinstance(reply, Verdict) else _values(reply, len(rows))
+            found = reply if isinstance(reply, Judgement) else _values(reply, len(rows))
             for number, row in enumerate(rows):
-                verdicts[row] = found if isinstance(found, Verdict) else _value_verdict(found[number])
-                if not verdicts[row].reason:
+                judgements[row] = found if isinstance(found, Judgement) else _judgement_of_value(found[number])
+                if not judgements[row].reason:
                     values[row] = found[number]
 
-        rows = [row for row, verdict in enumerate(verdicts) if verdict is None]
+        rows = [row for row, judgement in enumerate(judgements) if judgement is None]
         jobs = []
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
@@ -250,7 +252,7 @@ class VerifierPool:
             request = {"function": function, "arguments": columns}
             jobs.append(_Job(function, request, functools.partial(done, batch)))
         self._run(jobs)
-        return values, verdicts
+        return values, judgements
 
     # The event loop ------------------------------------------------------------------------------------------
 
@@ -266,13 +268,13 @@ class VerifierPool:
                     while queue or any(slot.job for slot in self._slots):
                         self._fill(queue)
                         self._wait(selector)
-                        self._look_after()
+                        self._poll()
             except BaseException:
                 for slot in self._slots:  # their answers are not waited for
                     if slot.job is not None:
                         self._drop(slot)
                 raise
-            self._bury()
+            self._reap()
 
     def _fill(self, queue) -> None:
         """Gives jobs to slots without one, and the next request to processes that are ready for one."""
@@ -281,9 +283,9 @@ class VerifierPool:
                 slot.job = queue.popleft()
                 if slot.process is not None and slot.process.has_ended():  # idle, and killed from outside
                     process, slot.process = slot.process, None
-                    self._retire(process)
+                    self._terminate(process)
                 if slot.process is not None:
-                    self._proceed(slot)
+                    self._send_next(slot)
             if slot.job is not None and slot.process is None:
                 self._start(slot)
 
@@ -291,7 +293,7 @@ class VerifierPool:
         slot.process = Process(self._starter, self._memory_limit_mb)
         slot.number, slot.deadline = 0, time.monotonic() + STARTUP_LIMIT
 
-    def _proceed(self, slot) -> None:
+    def _send_next(self, slot) -> None:
         """Sends the slot's next request: what to import, or its job."""
         job = slot.job
         self._number += 1
@@ -319,7 +321,7 @@ class VerifierPool:
         nearest = min((slot.deadline for slot in busy), default=0.0)
         selector.select(max(0.0, min(_POLL, nearest - time.monotonic())))
 
-    def _look_after(self) -> None:
+    def _poll(self) -> None:
         now = time.monotonic()
         for slot in self._slots:
             if slot.job is None:
@@ -335,8 +337,8 @@ class VerifierPool:
             except EOFError:
                 self._died(slot)
             except ProtocolError as error:  # it does not keep to the protocol
-                self._fail(slot, Verdict(Outcome.ERROR, f"verifier process sent {error}"))
-        self._bury()
+                self._fail(slot, Judgement(Outcome.ERROR, f"verifier process sent {error}"))
+        self._reap()
 
     def _receive(self, slot, reply) -> None:
         if reply.get("id") != slot.number:
@@ -357,21 +359,21 @@ class VerifierPool:
             else:
                 self._finish(slot, reply)
             return
-        self._proceed(slot)
+        self._send_next(slot)
 
     def _finish(self, slot, result) -> None:
         job, slot.job, slot.loading, slot.deadline = slot.job, None, None, math.inf
         job.done(result)
 
     def _fail(self, slot, result) -> None:
-        """Closes the job with this verdict or reply and kills the process."""
+        """Closes the job with this judgement or reply and kills the process."""
         process, slot.process = slot.process, None
-        self._retire(process)
+        self._terminate(process)
         self._finish(slot, result)
 
     def _expire(self, slot) -> None:
         if slot.loading is None and slot.process.ready:
-            self._fail(slot, Verdict(Outcome.TIMEOUT, f"no verdict in {self.time_limit:g} seconds"))
+            self._fail(slot, Judgement(Outcome.TIMEOUT, f"no verdict in {self.time_limit:g} seconds"))
         elif slot.process.ready:
             self._load_failed(slot, f"not imported in {STARTUP_LIMIT:g} seconds")
         else:
@@ -384,12 +386,12 @@ class VerifierPool:
         elif slot.loading is not None:
             self._load_failed(slot, f"the verifier process ended: {ending}")
         else:
-            self._fail(slot, Verdict(Outcome.ERROR, f"verifier process ended: {ending}"))
+            self._fail(slot, Judgement(Outcome.ERROR, f"verifier process ended: {ending}"))
 
     def _start_failed(self, slot, reason) -> None:
         """Tries again with another process, a few times."""
         process, slot.process = slot.process, None
-        self._retire(process)
+        self._terminate(process)
         self._failed_starts += 1
         if self._failed_starts >= _MAX_FAILED_STARTS:
             self._failed_starts = 0
@@ -397,28 +399,28 @@ class VerifierPool:
 
     def _load_failed(self, slot, reason) -> None:
         job = slot.job
-        self._fail(slot, Verdict(Outcome.ERROR, reason))
-        if job.load in _PACKAGES:
+        self._fail(slot, Judgement(Outcome.ERROR, reason))
+        if job.load in KINDS and KINDS[job.load].package is not None:
             raise ValueError(f"kind {job.load!r} cannot be used: {reason}")
 
     def _drop(self, slot) -> None:
         process, slot.process, slot.job, slot.loading = slot.process, None, None, None
         if process is not None:
-            self._retire(process)
+            self._terminate(process)
 
-    def _retire(self, process) -> None:
+    def _terminate(self, process) -> None:
         process.kill()
         self._dying.append(process)
 
-    def _bury(self) -> None:
+    def _reap(self) -> None:
         self._dying[:] = [process for process in self._dying if not process.reap()]
 
 
 def _check_kind(kind: str) -> None:
     if kind not in KINDS:
         raise ValueError(f"unknown kind {kind!r} of a verifier; one of {', '.join(KINDS)}")
-    if kind in _PACKAGES and not _is_installed(_PACKAGES[kind][0]):
-        package = _PACKAGES[kind][1]
+    if KINDS[kind].package is not None and not _is_installed(KINDS[kind].package[0]):
+        package = KINDS[kind].package[1]
         raise ValueError(f"kind {kind!r} needs the package {package}: pip install 'r2vpo_jax[reasoning]'")
 
 
@@ -427,23 +429,23 @@ def _is_installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def _values(reply: dict, size: int) -> list | Verdict:
+def _values(reply: dict, size: int) -> list | Judgement:
     if "error" in reply:
-        return Verdict(Outcome.ERROR, str(reply["error"]))
+        return Judgement(Outcome.ERROR, str(reply["error"]))
     values = reply.get("values")
     if not isinstance(values, list) or len(values) != size:
         count = len(values) if isinstance(values, list) else "no"
-        return Verdict(Outcome.ERROR, f"the function returned {count} values for {size} responses")
+        return Judgement(Outcome.ERROR, f"the function returned {count} values for {size} responses")
     return values
 
 
-def _value_verdict(value) -> Verdict:
+def _judgement_of_value(value) -> Judgement:
     try:
         finite = math.isfinite(struct.unpack("f", struct.pack("f", value))[0])
     except (OverflowError, struct.error):
         finite = False
     if not finite:
-        return Verdict(Outcome.ERROR, f"the value is not a finite float32: {value!r:.40}")
+        return Judgement(Outcome.ERROR, f"the value is not a finite float32: {value!r:.40}")
     return _RIGHT if value > RIGHT_ABOVE else _WRONG
 
 

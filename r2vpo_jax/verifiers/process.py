@@ -13,7 +13,7 @@ import threading
 import time
 
 MAX_REPLY_BYTES = 1 << 20
-# What a process may see of accelerators: nothing.
+# A process must see no accelerator.
 _ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "CUDA_VISIBLE_DEVICES": "",
@@ -178,7 +178,7 @@ class Process:
 
     def ending(self) -> str:
         """How the process ended: "signal 9", "exit code 1", with the end of what it said while it started."""
-        self.reap(0.2)
+        self.reap(1.0)  # its pipes close before it has ended; on a busy machine well before
         code = self._process.returncode
         how = "it closed its pipes" if code is None else f"signal {-code}" if code < 0 else f"exit code {code}"
         if self.ready:

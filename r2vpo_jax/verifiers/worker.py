@@ -20,6 +20,8 @@ import os
 import signal
 import sys
 
+from r2vpo_jax.verifiers.kinds import KINDS
+
 _MAX_REASON = 400
 _PR_SET_PDEATHSIG = 1
 
@@ -90,7 +92,7 @@ def _handle(request: dict) -> dict:
         if "function" in request:
             function = _function(request["function"])
             return {"id": number, "values": [float(value) for value in function(*request["arguments"])]}
-        return {"id": number, "right": bool(_JUDGES[request["kind"]](request))}
+        return {"id": number, "right": bool(KINDS[request["kind"]].judge(request))}
     except MemoryError:
         return {"id": number, "error": "MemoryError: over the memory limit of the verifier", "spoiled": True}
     except BaseException as error:
@@ -119,13 +121,8 @@ def _load(name: str) -> None:
     """Imports what a kind or function needs and warms it up, outside the time limit of the items."""
     if ":" in name:
         _function(name)
-    elif name == "math":
-        from r2vpo_jax.verifiers import answers
-
-        for gold, answer in ((r"\sqrt{8}", r"2\sqrt{2}"), ("x^2-1", "(x-1)(x+1)"), ("(0,1]", "0<x\\le 1")):
-            answers.same(gold, answer)
-    elif name == "reasoning_gym":
-        importlib.import_module("reasoning_gym")
+    elif KINDS[name].warm_up is not None:
+        KINDS[name].warm_up()
 
 
 def _function(path: str):
@@ -136,33 +133,6 @@ def _function(path: str):
     if not callable(function):
         raise TypeError(f"{path} is not a function")
     return function
-
-
-def _exact(request) -> bool:
-    from r2vpo_jax.verifiers import answers
-
-    return answers.exact(request["gold"], request["answer"])
-
-
-def _numeric(request) -> bool:
-    from r2vpo_jax.verifiers import answers
-
-    return answers.numeric(request["gold"], request["answer"], request["tolerance"])
-
-
-def _math(request) -> bool:
-    from r2vpo_jax.verifiers import answers
-
-    return answers.same(request["gold"], request["answer"])
-
-
-def _reasoning_gym(request) -> bool:
-    from r2vpo_jax.verifiers import procedural
-
-    return procedural.right(request["gold"], request["answer"])
-
-
-_JUDGES = {"exact": _exact, "numeric": _numeric, "math": _math, "reasoning_gym": _reasoning_gym}
 
 
 if __name__ == "__main__":

@@ -1,107 +1,85 @@
-"""Configurations: presets, validation, and the way through flags."""
+"""The sections besides the objective: what is out of range, or does not fit the rest, is refused by its name."""
 
 import dataclasses
-import json
 
 import pytest
 
-from r2vpo_jax import config
 from r2vpo_jax.config import (
     AlarmConfig,
+    ArithmeticConfig,
     Config,
     ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
+    PromptConfig,
     ReplayConfig,
+    RewardConfig,
     SamplerConfig,
+    ScoreSamplingConfig,
     TaskConfig,
+    TextConfig,
     TrainerConfig,
+    VerifierConfig,
 )
-from r2vpo_jax.config.task import PromptConfig, RewardConfig, VerifierConfig
 
 ALLOWED = {"allow_single_update": True}
-
-
-@pytest.mark.parametrize(
-    ("name", "loss", "adaptive", "variance_coef"),
-    [
-        ("r2vpo", "r2vpo", True, 1.0),
-        ("r2vpo_fixed", "r2vpo", False, 2.5),
-        ("ppo_clip", "ppo_clip", False, 0.0),
-        ("policy_gradient", "policy_gradient", False, 0.0),
-    ],
-)
-def test_presets(name, loss, adaptive, variance_coef):
-    objective = ObjectiveConfig(name=name)
-    assert (objective.loss, objective.adaptive, objective.variance_coef) == (loss, adaptive, variance_coef)
-    # What is given wins over the preset.
-    assert ObjectiveConfig(name=name, variance_coef=7.0).variance_coef == 7.0
+NAN = float("nan")
+SPLITS = {"train": "word_problems", "validation": "word_problems", "test": "word_problems"}
 
 
 @pytest.mark.parametrize(
     ("section", "fields", "message"),
     [
-        (ObjectiveConfig, {"name": "nope"}, "objective.name='nope' is not a preset"),
-        (ObjectiveConfig, {"loss": "nope"}, "loss='nope' is unknown; one of r2vpo"),
-        (ObjectiveConfig, {"variance_coef": -1.0}, "variance_coef must be >= 0"),
-        (ObjectiveConfig, {"variance_budget": 0.0}, "variance_budget must be > 0"),
-        (ObjectiveConfig, {"dual_step": 0.0}, "dual_step must be > 0"),
-        (ObjectiveConfig, {"dual_max_step": 0.0}, "dual_max_step must be > 0"),
-        (ObjectiveConfig, {"variance_coef": 60.0}, "max_variance_coef=50.0 is below"),
-        (ObjectiveConfig, {"name": "ppo_clip", "adaptive": True}, "adaptive needs loss r2vpo"),
-        (ObjectiveConfig, {"clip_low": 0.1}, "objective.clip_low is not a hyper-parameter of loss r2vpo"),
-        (
-            ObjectiveConfig,
-            {"name": "spo", "max_ratio": 2.0},
-            "objective.max_ratio is not a hyper-parameter of loss spo",
-        ),
-        (
-            ObjectiveConfig,
-            {"name": "ppo_clip", "m2_budget": 0.1},
-            "objective.m2_budget is not a hyper-parameter of loss",
-        ),
-        (ObjectiveConfig, {"name": "ppo_clip", "clip_low": 1.5}, "objective: clip_low must be in"),
-        (ObjectiveConfig, {"name": "gspo", "clip_high": -0.1}, "clip_high >= 0"),
-        (ObjectiveConfig, {"name": "ppo_clip", "dual_clip": 1.0}, "dual_clip must be above 1"),
-        (ObjectiveConfig, {"penalty_scope": "batch"}, "unknown penalty_scope"),
-        (ObjectiveConfig, {"dual_rule": "newton"}, "dual_rule='newton' is unknown; one of projected"),
-        (ObjectiveConfig, {"name": "ppo", "zero_variance": "drop"}, "needs a baseline from the group"),
-        (ObjectiveConfig, {"kl_target": 0.1}, "kl_target adapts kl_coef, which must be > 0"),
-        (
-            ObjectiveConfig,
-            {"kl_coef": 0.1, "kl_to": "behavior", "kl_in": "reward"},
-            "kl_to=behavior goes into the loss",
-        ),
-        (ObjectiveConfig, {"kl_coef": 0.1, "kl_in": "reward", "kl_corrected": True}, "kl_corrected is for kl_in=loss"),
-        (ObjectiveConfig, {"overlong_penalty": 1.0, "overlong_buffer": 0.0}, "needs overlong_buffer > 0"),
-        (ObjectiveConfig, {"discount": 1.1}, r"discount must be in \[0, 1\]"),
-        (ObjectiveConfig, {"max_weight": 0.5}, "max_weight must be >= 1"),
-        (ObjectiveConfig, {"reduction": "sum"}, "reduction='sum' is unknown; one of token_mean"),
-        (ObjectiveConfig, {"advantage": "td"}, "advantage='td' is unknown"),
-        (ObjectiveConfig, {"advantage_scale": "mad"}, "advantage_scale='mad' is unknown"),
-        (ObjectiveConfig, {"kl_coef": -0.1}, "kl_coef must be >= 0"),
-        (ObjectiveConfig, {"kl_estimator": "k9"}, "kl_estimator='k9' is unknown; one of k1, k2, k3"),
-        (TrainerConfig, {"num_iterations": 0}, "num_iterations must be at least 1"),
-        (TrainerConfig, {"micro_batch_size": -2}, "micro_batch_size must be at least 1"),
-        (TrainerConfig, {"samples_per_iteration": -1}, "samples_per_iteration must be at least 0"),
-        (TrainerConfig, {"max_nonfinite_updates": -1}, "max_nonfinite_updates must be at least 0"),
+        (TrainerConfig, {"num_iterations": 0}, "trainer.num_iterations must be at least 1, got 0"),
+        (TrainerConfig, {"micro_batch_size": -2}, "trainer.micro_batch_size must be at least 1"),
+        (TrainerConfig, {"eval_samples": 0}, "trainer.eval_samples must be at least 1"),
+        (TrainerConfig, {"samples_per_iteration": -1}, "trainer.samples_per_iteration must be at least 0"),
+        (TrainerConfig, {"max_nonfinite_updates": -1}, "trainer.max_nonfinite_updates must be at least 0"),
+        (TrainerConfig, {"max_noise_floor": 0.0}, "trainer.max_noise_floor must be > 0"),
+        (TrainerConfig, {"max_noise_floor": NAN}, "trainer.max_noise_floor must be > 0"),
         (TrainerConfig, {"prompts_per_rollout": 10}, "groups are not torn"),
         (ReplayConfig, {"lag": -1}, "replay.lag must be at least 0"),
         (ReplayConfig, {"capacity": 2, "draw": "oldest"}, "replay.draw='oldest' is unknown; one of newest"),
         (ReplayConfig, {"draw": "mixed"}, "needs older batches: set replay.capacity to at least 2"),
         (ReplayConfig, {"max_uses": 0}, "replay.max_uses must be at least 1"),
-        (ReplayConfig, {"stale_fraction": 1.5}, r"stale_fraction must be in \[0, 1\]"),
+        (ReplayConfig, {"stale_fraction": 1.5}, r"replay.stale_fraction must be in \[0, 1\]"),
         (AlarmConfig, {"patience": 0}, "alarms.patience must be at least 1"),
-        (SamplerConfig, {"group_size": 1}, "group_size must be at least 2"),
-        (SamplerConfig, {"temperature": 0.0}, "temperature must be > 0"),
-        (OptimizerConfig, {"learning_rate": 0.0}, "learning_rate must be > 0"),
-        (OptimizerConfig, {"warmup_updates": -1}, "warmup_updates must be >= 0"),
-        (OptimizerConfig, {"schedule": "step"}, "schedule='step' is unknown"),
-        (OptimizerConfig, {"final_fraction": 1.5}, "final_fraction must be in"),
-        (OptimizerConfig, {"max_grad_norm": 0.0}, "max_grad_norm must be > 0"),
-        (TaskConfig, {"name": "chess"}, "task.name='chess' is unknown"),
+        (SamplerConfig, {"group_size": 1}, "sampler.group_size must be at least 2"),
+        (SamplerConfig, {"temperature": 0.0}, "sampler.temperature must be > 0"),
+        (SamplerConfig, {"batch_size": 15}, "sampler.batch_size=15 counts responses: it must hold a group"),
+        (ScoreSamplingConfig, {"temperature": -0.1}, "evaluation.temperature must be >= 0"),
+        (ScoreSamplingConfig, {"top_p": 0.0}, r"evaluation.top_p must be in \(0, 1\]"),
+        (ScoreSamplingConfig, {"top_p": 1.1}, r"evaluation.top_p must be in \(0, 1\]"),
+        (ScoreSamplingConfig, {"top_k": -1}, "evaluation.top_k must be >= 0"),
+        (ScoreSamplingConfig, {"batch_size": 0}, "evaluation.batch_size must be >= 1"),
+        (OptimizerConfig, {"learning_rate": 0.0}, "optimizer.learning_rate must be > 0"),
+        (OptimizerConfig, {"value_learning_rate": 0.0}, "optimizer.value_learning_rate must be > 0"),
+        (OptimizerConfig, {"warmup_updates": -1}, "optimizer.warmup_updates must be >= 0"),
+        (OptimizerConfig, {"schedule": "step"}, "optimizer.schedule='step' is unknown"),
+        (OptimizerConfig, {"final_fraction": 1.5}, "optimizer.final_fraction must be in"),
+        (OptimizerConfig, {"max_grad_norm": 0.0}, "optimizer.max_grad_norm must be > 0"),
+        (TaskConfig, {"name": "chess"}, "task.name='chess' is unknown; one of arithmetic, text, or module:Class"),
+        (TaskConfig, {"name": "my tasks:Chess"}, "task.name='my tasks:Chess' is unknown"),
+        (TaskConfig, {"options": {"size": 8}}, "task.options is for a task of your own, task.name=module:Class"),
+        (TaskConfig, {"name": "text"}, "task.name=text needs task.text.train, for example"),
+        (TextConfig, {"max_response_length": 0}, "task.text.max_response_length must be at least 1"),
+        (PromptConfig, {"template": "xml"}, "task.prompt.template='xml' is unknown; one of chat, plain"),
+        (PromptConfig, {"text": "Q:"}, "task.prompt.text must contain {question}"),
+        (PromptConfig, {"max_length": 0}, "task.prompt.max_length must be at least 1"),
+        (PromptConfig, {"template": "plain", "system": "Hi"}, "task.prompt.system needs task.prompt.template=chat"),
+        (PromptConfig, {"template": "plain", "thinking": True}, "task.prompt.thinking needs"),
+        (VerifierConfig, {"num_workers": 0}, "task.verifier.num_workers must be at least 1"),
+        (VerifierConfig, {"time_limit": 0.0}, "task.verifier.time_limit must be > 0"),
+        (VerifierConfig, {"tolerance": -1.0}, "task.verifier.tolerance must be >= 0"),
+        (VerifierConfig, {"bad_gold": "ignore"}, "task.verifier.bad_gold='ignore' is unknown; one of refuse, drop"),
+        (RewardConfig, {"correct": 0.0}, "task.reward.correct=0 leaves nothing to learn from"),
+        (RewardConfig, {"correct": -1.0, "function": "a:b"}, "task.reward.correct must be >= 0"),
+        (RewardConfig, {"function": "a.b"}, "task.reward.function='a.b' must be module:function"),
+        (RewardConfig, {"format_pattern": "("}, "task.reward.format_pattern is not a regular expression"),
         (ModelConfig, {"compute_dtype": "float16"}, "model.compute_dtype='float16'"),
         (ModelConfig, {"param_dtype": "int8"}, "model.param_dtype='int8'"),
+        (ModelConfig, {"export_dtype": "int8"}, "model.export_dtype='int8'"),
+        (ModelConfig, {"attention_block_size": -1}, "model.attention_block_size must be at least 0"),
     ],
 )
 def test_values_out_of_range_name_their_field(section, fields, message):
@@ -116,7 +94,7 @@ def test_fields_that_must_fit_each_other():
     with pytest.raises(ValueError, match="seed must be >= 0"):
         Config(seed=-1)
     single = {"num_minibatches": 1, "num_epochs": 1}
-    with pytest.raises(ValueError, match="with one update a rollout on fresh data"):
+    with pytest.raises(ValueError, match=r"with one update a rollout on fresh data .*num_minibatches or .*replay\.lag"):
         Config(trainer=TrainerConfig(**single))
     Config(trainer=TrainerConfig(**single, **ALLOWED))
     Config(trainer=TrainerConfig(**single), replay=ReplayConfig(lag=1))
@@ -124,73 +102,44 @@ def test_fields_that_must_fit_each_other():
     assert TrainerConfig(num_minibatches=4, num_epochs=3).updates_per_rollout == 12
 
 
+def test_batches_are_counted_in_responses():
+    """A sampling batch holds whole groups, and no more of them than there are."""
+    default = Config()
+    assert (default.sampler.group_size, default.sampler.batch_size, default.trainer.prompts_per_rollout) == (
+        16,
+        1024,
+        64,
+    )
+    assert default.prompts_at_once == 64
+    assert Config(sampler=SamplerConfig(batch_size=100)).prompts_at_once == 6
+    assert Config(sampler=SamplerConfig(batch_size=16)).prompts_at_once == 1
+    assert Config(sampler=SamplerConfig(batch_size=10**6)).prompts_at_once == 64
+
+
+def test_a_text_task_needs_every_split():
+    for missing in SPLITS:
+        given = TextConfig(**{name: spec for name, spec in SPLITS.items() if name != missing})
+        with pytest.raises(ValueError, match=f"needs task.text.{missing}, for example --config.task.text.{missing}="):
+            TaskConfig(name="text", text=given)
+    assert TaskConfig(name="text", text=TextConfig(**SPLITS)).text.train == "word_problems"
+
+
 def test_every_field_has_help():
-    sections = [f.default_factory for f in dataclasses.fields(Config) if f.name != "seed"]
-    assert {ObjectiveConfig, ReplayConfig, AlarmConfig} < set(sections)
-    number = 1  # the seed
+    sections, number = [Config], 0
     for section in sections:
         for field in dataclasses.fields(section):
-            if dataclasses.is_dataclass(field.type):
-                sections.append(field.type)
-            else:
-                assert field.metadata["help"], (section, field.name)
+            if field.metadata.get("help"):
                 number += 1
-    assert {PromptConfig, VerifierConfig, RewardConfig} < set(sections)
-    assert len(config.describe(Config()).splitlines()) == number
-
-
-# ---- from a config file through flags to the frozen dataclasses ----
-
-
-def test_the_way_through_flags_changes_nothing():
-    assert config.from_flags(config.make()) == Config()
-    assert config.from_flags(config.to_config_dict(Config())) == Config()
-    # And through the file in the run directory.
-    made = config.from_flags(config.make(seed=3, sampler={"group_size": 8}, objective={"name": "ppo_clip"}))
-    assert config.from_dict(json.loads(json.dumps(dataclasses.asdict(made)))) == made
-    assert (made.seed, made.sampler.group_size, made.objective.loss) == (3, 8, "ppo_clip")
-
-
-def test_overrides_leave_the_other_fields_open_to_flags():
-    values = config.make(sampler={"group_size": 8}, objective={"name": "ppo_clip", "clip_low": 0.1})
-    values.sampler.temperature = 0.5
-    values.objective.clip_high = 0.3
-    made = config.from_flags(values)
-    assert (made.sampler.group_size, made.sampler.temperature) == (8, 0.5)
-    assert (made.objective.clip_low, made.objective.clip_high) == (0.1, 0.3)
-    for section, kind in (("sampler", SamplerConfig), ("objective", ObjectiveConfig)):
-        assert set(values[section]) == {field.name for field in dataclasses.fields(kind)}
-
-
-def test_a_preset_chosen_by_a_flag_fills_the_rest():
-    """The config file leaves the preset's fields open; what it sets stays."""
-    values = config.make(objective={"variance_budget": 0.5})
-    values.objective.name = "r2vpo_fixed"
-    objective = config.from_flags(values).objective
-    assert (objective.adaptive, objective.variance_coef, objective.variance_budget) == (False, 2.5, 0.5)
-
-
-def test_flags_have_types():
-    """A field that is None may be set to a value of its type only."""
-    values = config.make()
-    values.objective.variance_budget = 0.1
-    values.model.path = "somewhere"
-    with pytest.raises(TypeError):
-        values.objective.variance_budget = "much"
-    with pytest.raises((TypeError, ValueError)):
-        values.trainer.num_iterations = "many"
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"nonsense": 1}, "unknown config field nonsense; known: .*objective.*trainer"),
-        ({"trainer": {"nonsense": 1}}, r"unknown config field trainer\.nonsense; known: .*num_iterations"),
-    ],
-)
-def test_unknown_fields_are_named(values, message):
-    with pytest.raises(ValueError, match=message):
-        config.from_dict(values)
+                assert not field.metadata["help"].startswith("of "), (section, field.name)
+                assert "\n" not in field.metadata["help"]
+            else:  # what has no line of help is a section, which has a docstring
+                value = field.default_factory()
+                assert dataclasses.is_dataclass(value), (section, field.name)
+                assert type(value).__doc__
+                sections.append(type(value))
+    assert {ObjectiveConfig, ReplayConfig, AlarmConfig, PromptConfig, VerifierConfig, RewardConfig} < set(sections)
+    assert {ArithmeticConfig, TextConfig, ScoreSamplingConfig} < set(sections)
+    assert number > 120
 
 
 def test_configs_are_frozen():

@@ -76,6 +76,7 @@ def test_a_text_that_says_nothing(text, said):
     [
         ("gsm8", "there is no data set or generator 'gsm8'; did you mean gsm8k"),
         ("chain_summ", "did you mean chain_sum"),
+        ("gsm8k_fixture?rows=:9", "the data set gsm8k_fixture is called word_problems now"),
         ("math?levl=difficulty", "there is no 'levl' here; did you mean level"),
         ("math?level=a&level=b", "'level' is given twice"),
         ("math?kind=numerc", "kind='numerc' is unknown; did you mean numeric"),
@@ -112,7 +113,7 @@ def test_data_that_are_not_there(tmp_path):
         load("absent.jsonl", data_dir=tmp_path)
     with pytest.raises(FileNotFoundError, match=r"that folder has test\.jsonl, train\.jsonl; a part of another split"):
         load("math", "validation")
-    with pytest.raises(ValueError, match="needs a data folder .task.data_dir. with a copy of EleutherAI"):
+    with pytest.raises(ValueError, match="needs a data folder .task.text.data_dir. with a copy of EleutherAI"):
         load("math", data_dir=None)
     with pytest.raises(ValueError, match="split='dev' is unknown"):
         load("math", "dev")
@@ -164,7 +165,7 @@ def test_named_data_sets(spec):
 
 def test_every_named_data_set_is_tried():
     tried = {spec.partition("?")[0] for spec in NAMED}
-    assert set(data.TABLE) - tried == {"gsm8k", "gsm8k_fixture"}
+    assert set(data.KNOWN) - tried == {"gsm8k", "word_problems"}
 
 
 def test_counts_of_what_was_left_out():
@@ -196,8 +197,8 @@ def test_a_file_with_columns_of_its_own():
     assert first == data.Example("words\n\nSpell Ada backwards.", "adA", "adA", "exact", "3", "plain")
 
 
-def test_the_shipped_fixture_in_the_format_of_gsm8k():
-    train, test = (load("gsm8k_fixture", split, None) for split in ("train", "test"))
+def test_the_shipped_word_problems():
+    train, test = (load("word_problems", split, None) for split in ("train", "test"))
     assert train.num_examples > test.num_examples > 0
     assert all(e.gold.lstrip("-").isdigit() and e.kind == "numeric" for e in test.examples())
     data.disjoint({"train": train, "test": test})

@@ -25,7 +25,7 @@ def example(text, answer="1", source="s"):
 
 
 def made(questions, split="train", counts=None):
-    return data.Rows([example(q) for q in questions], split, counts)
+    return data.InMemoryDataset([example(q) for q in questions], split, counts)
 
 
 @given(size=st.integers(1, 60), stretch=st.integers(0, 1023), epoch=st.integers(0, 50))
@@ -196,7 +196,7 @@ def test_the_digest_knows_questions_answers_and_splits():
         {"train": made("ba"), "test": made("cd", "test")},
         {"train": made(["a", "b", "e"]), "test": made("cd", "test")},
         {"train": made(["", "ab"]), "test": made("cd", "test")},
-        {"train": data.Rows([example("a"), example("b", "2")], "train"), "test": made("cd", "test")},
+        {"train": data.InMemoryDataset([example("a"), example("b", "2")], "train"), "test": made("cd", "test")},
         {"train": made("ab")},
     ]
     assert len({same, *map(data.digest, others)}) == 6

@@ -13,20 +13,33 @@ from r2vpo_jax.config import ModelConfig
 from r2vpo_jax.evaluation.validation import evaluate
 from r2vpo_jax.models.base import open_base_model
 from r2vpo_jax.tasks.arithmetic import SYMBOLS
-from tests.conftest import PRETRAIN, random_params
+from tests.helpers.params import random_params
+from tests.make_tiny_base import CONFIG
 
 
-def test_the_loss_falls_and_answers_come(pretrained, task, mesh):
+@pytest.fixture(scope="module")
+def pretrained(task):
+    """(model, params, losses by step)."""
+    losses = {}
+    model, params = pretraining.pretrain(CONFIG, task, len(SYMBOLS), losses.__setitem__)
+    return model, params, losses
+
+
+def test_the_loss_falls_and_answers_come(pretrained, tiny_model, task, mesh):
+    """With bounds that any seed meets: of four seeds, losses[100] is 0.85 to 0.96, losses[300] 0.67 to 0.76 of it."""
     model, params, losses = pretrained
     assert sorted(losses) == [100, 200, 300]
-    # Guessing among the symbols costs log 17 = 2.83 nats a token.
+    # Guessing among the symbols costs log 17 = 2.83 nats a token; a model that has stopped to learn stays where it is.
     assert losses[100] < 1.5
-    assert losses[300] < 0.75 * losses[100]
+    assert losses[300] < 0.9 * losses[100]
     settings = {"split": "test", "num_problems": 16, "num_samples": 16, "mesh": mesh, "batch_size": 16}
     trained = evaluate(model, params, task, **settings)
     untrained = evaluate(model, random_params(model), task, **settings)
-    assert trained.right.mean() > 0.05 + untrained.right.mean()
-    assert trained.truncated.mean() < 0.5
+    # 256 samples, of which 20 to 41 are right, and 0 to 6 reach no end of text; untrained it is 0 and 242.
+    assert untrained.right.mean() < 0.01
+    assert trained.right.mean() > 0.03
+    assert trained.truncated.mean() < 0.2 < 0.8 < untrained.truncated.mean()
+    assert model.config == tiny_model[0].config, "tests/tiny_base is another model"
 
 
 def test_the_model_is_the_one_asked_for(pretrained):
@@ -40,7 +53,7 @@ def test_the_model_is_the_one_asked_for(pretrained):
 
 def test_a_seed_decides_the_weights(pretrained, task):
     (_, same), (_, other) = (
-        pretraining.pretrain(dataclasses.replace(PRETRAIN, seed=seed), task, len(SYMBOLS)) for seed in (0, 1)
+        pretraining.pretrain(dataclasses.replace(CONFIG, seed=CONFIG.seed + i), task, len(SYMBOLS)) for i in (0, 1)
     )
     jax.tree.map(np.testing.assert_array_equal, same, pretrained[1])
     assert np.any(np.asarray(same["embed"]) != other["embed"])

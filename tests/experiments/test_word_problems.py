@@ -3,8 +3,11 @@
 import functools
 import importlib.resources
 import json
+import pathlib
 import random
 import re
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -16,8 +19,9 @@ from r2vpo_jax import models, sampler
 from r2vpo_jax.config import ModelConfig
 from r2vpo_jax.models import base as base_model
 
+ROOT = pathlib.Path(__file__).parents[2]
 SHIPPED = importlib.resources.files("r2vpo_jax")
-CHECKPOINT = SHIPPED / "checkpoints" / "word_problems_base"
+CHECKPOINT = SHIPPED / "assets" / "models" / "word_problems_base"
 FORM = re.compile(r"(?:[^\n]+ \d+[-+*/]\d+=\d+ ?[^\n]*\.\n){2,3}#### (\d+)")
 
 # Solved by hand, one of each template.
@@ -113,10 +117,11 @@ def test_the_demonstrator_makes_the_mistakes_it_is_said_to_make():
     assert 0.3 < np.mean(right) < 0.6
 
 
-def test_shipped_files_are_what_the_code_writes(tmp_path):
-    word_problems.write_fixture(tmp_path)
+def test_shipped_files_are_what_the_command_writes(tmp_path):
+    command = [sys.executable, "-m", "experiments.pretrain", "--task=word_problems", f"--data_output={tmp_path}"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
     rows = {}
-    for split, count in word_problems.FIXTURE_ROWS.items():
+    for split, count in word_problems.ROWS_SHIPPED.items():
         text = (SHIPPED / "assets" / "data" / "word_problems" / f"{split}.jsonl").read_text()
         assert text == (tmp_path / f"{split}.jsonl").read_text()
         rows[split] = [json.loads(line) for line in text.splitlines()]

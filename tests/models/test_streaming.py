@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from r2vpo_jax import config, models, sharding
 from r2vpo_jax.training.learner import Learner
-from tests.conftest import ROOT
+from tests.helpers.paths import ROOT
 from tests.models.goldens import GOLDEN, assert_identical
 
 

@@ -6,23 +6,22 @@ import math
 import pytest
 
 from r2vpo_jax.config import AlarmConfig
-from r2vpo_jax.run import alarms
 from r2vpo_jax.run.alarms import Alarms
 from r2vpo_jax.run.checkpoints import Checkpointer
 from r2vpo_jax.training.trainer import train
-from tests.training.test_trainer import rows
+from tests.helpers.runs import rows, stop
 
 LIMITS = {
     "min_entropy": 0.5,
     "min_effective_sample_size": 0.25,
-    "max_second_moment": 2.0,
+    "max_ratio_variance": 2.0,
     "max_truncated": 0.75,
     "max_zero_variance_groups": 0.875,
 }
 HEALTHY = {
     "policy/entropy": 0.6,
     "ratio/effective_sample_size": 0.9,
-    "ratio/second_moment": 0.1,
+    "ratio/variance": 0.1,
     "response/truncated": 0.0,
     "reward/zero_variance_groups": 0.3,
 }
@@ -30,7 +29,7 @@ HEALTHY = {
 SIGNS = [
     ("entropy", "policy/entropy", 0.5, math.nextafter(0.5, 0)),
     ("effective_sample_size", "ratio/effective_sample_size", 0.25, math.nextafter(0.25, 0)),
-    ("second_moment", "ratio/second_moment", 2.0, math.nextafter(2.0, 3)),
+    ("ratio_variance", "ratio/variance", 2.0, math.nextafter(2.0, 3)),
     ("truncation", "response/truncated", 0.75, math.nextafter(0.75, 1)),
     ("zero_variance", "reward/zero_variance_groups", 0.875, math.nextafter(0.875, 1)),
 ]
@@ -45,7 +44,7 @@ def names(raised):
 
 
 def test_there_are_no_other_signs():
-    assert list(make().state) == [name for name, *_ in SIGNS] == list(alarms._SIGNS)
+    assert list(make().state) == [name for name, *_ in SIGNS]
     limits = {field.name for field in dataclasses.fields(AlarmConfig)} - {"patience", "stop"}
     assert limits == LIMITS.keys()
     assert make().check(HEALTHY) == []
@@ -63,7 +62,7 @@ def test_each_sign_beyond_its_limit(name, metric, limit, bad):
 
 
 def test_the_values_of_an_infinite_metric():
-    assert names(make().check(HEALTHY | {"ratio/second_moment": math.inf})) == ["second_moment"]
+    assert names(make().check(HEALTHY | {"ratio/variance": math.inf})) == ["ratio_variance"]
     assert names(make().check(HEALTHY | {"policy/entropy": -math.inf})) == ["entropy"]
 
 
@@ -119,10 +118,10 @@ QUICK = {
     "eval_every": 3,
     "eval_problems": 4,
     "eval_samples": 4,
-    "eval_batch_size": 64,
     "test_problems": 4,
     "test_samples": 4,
 }
+SMALL = {"batch_size": 64}
 
 
 def alarms_of(workdir):
@@ -132,7 +131,7 @@ def alarms_of(workdir):
 def test_an_alarm_is_said_and_the_run_goes_on(tiny_config, tmp_path):
     """With lag 1 there is nothing to look at in iteration 1: the second bad iteration is the third."""
     said = []
-    config = tiny_config(trainer=QUICK, alarms=ALARMED, replay={"lag": 1})
+    config = tiny_config(evaluation=SMALL, trainer=QUICK, alarms=ALARMED, replay={"lag": 1})
     assert train(config, tmp_path / "run", say=said.append) is not None
     (line,) = [line for line in said if line.startswith("ALARM")]
     assert line.startswith("ALARM entropy: policy/entropy = ")
@@ -145,12 +144,12 @@ def test_an_alarm_is_said_and_the_run_goes_on(tiny_config, tmp_path):
 def test_an_alarm_may_end_the_run_after_a_checkpoint(tiny_config, tmp_path):
     """In iteration 2; resumed, it does not end it again: the count went into the checkpoint."""
     workdir, said = tmp_path / "run", []
-    config = tiny_config(trainer=QUICK, alarms=ALARMED | {"stop": True})
-    assert train(config, workdir, say=said.append) is None
-    assert any(line.startswith("stopped after iteration 2 of 4") for line in said)
+    config = tiny_config(evaluation=SMALL, trainer=QUICK, alarms=ALARMED | {"stop": True})
+    assert stop(config, workdir, None, say=said.append).startswith("stopped after iteration 2 of 4")
     assert alarms_of(workdir) == [("entropy", 2)]
     assert Checkpointer(workdir / "checkpoints", max_to_keep=2).latest() == 2
     assert not (workdir / "report").exists()
+    assert sum(line.startswith("ALARM") for line in said) == 1
     said.clear()
     assert train(config, workdir, say=said.append) is not None
     assert any(line.endswith("from iteration 2") for line in said)
@@ -159,7 +158,7 @@ def test_an_alarm_may_end_the_run_after_a_checkpoint(tiny_config, tmp_path):
 
 def test_an_alarm_in_the_last_iteration_leaves_the_validation_in_place(tiny_config, tmp_path):
     """The run ends there anyway: with a report, whose last validation is that of the last iteration."""
-    config = tiny_config(trainer=QUICK | {"num_iterations": 2}, alarms=ALARMED | {"stop": True})
+    config = tiny_config(evaluation=SMALL, trainer=QUICK | {"num_iterations": 2}, alarms=ALARMED | {"stop": True})
     assert train(config, tmp_path / "run") is not None
     assert alarms_of(tmp_path / "run") == [("entropy", 2)]
     validated = [row["iteration"] for row in rows(tmp_path / "run") if row.get("split") == "validation"]

@@ -15,6 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from r2vpo_jax.run import checkpoints, files
 from r2vpo_jax.run.checkpoints import Checkpointer
 
 WIDTH = 1000
@@ -25,12 +26,17 @@ def state_of(iteration):
 
 
 @pytest.fixture
-def open_at(tmp_path):
+def folder(tmp_path):
+    return tmp_path / "checkpoints"
+
+
+@pytest.fixture
+def open_at(folder):
     """Opens the directory again as another process would; all are closed at the end."""
     opened = []
 
     def make(**options):
-        opened.append(Checkpointer(tmp_path / "checkpoints", **{"max_to_keep": 2} | options))
+        opened.append(Checkpointer(folder, **{"max_to_keep": 2} | options))
         return opened[-1]
 
     yield make
@@ -40,12 +46,12 @@ def open_at(tmp_path):
 
 
 @pytest.fixture
-def saved(open_at):
+def saved(open_at, folder):
     """(checkpointer, folder) with intact steps 1, 2 and 3."""
     checkpointer = open_at(max_to_keep=3)
     for iteration in (1, 2, 3):
         save(checkpointer, iteration)
-    return checkpointer, checkpointer._directory
+    return checkpointer, folder
 
 
 def save(checkpointer, iteration, score=0.0, **progress):
@@ -142,8 +148,8 @@ def test_counters_may_be_changed_at_once(open_at, monkeypatch):
 def test_saving_goes_on_in_the_background(open_at, monkeypatch):
     """save() returns before the step is committed; until then it is not there for a process that resumes."""
     go_on = threading.Event()
-    commit = Checkpointer._write_manifest
-    monkeypatch.setattr(Checkpointer, "_write_manifest", lambda *args: (go_on.wait(60), commit(*args)))
+    commit = files.write_atomically
+    monkeypatch.setattr(files, "write_atomically", lambda *args: (go_on.wait(60), commit(*args)))
     checkpointer = open_at()
     checkpointer.save(1, state_of(1), {"problems": 1, "replay": None})
     assert checkpointer.problem(1) is not None
@@ -177,7 +183,7 @@ def test_a_step_that_exists_is_left_alone(saved):
         (1, [0.5, 0.5, 0.3, 0.5, 0.1], [4, 5]),
     ],
 )
-def test_the_last_ones_and_the_best_are_kept(max_to_keep, scores, kept, open_at):
+def test_the_last_ones_and_the_best_are_kept(max_to_keep, scores, kept, open_at, folder):
     checkpointer = open_at(max_to_keep=max_to_keep)
     for iteration, score in enumerate(scores, start=1):
         save(checkpointer, iteration, score)
@@ -185,7 +191,6 @@ def test_the_last_ones_and_the_best_are_kept(max_to_keep, scores, kept, open_at)
     for iteration in kept:
         assert checkpointer.problem(iteration) is None
         assert_holds(checkpointer, iteration)
-    folder = checkpointer._directory
     assert sorted(path.name for path in folder.iterdir()) == sorted([*map(str, kept), "manifests"])
     assert sorted(path.stem for path in (folder / "manifests").iterdir()) == sorted(map(str, kept))
 
@@ -193,13 +198,13 @@ def test_the_last_ones_and_the_best_are_kept(max_to_keep, scores, kept, open_at)
 def test_nothing_is_deleted_before_the_next_one_is_committed(open_at, monkeypatch):
     checkpointer = open_at(max_to_keep=1)
     save(checkpointer, 1)
-    seen, commit = [], Checkpointer._write_manifest
+    seen, commit = [], files.write_atomically
 
-    def watched(self, *args):
-        seen.append(self.problem(1))
-        commit(self, *args)
+    def watched(*args):
+        seen.append(checkpointer.problem(1))
+        commit(*args)
 
-    monkeypatch.setattr(Checkpointer, "_write_manifest", watched)
+    monkeypatch.setattr(files, "write_atomically", watched)
     save(checkpointer, 2)
     assert seen == [None], "1 was intact when 2 was about to be committed"
     assert checkpointer.steps() == [2]
@@ -210,7 +215,7 @@ def test_what_is_left_of_an_interrupted_deletion_goes_with_the_next(open_at, mon
     checkpointer = open_at(max_to_keep=1)
     save(checkpointer, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpointer._manager, "delete", lambda _: None)
+        patch.setattr(ocp.CheckpointManager, "delete", lambda *_: None)
         save(checkpointer, 2)
     assert checkpointer.steps() == [2, 1]
     assert checkpointer.problem(1) is not None
@@ -383,11 +388,13 @@ def test_faults_failing_write_surfaces(what, when, open_at, monkeypatch):
     save(checkpointer, 1)
     with monkeypatch.context() as patch:
         if what == "manifest":
-            patch.setattr(checkpointer, "_write_manifest", fail)
+            patch.setattr(files, "write_atomically", fail)
         else:
             patch.setattr(os, "fsync", fail)
         checkpointer.save(2, state_of(2), {"problems": 2, "replay": None})  # does not raise: nothing is known yet
-        checkpointer._thread.join()
+        for thread in threading.enumerate():
+            if thread.name == "checkpoint":
+                thread.join()
     call = {
         "save": lambda: save(checkpointer, 3),
         "close": checkpointer.close,
@@ -406,13 +413,13 @@ def test_faults_failing_write_surfaces(what, when, open_at, monkeypatch):
     assert_holds(other, 2)
 
 
-def test_faults_failing_write_deletes_nothing(open_at, monkeypatch):
+def test_faults_failing_write_deletes_nothing(open_at, folder, monkeypatch):
     """Of a directory that keeps one step, the one before stays as long as the next is not committed."""
     checkpointer = open_at(max_to_keep=1)
     save(checkpointer, 1)
-    monkeypatch.setattr(checkpointer, "_write_manifest", fail)
+    monkeypatch.setattr(files, "write_atomically", fail)
     for iteration in (2, 3):
         with pytest.raises(OSError, match="No space"):
             save(checkpointer, iteration)
     assert open_at(write=False).latest() == 1
-    assert json.loads((checkpointer._manifests / "1.json").read_text())["score"] == 0.0
+    assert json.loads(checkpoints.manifest(folder, 1).read_text())["score"] == 0.0

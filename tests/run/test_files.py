@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from r2vpo_jax.errors import UsageError
 from r2vpo_jax.run import console, files
 from r2vpo_jax.run.files import JsonlWriter, read_jsonl
 
@@ -91,12 +92,53 @@ def test_tensorboard_gets_the_numbers(tmp_path):
 
 
 def test_progress_speaks_now_and_then(capsys):
-    progress = console.Progress(25, 0, every=10)
+    progress = console.ProgressBar(25, 0, every=10)
     for i in range(1, 26):
-        progress.update(i, f"reward {i}", 5.0)
+        progress.update(i, f"reward {i}")
     progress.close()
     lines = capsys.readouterr().err.splitlines()
     assert [line.split()[1] for line in lines] == ["10/25", "20/25", "25/25"]
-    assert lines[0] == "iteration 10/25  reward 10  5 s left"
-    console.Progress(1, 0, enabled=False).update(1, "text", 0.0)
+    assert lines[0] == "iteration 10/25  reward 10  0 s left"
+    console.ProgressBar(1, 0, enabled=False).update(1, "text")
     assert capsys.readouterr().err == ""
+
+
+def test_progress_of_something_else(capsys):
+    console.ProgressBar(16, 8, every=1, unit="problem").update(12, "half right")
+    assert capsys.readouterr().err == "problem 12/16  half right  0 s left\n"
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    file = tmp_path / "folder" / "file.json"
+    files.write_atomically(file, "first ✓\n")
+    assert file.read_text(encoding="utf-8") == "first ✓\n"
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", fail)
+    said = r"cannot write to there \(No space left on device\)"
+    with (
+        pytest.raises(UsageError, match=rf"{said}; the first is intact: make"),
+        files.disk_errors("there", "the first"),
+    ):
+        files.write_atomically(file, b"second")
+    assert file.read_text(encoding="utf-8") == "first ✓\n"
+    with pytest.raises(UsageError, match=f"^{said}$"), files.disk_errors("there"):
+        files.write_atomically(file, b"second")
+
+
+def test_the_sha256_of_a_file_is_that_of_its_bytes(tmp_path):
+    (tmp_path / "file").write_bytes(b"abc")
+    assert files.sha256_of(tmp_path / "file") == files.sha256_of(b"abc")
+    assert files.sha256_of(b"abc").startswith("ba7816bf8f01cfea")
+
+
+def test_progress_extrapolates_the_pace_of_this_process(capsys, monkeypatch):
+    """Resumed at 10 of 30: ten iterations in 20 seconds leave another ten, and 20 seconds."""
+    now = [100.0]
+    monkeypatch.setattr(console.time, "perf_counter", lambda: now[0])
+    progress = console.ProgressBar(30, 10)
+    now[0] = 120.0
+    progress.update(20, "text")
+    assert capsys.readouterr().err == "iteration 20/30  text  20 s left\n"

@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from r2vpo_jax import tasks
-from r2vpo_jax.config import TaskConfig
+from r2vpo_jax.config import ArithmeticConfig, TaskConfig
 from r2vpo_jax.tasks import SPLITS, ArithmeticTask, Outcome, arithmetic
 from r2vpo_jax.tasks.arithmetic import EOS, PAD, SYMBOLS, make_tokenizer
 
@@ -265,7 +265,7 @@ def test_other_sizes():
     small = ArithmeticTask(min_operands=2, max_operands=2, num_digits=1)
     assert (small.max_prompt_length, small.max_response_length) == (4, 8)
     assert small.eos_ids == (ID[EOS],)
-    assert tasks.make(TaskConfig(min_operands=2, max_operands=2, num_digits=1)) == small
+    assert tasks.make(TaskConfig(arithmetic=ArithmeticConfig(min_operands=2, max_operands=2, num_digits=1))) == small
 
 
 @pytest.mark.parametrize(

@@ -4,32 +4,11 @@ import json
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
-from r2vpo_jax.config.task import PromptConfig, RewardConfig, TaskConfig, VerifierConfig
+from r2vpo_jax.config.task import PromptConfig, RewardConfig, TaskConfig, TextConfig, VerifierConfig
 from r2vpo_jax.models import base as base_model
 from r2vpo_jax.tasks.prompts import PromptTemplate, unknown_share
-
-CHAT = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>"
-    "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}"
-)
-
-
-def byte_tokenizer(chat_template=CHAT, bos=None, adds_bos=False):
-    """One token a byte, and <s>, </s>; `adds_bos`: puts <s> before plain text, as Llama's does."""
-    vocabulary = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    vocabulary |= {"<s>": 256, "</s>": 257}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    if adds_bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>", bos_token=bos)
-    made.chat_template = chat_template
-    return made
+from tests.helpers.tokenizers import CHAT, byte_tokenizer
 
 
 def rendered(tokenizer=None, question="1+1?", **config):
@@ -115,8 +94,8 @@ def test_refusals(config, tokenizer, message):
         (RewardConfig, {"correct": -1.0}, "nothing to learn from|must be >= 0"),
         (RewardConfig, {"function": "my_rewards"}, "must be module:function"),
         (RewardConfig, {"format_pattern": "("}, "not a regular expression"),
-        (TaskConfig, {"name": "text", "train": "a"}, "needs task.validation"),
-        (TaskConfig, {"max_response_length": 0}, "at least 1"),
+        (TaskConfig, {"name": "text", "text": TextConfig(train="a")}, "needs task.text.validation"),
+        (TextConfig, {"max_response_length": 0}, "at least 1"),
     ],
 )
 def test_configuration_is_refused(cls, fields, message):

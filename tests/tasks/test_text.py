@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from r2vpo_jax import tasks
+from r2vpo_jax.config.fields import build
 from r2vpo_jax.config.task import TaskConfig
 from r2vpo_jax.tasks import Outcome
-from tests.tasks.test_prompts import byte_tokenizer
+from tests.helpers.tokenizers import byte_tokenizer
 
 EOS = 257
 TOKENIZER = byte_tokenizer()
@@ -21,6 +22,9 @@ def write(folder, name, rows):
 
 def row(i, **more):
     return {"question": f"What is {i} + {i}?", "answer": str(2 * i), "level": f"L{i % 2}", **more}
+
+
+FILES = {split: f"{split}.jsonl" for split in tasks.SPLITS}
 
 
 @pytest.fixture(scope="module")
@@ -37,20 +41,14 @@ def make(folder):
     """Makes the task of those files; sections of the configuration as keywords. Closed at the end."""
     made = []
 
-    def make(**config):
-        config = {
-            "name": "text",
-            "data_dir": str(folder),
-            **{split: f"{split}.jsonl" for split in tasks.SPLITS},
-            "max_response_length": SIZE,
-            **config,
+    def make(**sections):
+        defaults = {
+            "text": {"data_dir": str(folder), "max_response_length": SIZE} | FILES,
+            "prompt": {"template": "plain"},
+            "verifier": {"num_workers": 1, "time_limit": 20.0},
         }
-        hints = {field.name: field.type for field in TaskConfig.__dataclass_fields__.values()}
-        for name in ("prompt", "verifier", "reward"):
-            fields = {"num_workers": 1, "time_limit": 20.0} if name == "verifier" else {}
-            fields = {"template": "plain"} if name == "prompt" else fields
-            config[name] = hints[name](**(fields | config.get(name, {})))
-        made.append(tasks.make(TaskConfig(**config), TOKENIZER, (EOS,)))
+        config = {name: defaults.get(name, {}) | sections.get(name, {}) for name in {*defaults, *sections}}
+        made.append(tasks.make(build(TaskConfig, {"name": "text"} | config), TOKENIZER, (EOS,)))
         return made[-1]
 
     yield make
@@ -206,12 +204,12 @@ def test_a_function_that_hangs_is_a_timeout(make, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"train": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"text": {"train": "nowhere.jsonl"}}, "nowhere.jsonl"),
         ({"prompt": {"template": "plain", "max_length": 5}}, "raise it"),
-        ({"test": "validation.jsonl"}, "validation"),
+        ({"text": {"test": "validation.jsonl"}}, "validation"),
         ({"reward": {"function": "no_such_module:f"}}, "no_such_module"),
-        ({"train": "broken.jsonl"}, "do not verify against themselves"),
-        ({"train": "train.jsonl?kind=magic"}, "magic"),
+        ({"text": {"train": "broken.jsonl"}}, "do not verify against themselves"),
+        ({"text": {"train": "train.jsonl?kind=magic"}}, "magic"),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_run(config, message, make, folder):
@@ -222,14 +220,14 @@ def test_what_cannot_work_is_refused_before_the_run(config, message, make, folde
 
 def test_bad_gold_can_be_dropped_and_is_counted(make, folder):
     write(folder, "some_bad.jsonl", [row(1), {"question": "Why?", "answer": "\\frac{"}, row(2)])
-    task = make(train="some_bad.jsonl", verifier={"bad_gold": "drop"})
+    task = make(text={"train": "some_bad.jsonl"}, verifier={"bad_gold": "drop"})
     assert task.num_problems("train") == 2
     assert any("gold answer not verifiable 1" in notice for notice in task.notices)
 
 
 def test_long_prompts_are_dropped_and_counted(make, folder):
     write(folder, "long.jsonl", [row(1), row(2, question="x" * 600), row(3)])
-    task = make(train="long.jsonl")
+    task = make(text={"train": "long.jsonl"})
     assert task.num_problems("train") == 2
     assert any("too long 1" in notice for notice in task.notices)
 
@@ -237,7 +235,7 @@ def test_long_prompts_are_dropped_and_counted(make, folder):
 def test_the_finite_part_of_an_endless_mixture_is_looked_at_too(make, folder):
     pytest.importorskip("reasoning_gym")
     write(folder, "mixed.jsonl", [row(1), row(2, question="x" * 600), {"question": "Why?", "answer": "\\frac{"}])
-    task = make(train="mixed.jsonl?weight=1 + chain_sum?weight=1", verifier={"bad_gold": "drop"})
+    task = make(text={"train": "mixed.jsonl?weight=1 + chain_sum?weight=1"}, verifier={"bad_gold": "drop"})
     assert task.num_problems("train") is None
     assert any("too long 1" in notice and "not verifiable 1" in notice for notice in task.notices)
     questions = {task.example("train", i)[0].question for i in range(20)}
@@ -247,20 +245,20 @@ def test_the_finite_part_of_an_endless_mixture_is_looked_at_too(make, folder):
 
 def test_training_problems_that_are_also_tested_are_dropped(make, folder):
     write(folder, "leaky.jsonl", [row(1), row(200), row(101), row(2)])
-    assert make(train="leaky.jsonl").num_problems("train") == 2
+    assert make(text={"train": "leaky.jsonl"}).num_problems("train") == 2
 
 
 def test_the_digest_follows_the_data(make, folder):
     write(folder, "a.jsonl", [row(1), row(2)])
-    first = make(train="a.jsonl").digest
-    assert make(train="a.jsonl").digest == first
+    first = make(text={"train": "a.jsonl"}).digest
+    assert make(text={"train": "a.jsonl"}).digest == first
     write(folder, "a.jsonl", [row(1), row(2, answer="5")])
-    assert make(train="a.jsonl").digest != first
+    assert make(text={"train": "a.jsonl"}).digest != first
 
 
 def test_a_generator_without_end(make):
     pytest.importorskip("reasoning_gym")
-    task = make(train="chain_sum?max_terms=2", validation="chain_sum?max_terms=2&size=3")
+    task = make(text={"train": "chain_sum?max_terms=2", "validation": "chain_sum?max_terms=2&size=3"})
     assert task.num_problems("train") is None
     example, _ = task.example("train", (5 << 20) + 7)
     answer = eval(example.question.partition(":")[2].strip(" ="))
@@ -269,15 +267,10 @@ def test_a_generator_without_end(make):
 
 
 def test_a_tokenizer_of_another_language_is_noticed(folder):
-    from r2vpo_jax.config.task import PromptConfig
     from r2vpo_jax.tasks.arithmetic import make_tokenizer
 
-    config = TaskConfig(
-        name="text",
-        data_dir=str(folder),
-        **{split: f"{split}.jsonl" for split in tasks.SPLITS},
-        prompt=PromptConfig(template="plain"),
-    )
+    text = {"data_dir": str(folder)} | FILES
+    config = build(TaskConfig, {"name": "text", "text": text, "prompt": {"template": "plain"}})
     task = tasks.make(config, make_tokenizer(), (1,))
     assert any("unknown to the tokenizer" in notice for notice in task.notices)
     task.close()

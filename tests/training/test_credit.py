@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from r2vpo_jax.config.objective import ADVANTAGES, GROUP_ADVANTAGES, ObjectiveConfig
+from r2vpo_jax.advantages import ESTIMATORS
+from r2vpo_jax.config import make_objective
 from r2vpo_jax.rollout import Rollout
 from r2vpo_jax.tasks.base import Outcome
 from r2vpo_jax.training import credit
@@ -70,11 +71,11 @@ def test_the_penalty_for_length(lengths, max_length, buffer, penalty, expected):
 def test_the_penalty_is_taken_off_what_is_learned_and_not_off_the_verdict():
     """T = 20, buffer 0.2, at most 2: a right answer of 18 tokens is worth 1 - 2 * 0.5."""
     rollout = verified([1, 1, 1, 0], [10, 18, 20, 20], size=20)
-    objective = ObjectiveConfig(overlong_penalty=2.0)
+    objective = make_objective(groups={"overlong_penalty": 2.0})
     np.testing.assert_allclose(credit.learning_reward(rollout, objective), [1, 0, -1, -2], atol=1e-6)
-    np.testing.assert_array_equal(credit.learning_reward(rollout, ObjectiveConfig()), rollout.reward)
+    np.testing.assert_array_equal(credit.learning_reward(rollout, make_objective()), rollout.reward)
     # Three right answers and yet a gradient: 1, 0, -1 and -2 around their mean of -1/2.
-    objective = ObjectiveConfig(overlong_penalty=2.0, advantage_scale="none", zero_variance="drop")
+    objective = make_objective(groups={"overlong_penalty": 2.0, "zero_variance": "drop"}, advantage={"scale": "none"})
     filled = credit.fill_advantages(rollout, objective, 4)
     np.testing.assert_allclose(filled.advantage, [1.5, 0.5, -0.5, -1.5], atol=1e-6)
     assert_only_these_change(filled, rollout, "advantage")
@@ -83,25 +84,27 @@ def test_the_penalty_is_taken_off_what_is_learned_and_not_off_the_verdict():
 def test_a_response_without_a_verdict_abstains():
     """Votes 1, 0, 1 have mean 2/3 and unbiased deviation sqrt((1/9 + 4/9 + 1/9) / 2) = 1 / sqrt(3)."""
     rollout = verified([1, 0, 0, 1], [2, 3, 4, 1], errors=[2])
-    filled = credit.fill_advantages(rollout, ObjectiveConfig(), 4)
+    filled = credit.fill_advantages(rollout, make_objective(), 4)
     np.testing.assert_allclose(filled.advantage, np.array([1, -2, 0, 1]) / 3 * np.sqrt(3), rtol=1e-5)
     np.testing.assert_array_equal(filled.keep, [True, True, False, True])
-    np.testing.assert_array_equal(credit.learning_reward(rollout, ObjectiveConfig()), [1, 0, np.nan, 1])
+    np.testing.assert_array_equal(credit.learning_reward(rollout, make_objective()), [1, 0, np.nan, 1])
     assert_only_these_change(filled, rollout, "advantage", "keep")
 
 
 def test_or_it_counts_as_wrong():
     """Rewards 1, 0, 0, 1 have mean 1/2 and unbiased deviation sqrt(1/3)."""
     rollout = verified([1, 0, 0, 1], [2, 3, 4, 1], errors=[2])
-    filled = credit.fill_advantages(rollout, ObjectiveConfig(verifier_errors="wrong"), 4)
+    filled = credit.fill_advantages(rollout, make_objective(groups={"verifier_errors": "wrong"}), 4)
     np.testing.assert_allclose(filled.advantage, np.array([1, -1, -1, 1]) / 2 * np.sqrt(3), rtol=1e-5)
     assert filled.keep.all()
 
 
-@pytest.mark.parametrize("advantage", ADVANTAGES)
+@pytest.mark.parametrize("advantage", ESTIMATORS)
 def test_an_abstention_weighs_nothing_in_any_estimator(advantage):
     """Whatever its length, values and log-probabilities are, all others get the same advantages."""
-    objective = ObjectiveConfig(advantage=advantage, kl_coef=0.5, kl_in="reward", kl_estimator="k1")
+    objective = make_objective(
+        advantage={"estimator": advantage}, kl={"coef": 0.5, "where": "reward", "estimator": "k1"}
+    )
     generator = np.random.default_rng(0)
     arrays = {name: [list(generator.standard_normal(n)) for n in (2, 3, 4, 1)] for name in ("value", "reference_logp")}
     other = {name: [*rows[:2], [9.0, -7.0], rows[3]] for name, rows in arrays.items()}
@@ -121,7 +124,9 @@ def test_an_abstention_weighs_nothing_in_any_estimator(advantage):
 def test_a_masked_truncated_response_counts_in_the_baseline_only():
     rollout = verified([1, 0, 0, 0], [2, 4, 4, 3], truncated=[1, 2])
     for truncated, keep in (("mask", [True, False, False, True]), ("keep", [True] * 4)):
-        filled = credit.fill_advantages(rollout, ObjectiveConfig(truncated=truncated, advantage_scale="none"), 4)
+        filled = credit.fill_advantages(
+            rollout, make_objective(groups={"truncated": truncated}, advantage={"scale": "none"}), 4
+        )
         # Mean 1/4, the truncated ones included; without them it would be 1/2.
         np.testing.assert_allclose(filled.advantage, [0.75, -0.25, -0.25, -0.25])
         np.testing.assert_array_equal(filled.keep, keep)
@@ -135,10 +140,12 @@ DIFFER = np.array([False, True, False, True, False])
 
 
 @pytest.mark.parametrize("zero_variance", ["drop", "resample"])
-@pytest.mark.parametrize("advantage", GROUP_ADVANTAGES)
+@pytest.mark.parametrize("advantage", [name for name, row in ESTIMATORS.items() if row.group_baseline])
 def test_dropping_changes_who_takes_part_and_nothing_else(advantage, zero_variance):
     kept, dropped = (
-        credit.fill_advantages(GROUPS, ObjectiveConfig(advantage=advantage, zero_variance=choice), 2)
+        credit.fill_advantages(
+            GROUPS, make_objective(advantage={"estimator": advantage}, groups={"zero_variance": choice}), 2
+        )
         for choice in ("keep", zero_variance)
     )
     np.testing.assert_array_equal(dropped.keep, np.repeat(DIFFER, 2))
@@ -148,16 +155,16 @@ def test_dropping_changes_who_takes_part_and_nothing_else(advantage, zero_varian
 
 
 def test_groups_differ_in_their_verdicts():
-    plain = ObjectiveConfig()
+    plain = make_objective()
     np.testing.assert_array_equal(credit.groups_differ(GROUPS, plain, 2), DIFFER)
     # 1 1 of 2 and 3 tokens are learned from as 0.5 and 0.25, but both are right.
-    shaped = ObjectiveConfig(overlong_penalty=1.0, overlong_buffer=1.0)
+    shaped = make_objective(groups={"overlong_penalty": 1.0, "overlong_buffer": 1.0})
     np.testing.assert_allclose(credit.learning_reward(GROUPS, shaped)[:2], [0.5, 0.25])
     np.testing.assert_array_equal(credit.groups_differ(GROUPS, shaped, 2), DIFFER)
     # An abstention beside a right answer does not differ from it; a wrong answer does.
     right = GROUPS.replace(reward=np.array([*GROUPS.reward[:9], 1], np.float32))
     np.testing.assert_array_equal(credit.groups_differ(right, plain, 2), DIFFER)
-    wrong = ObjectiveConfig(verifier_errors="wrong")
+    wrong = make_objective(groups={"verifier_errors": "wrong"})
     np.testing.assert_array_equal(credit.groups_differ(right, wrong, 2), [*DIFFER[:4], True])
 
 
@@ -167,7 +174,7 @@ def test_groups_differ_in_their_verdicts():
 )
 def test_groups_that_differ_come_first_and_others_fill_up(wanted, chosen):
     """Groups 1 and 3 differ. In the order of sampling; those that fill up take no part."""
-    objective = ObjectiveConfig(zero_variance="resample")
+    objective = make_objective(groups={"zero_variance": "resample"})
     batch = credit.select_groups(GROUPS, objective, 2, wanted)
     np.testing.assert_array_equal(batch.rollout_id, [row for g in chosen for row in (2 * g, 2 * g + 1)])
     for field in dataclasses.fields(Rollout):
@@ -189,16 +196,17 @@ def with_kl(*, reward=(1, 0), **fields):
     return verified(reward, [2, 3], behavior_logp=behavior, reference_logp=reference, **fields)
 
 
-def in_reward(advantage, **changes):
+def in_reward(estimator, *, k="k1", **advantage):
     # The weight in force is given to fill_advantages: an adaptive one leaves that of the configuration.
-    return ObjectiveConfig(
-        **{"advantage": advantage, "kl_coef": 99.0, "kl_in": "reward", "kl_estimator": "k1"} | changes
-    )
+    kl = {"coef": 99.0, "where": "reward", "estimator": k}
+    return make_objective(advantage={"estimator": estimator} | advantage, kl=kl)
 
 
 def test_leave_one_out():
     """Rewards 3, 0, 0, 1: minus the mean of the three others, 1/3, 4/3, 4/3 and 1."""
-    filled = credit.fill_advantages(verified([3, 0, 0, 1], [1, 2, 3, 4]), ObjectiveConfig(advantage="leave_one_out"), 4)
+    filled = credit.fill_advantages(
+        verified([3, 0, 0, 1], [1, 2, 3, 4]), make_objective(advantage={"estimator": "leave_one_out"}), 4
+    )
     np.testing.assert_allclose(filled.advantage, [8 / 3, -4 / 3, -4 / 3, 0], atol=1e-6)
 
 
@@ -214,17 +222,15 @@ def test_leave_one_out():
 def test_a_sequence_pays_for_its_divergence(estimator, sums):
     """Returns R - 0.4 sum KL. With G = 2 both others' mean is the other's: the difference of the returns."""
     returns = np.array([1, 0]) - 0.4 * np.array(sums)
-    filled = credit.fill_advantages(with_kl(), in_reward("leave_one_out", kl_estimator=estimator), 2, 0.4)
+    filled = credit.fill_advantages(with_kl(), in_reward("leave_one_out", k=estimator), 2, 0.4)
     np.testing.assert_allclose(filled.advantage, returns - returns[::-1], rtol=1e-6)
-    filled = credit.fill_advantages(
-        with_kl(), in_reward("group_relative", advantage_scale="none", kl_estimator=estimator), 2, 0.4
-    )
+    filled = credit.fill_advantages(with_kl(), in_reward("group_relative", scale="none", k=estimator), 2, 0.4)
     np.testing.assert_allclose(filled.advantage, (returns - returns[::-1]) / 2, rtol=1e-6)
     assert_only_these_change(filled, with_kl(), "advantage")
 
 
 def test_a_divergence_in_the_loss_is_not_in_the_reward_too():
-    objective = ObjectiveConfig(advantage="leave_one_out", kl_coef=0.4)
+    objective = make_objective(advantage={"estimator": "leave_one_out"}, kl={"coef": 0.4})
     filled = credit.fill_advantages(with_kl(), objective, 2, 0.4)
     np.testing.assert_array_equal(filled.advantage, [1, -1])
 
@@ -269,7 +275,7 @@ VALUES = [[0.5, 0.25, 1.0], [0.0, 0.5]]
 )
 def test_gae(settings, advantage, target):
     rollout = verified([1, 0], [3, 2], size=3, value=VALUES)
-    objective = ObjectiveConfig(advantage="gae", trace_decay=0.5, whiten_advantages=False, **settings)
+    objective = make_objective(advantage={"estimator": "gae", "trace_decay": 0.5, "whiten": False} | settings)
     filled = credit.fill_advantages(rollout, objective, 2)
     np.testing.assert_allclose(filled.advantage, advantage, atol=1e-6)
     np.testing.assert_allclose(filled.value_target, target, atol=1e-6)
@@ -279,13 +285,13 @@ def test_gae(settings, advantage, target):
 def test_gae_is_whitened_but_its_targets_are_not():
     """Over five tokens 0.125, 0.75, 0, 0.25, -0.5: mean 0.125, squares 2 * 0.625^2 + 2 * 0.125^2 = 0.8125."""
     rollout = verified([1, 0], [3, 2], size=3, value=VALUES)
-    filled = credit.fill_advantages(rollout, ObjectiveConfig(advantage="gae", trace_decay=0.5), 2)
+    filled = credit.fill_advantages(rollout, make_objective(advantage={"estimator": "gae", "trace_decay": 0.5}), 2)
     expected = np.array([[0, 0.625, -0.125], [0.125, -0.625, 0]]) / np.sqrt(0.8125 / 4)
     np.testing.assert_allclose(filled.advantage, expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(filled.value_target, [[0.625, 1.0, 1.0], [0.25, 0.0, 0.0]], atol=1e-6)
     # A third row abstains: it is not among the five.
     three = verified([1, 0, 0], [3, 2, 1], size=3, value=[*VALUES, [7.0]], errors=[2])
-    filled = credit.fill_advantages(three, ObjectiveConfig(advantage="gae", trace_decay=0.5), 3)
+    filled = credit.fill_advantages(three, make_objective(advantage={"estimator": "gae", "trace_decay": 0.5}), 3)
     np.testing.assert_allclose(filled.advantage[:2], expected, rtol=1e-5, atol=1e-6)
 
 
@@ -295,7 +301,25 @@ def test_gae_pays_for_the_divergence_at_each_token():
     delta = [-0.2 + 1 - 0.5, 0.9 - 1] and [-0.4 + 0.5, 0, 0.2 - 0.5]; A_t = delta_t + 0.5 A_{t+1}.
     """
     rollout = with_kl(value=[[0.5, 1.0], [0.0, 0.5, 0.5]])
-    filled = credit.fill_advantages(rollout, in_reward("gae", trace_decay=0.5, whiten_advantages=False), 2, 0.4)
+    filled = credit.fill_advantages(rollout, in_reward("gae", trace_decay=0.5, whiten=False), 2, 0.4)
     advantage = [[0.3 - 0.05, -0.1, 0, 0], [0.1 + 0.5 * (0 - 0.15), -0.15, -0.3, 0]]
     np.testing.assert_allclose(filled.advantage, advantage, atol=1e-6)
     np.testing.assert_allclose(filled.value_target, [[0.75, 0.9, 0, 0], [0.025, 0.35, 0.2, 0]], atol=1e-6)
+
+
+def best_of_group(rewards, *, discount):
+    """An estimator of a user's own: the best response of each group, discounted by its length."""
+    totals = rewards.totals.reshape(-1, rewards.group_size)
+    best = (totals == totals.max(axis=1, keepdims=True)).reshape(-1)
+    return best * discount ** rewards.mask.sum(axis=1)
+
+
+def test_an_estimator_of_ones_own():
+    name = f"{__name__}:best_of_group"
+    objective = make_objective(advantage={"estimator": name, "discount": 0.5})
+    filled = credit.fill_advantages(verified([3, 0, 0, 1], [1, 2, 3, 4]), objective, 2)
+    np.testing.assert_allclose(filled.advantage, [0.5, 0, 0, 0.0625])  # 0.5^1 and 0.5^4
+    with pytest.raises(ValueError, match="zero_variance=drop needs a baseline from the group"):
+        make_objective(advantage={"estimator": name}, groups={"zero_variance": "drop"})
+    with pytest.raises(ValueError, match="objective.advantage.estimator: estimator 'no_such:f': there is no module"):
+        make_objective(advantage={"estimator": "no_such:f"})

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from r2vpo_jax import losses
-from r2vpo_jax.ratio_stats import Stats
+from r2vpo_jax.train_stats import TrainStats
 from r2vpo_jax.training import critic
 
 # One token each, clip 0.2:
@@ -138,7 +138,7 @@ def test_refusals():
 def explained(values, targets):
     values, targets = (np.array([x], np.float32) for x in (values, targets))
     _, stats = critic.value_loss(values, values, targets, np.ones(values.shape, bool))
-    return critic.explained_variance(Stats(stats, {}, np.zeros(1), {}))
+    return critic.explained_variance(TrainStats(stats, {}, np.zeros(1), {}))
 
 
 @pytest.mark.parametrize(

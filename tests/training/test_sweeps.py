@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from r2vpo_jax.errors import UsageError
 
 from r2vpo_jax import config
 from r2vpo_jax.config import SweepConfig
+from r2vpo_jax.errors import Stopped, UsageError
 from r2vpo_jax.training import sweeps, trainer
 
 GRID = SweepConfig(variance_coefs=(0.5,), variance_budgets=(0.01,), clips=(0.2,), seeds=(0, 1))
@@ -28,7 +28,7 @@ def fake_train(outcomes, calls):
         if isinstance(outcome, Exception):
             raise outcome
         if outcome is None:
-            return None
+            raise Stopped("stopped after iteration 0 of 1")
         (directory / "report").mkdir()
         summary = {
             "base_pass_at_1": 0.3, "final_pass_at_1": outcome, "best_pass_at_1": outcome, "final_entropy": 0.1,
@@ -51,13 +51,14 @@ def test_runs_are_paired_and_configured(base):
         "variance_coef=0.5_seed=1", "variance_budget=0.01_seed=1", "clip=0.2_seed=1",
     ]  # fmt: skip
     fixed, adaptive, clip = (sweeps.run_config(base, r) for r in runs[:3])
-    assert (fixed.objective.name, fixed.objective.variance_coef, fixed.objective.adaptive) == (
+    assert (fixed.objective.name, fixed.objective.dual.coef, fixed.objective.dual.adaptive) == (
         "r2vpo_fixed",
         0.5,
         False,
     )
-    assert (adaptive.objective.variance_budget, adaptive.objective.adaptive) == (0.01, True)
-    assert (clip.objective.loss, clip.objective.clip_low, clip.objective.clip_high) == ("ppo_clip", 0.2, 0.2)
+    assert (adaptive.objective.dual.budget, adaptive.objective.dual.adaptive) == (0.01, True)
+    assert clip.objective.loss.name == "ppo_clip"
+    assert clip.objective.loss.options == {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": None}
     assert fixed.trainer == adaptive.trainer == clip.trainer
     assert sweeps.run_config(base, runs[4]).seed == 1
 
@@ -66,7 +67,8 @@ def test_stopped_sweep_goes_on_and_failures_are_results(base, tmp_path, monkeypa
     calls = []
     outcomes = {"clip=0.2_seed=0": FloatingPointError("boom"), "variance_coef=0.5_seed=1": None}
     monkeypatch.setattr(trainer, "train", fake_train(outcomes, calls))
-    assert sweeps.run_sweep(base, GRID, tmp_path, say=lambda _: None) is None  # stopped in the fourth run
+    with pytest.raises(Stopped):  # in the fourth run
+        sweeps.run_sweep(base, GRID, tmp_path, say=lambda _: None)
     assert calls[-1] == "variance_coef=0.5_seed=1"
     assert not (tmp_path / "table.md").exists()
 

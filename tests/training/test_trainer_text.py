@@ -14,6 +14,8 @@ from r2vpo_jax.models.tokenizer import end_of_text_ids
 from r2vpo_jax.run import files
 from r2vpo_jax.run.directory import claim
 from r2vpo_jax.training.trainer import train
+from tests.helpers.runs import stop
+from tests.helpers.trees import merged
 
 PROBLEMS = 24
 
@@ -40,16 +42,21 @@ def make(data_dir):
         sections = {
             "model": {"path": "word_problems_base"},
             "mesh": {"data": 1},
-            "objective": {"variance_budget": 0.01, "verifier_errors": "wrong"},
+            "objective": {"dual": {"budget": 0.01}, "groups": {"verifier_errors": "wrong"}},
             "task": {
                 "name": "text",
-                "data_dir": str(data_dir),
-                **{split: f"{split}.jsonl?answer_style=hash&kind=math" for split in ("train", "validation", "test")},
-                "max_response_length": 48,
+                "text": {
+                    "data_dir": str(data_dir),
+                    **{
+                        split: f"{split}.jsonl?answer_style=hash&kind=math" for split in ("train", "validation", "test")
+                    },
+                    "max_response_length": 48,
+                },
                 "prompt": {"max_length": 112},
                 "verifier": {"num_workers": 1, "time_limit": 20.0},
             },
-            "sampler": {"group_size": 4, "batch_size": 2, "prompt_buckets": (80,)},
+            "sampler": {"group_size": 4, "batch_size": 8, "prompt_buckets": (80,)},
+            "evaluation": {"batch_size": 8},
             "trainer": {
                 "num_iterations": 2,
                 "prompts_per_rollout": 4,
@@ -58,16 +65,13 @@ def make(data_dir):
                 "eval_every": 2,
                 "eval_problems": 4,
                 "eval_samples": 1,
-                "eval_batch_size": 8,
                 "test_problems": 100,
                 "test_samples": 2,
                 "checkpoint_every": 1,
                 "samples_per_iteration": 3,
             },
         }
-        for name, fields in overrides.items():
-            sections[name] = sections[name] | fields
-        return config.from_flags(config.make(**sections))
+        return config.from_flags(config.make(**merged(sections, overrides)))
 
     return make
 
@@ -76,15 +80,9 @@ def make(data_dir):
 def finished(make, tmp_path_factory):
     """(workdir, summary, lines said) of a run with rewards of two parts that was stopped and continued."""
     workdir, said = tmp_path_factory.mktemp("text") / "run", []
-    chosen = make(task=make_task(make, reward={"correct": 1.0, "format": 0.25, "format_pattern": "(?s).*####.*"}))
-    assert train(chosen, workdir, stop_after_iteration=1, say=said.append) is None
+    chosen = make(task={"reward": {"correct": 1.0, "format": 0.25, "format_pattern": "(?s).*####.*"}})
+    stop(chosen, workdir, 1, say=said.append)
     return workdir, train(chosen, workdir, say=said.append), said
-
-
-def make_task(make, **changes):
-    import dataclasses
-
-    return dataclasses.asdict(make().task) | changes
 
 
 def test_what_was_read_is_said(finished):
@@ -130,7 +128,7 @@ def test_the_export_is_a_model_with_all_its_ends_of_text(finished):
 
 
 def test_other_data_are_refused_on_resume(make, data_dir, tmp_path):
-    assert train(make(), tmp_path / "run", stop_after_iteration=1, say=lambda _: None) is None
+    stop(make(), tmp_path / "run", 1, say=lambda _: None)
     file = data_dir / "train.jsonl"
     before = file.read_text()
     rows = [json.loads(line) for line in before.splitlines()]
@@ -152,9 +150,9 @@ def test_errors_are_events_and_cost_no_run(make, tmp_path, monkeypatch):
         "    return [len(r) / 100 for r in responses]\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    task = make_task(make, reward={"correct": 0.0, "function": "failing:score", "function_batch_size": 1})
-    chosen = make(task=task, objective={"variance_budget": 0.01, "verifier_errors": "abstain"})
-    train(chosen, tmp_path / "run", stop_after_iteration=1, say=lambda _: None)
+    task = {"reward": {"correct": 0.0, "function": "failing:score", "function_batch_size": 1}}
+    chosen = make(task=task, objective={"dual": {"budget": 0.01}, "groups": {"verifier_errors": "abstain"}})
+    stop(chosen, tmp_path / "run", 1, say=lambda _: None)
     (row,) = (row for row in files.read_jsonl(tmp_path / "run" / "metrics.jsonl") if row["kind"] == "train")
     assert 0 < row["outcome/errors"] < 16
     assert row["reward/kept"] == 1 - row["outcome/errors"] / 16
@@ -163,7 +161,7 @@ def test_errors_are_events_and_cost_no_run(make, tmp_path, monkeypatch):
 
 
 def test_too_long_for_the_model_is_refused(make, tmp_path):
-    task = make_task(make, max_response_length=100_000)
+    task = {"text": {"max_response_length": 100_000}}
     with pytest.raises(UsageError, match="the model has positions for"):
         train(make(task=task), tmp_path / "run", say=lambda _: None)
     assert not (tmp_path / "run").exists()

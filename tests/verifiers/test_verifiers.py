@@ -116,7 +116,7 @@ HOSTILE = [
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: repr(text[:12]))
 def test_a_million_characters_take_no_time(text):
     start = time.perf_counter()
-    for style in verifiers.STYLES:
+    for style in verifiers.RESPONSE_STYLES:
         extract(text, style)
     format_score(text[:190_000], "think_boxed")
     canonical(text)
@@ -328,16 +328,16 @@ def test_kinds_and_order(two):
         Check("math", "5", "<think> 5"),
         Check("math", "", r"\boxed{5}"),
     ]
-    verdicts = two.check(checks)
-    assert [v.outcome for v in verdicts] == [RIGHT, WRONG, RIGHT, WRONG, ERROR, RIGHT, WRONG, WRONG, ERROR]
-    assert verdicts[4].reason == "ValueError: the gold answer 'x' is not a number"
+    judgements = two.check(checks)
+    assert [j.outcome for j in judgements] == [RIGHT, WRONG, RIGHT, WRONG, ERROR, RIGHT, WRONG, WRONG, ERROR]
+    assert judgements[4].reason == "ValueError: the gold answer 'x' is not a number"
     assert two.check([]) == []
 
 
 def test_tolerance_is_the_pools():
     with VerifierPool(num_workers=1, tolerance=0.01) as rough:
-        verdicts = rough.check([Check("numeric", "1/3", r"\boxed{0.333}"), Check("numeric", "1/3", r"\boxed{0.32}")])
-    assert [v.outcome for v in verdicts] == [RIGHT, WRONG]
+        judgements = rough.check([Check("numeric", "1/3", r"\boxed{0.333}"), Check("numeric", "1/3", r"\boxed{0.32}")])
+    assert [j.outcome for j in judgements] == [RIGHT, WRONG]
 
 
 def test_equal_items_are_judged_once(two, monkeypatch):
@@ -352,7 +352,7 @@ def test_equal_items_are_judged_once(two, monkeypatch):
         Check("exact", "5", r"\boxed{6}"),
         Check("exact", "5", r"\boxed{5}"),
     ]
-    assert [v.outcome for v in two.check(checks)] == [RIGHT, RIGHT, WRONG, RIGHT, WRONG, RIGHT]
+    assert [j.outcome for j in two.check(checks)] == [RIGHT, RIGHT, WRONG, RIGHT, WRONG, RIGHT]
     assert sizes == [4]
 
 
@@ -431,9 +431,9 @@ def test_reasoning_gym(two):
         Check("reasoning_gym", gym("no_such_dataset"), "1"),
         Check("reasoning_gym", "not JSON", "1"),
     ]
-    verdicts = two.check(checks)
-    assert [v.outcome for v in verdicts] == [RIGHT] * 3 + [WRONG] * 3 + [RIGHT, WRONG, WRONG, ERROR, ERROR]
-    assert "no_such_dataset" in verdicts[9].reason
+    judgements = two.check(checks)
+    assert [j.outcome for j in judgements] == [RIGHT] * 3 + [WRONG] * 3 + [RIGHT, WRONG, WRONG, ERROR, ERROR]
+    assert "no_such_dataset" in judgements[9].reason
     # the stored answer of graph_color does not score
     assert list(two.check_gold([("reasoning_gym", golds[0]), ("reasoning_gym", gym("graph_color"))])) == [1]
 

@@ -94,20 +94,20 @@ ALONE = ["good", "poor", "bad", "good", "poor", "good"]
 def test_a_fault_costs_its_own_item_only(pool, function, outcome, reason):
     pool.check_function(f"fault_functions:{function}")
     start = time.monotonic()
-    values, verdicts = score(pool, function, ALONE)
+    values, judgements = score(pool, function, ALONE)
     assert time.monotonic() - start < LIMIT + SLACK
-    assert [v.outcome for v in verdicts] == [RIGHT, WRONG, outcome, RIGHT, WRONG, RIGHT]
-    assert verdicts[2].reason.startswith(reason)
+    assert [j.outcome for j in judgements] == [RIGHT, WRONG, outcome, RIGHT, WRONG, RIGHT]
+    assert judgements[2].reason.startswith(reason)
     np.testing.assert_array_equal(values, np.float32([1, 0, np.nan, 1, 0, 1]))
     assert values.dtype == np.float32
     # and the pool goes on
-    assert [v.outcome for v in score(pool, function, ["good", "poor"])[1]] == [RIGHT, WRONG]
+    assert [j.outcome for j in score(pool, function, ["good", "poor"])[1]] == [RIGHT, WRONG]
 
 
 def test_printing_is_not_answering(pool):
-    values, verdicts = score(pool, "prints", ALONE)
+    values, judgements = score(pool, "prints", ALONE)
     assert values.tolist() == [1, 0, 0, 1, 0, 1]
-    assert not any(v.reason for v in verdicts)
+    assert not any(j.reason for j in judgements)
     assert all(os.fstat(slot.process._errors.fileno()).st_size < 1000 for slot in pool._slots)  # it is kept nowhere
 
 
@@ -118,9 +118,9 @@ def test_processes_that_ran_out_of_something_are_replaced(folder, function, reas
     with VerifierPool(num_workers=1, time_limit=20, memory_limit_mb=512) as pool:
         assert score(pool, function, ["good"])[0].tolist() == [1]
         before = processes_of(pool)
-        verdicts = score(pool, function, ALONE)[1]
-        assert [v.outcome for v in verdicts] == [RIGHT, WRONG, ERROR, RIGHT, WRONG, RIGHT]
-        assert verdicts[2].reason.startswith(reason)
+        judgements = score(pool, function, ALONE)[1]
+        assert [j.outcome for j in judgements] == [RIGHT, WRONG, ERROR, RIGHT, WRONG, RIGHT]
+        assert judgements[2].reason.startswith(reason)
         assert processes_of(pool) != before
 
 
@@ -144,10 +144,10 @@ def test_a_process_killed_from_outside(pool, folder):
 
     killer = threading.Thread(target=kill)
     killer.start()
-    verdicts = score(pool, "waits", ALONE)[1]
+    judgements = score(pool, "waits", ALONE)[1]
     killer.join()
-    assert [v.outcome for v in verdicts] == [RIGHT, WRONG, ERROR, RIGHT, WRONG, RIGHT]
-    assert verdicts[2].reason == "verifier process ended: signal 9"
+    assert [j.outcome for j in judgements] == [RIGHT, WRONG, ERROR, RIGHT, WRONG, RIGHT]
+    assert judgements[2].reason == "verifier process ended: signal 9"
 
 
 def test_idle_processes_killed_from_outside_are_replaced(pool):
@@ -155,8 +155,8 @@ def test_idle_processes_killed_from_outside_are_replaced(pool):
     for pid in pids:
         os.kill(pid, 9)
     assert wait_until(lambda: not any(map(is_alive, pids)))
-    verdicts = pool.check([Check("numeric", str(n), rf"\boxed{{{n % 3}}}") for n in range(6)])
-    assert [v.outcome for v in verdicts] == [RIGHT] * 3 + [WRONG] * 3
+    judgements = pool.check([Check("numeric", str(n), rf"\boxed{{{n % 3}}}") for n in range(6)])
+    assert [j.outcome for j in judgements] == [RIGHT] * 3 + [WRONG] * 3
 
 
 def test_expressions_that_never_end(pool):
@@ -168,16 +168,16 @@ def test_expressions_that_never_end(pool):
         Check("math", r"\sqrt{5}", r"\boxed{5^{1/2}}"),
     ]
     start = time.monotonic()
-    verdicts = pool.check(checks)
+    judgements = pool.check(checks)
     assert time.monotonic() - start < LIMIT + SLACK
-    assert [v.outcome for v in verdicts] == [RIGHT, TIMEOUT, WRONG, RIGHT]
-    assert verdicts[1].reason == "no verdict in 1 seconds"
+    assert [j.outcome for j in judgements] == [RIGHT, TIMEOUT, WRONG, RIGHT]
+    assert judgements[1].reason == "no verdict in 1 seconds"
 
 
 def test_each_of_several_monsters_has_the_time_limit(pool):
     checks = [Check("math", str(n), r"\boxed{9^{9^{9^{9}}}}") for n in range(4)] + [Check("math", "5", r"\boxed{5}")]
     start = time.monotonic()
-    outcomes = [v.outcome for v in pool.check(checks)]
+    outcomes = [j.outcome for j in pool.check(checks)]
     assert outcomes == [TIMEOUT] * 4 + [RIGHT]
     # two processes, two monsters each
     assert 2 * LIMIT <= time.monotonic() - start < 2 * LIMIT + 2 * SLACK
@@ -185,7 +185,7 @@ def test_each_of_several_monsters_has_the_time_limit(pool):
 
 def test_a_megabyte(pool):
     start = time.monotonic()
-    verdicts = pool.check(
+    judgements = pool.check(
         [
             Check("math", "7", "7" * 1_000_000),
             Check("math", "7", "x" * 99_000 + r"\boxed{7}"),
@@ -193,10 +193,10 @@ def test_a_megabyte(pool):
         ]
     )
     assert time.monotonic() - start < LIMIT + SLACK
-    assert [v.outcome for v in verdicts] == [ERROR, RIGHT, WRONG]
-    assert verdicts[0].reason == "response of 1000000 characters, the limit is 100000"
-    values, verdicts = score(pool, "raises", ["good", "x" * 200_000, "good"], batch_size=3)
-    assert [v.outcome for v in verdicts] == [RIGHT, ERROR, RIGHT]
+    assert [j.outcome for j in judgements] == [ERROR, RIGHT, WRONG]
+    assert judgements[0].reason == "response of 1000000 characters, the limit is 100000"
+    values, judgements = score(pool, "raises", ["good", "x" * 200_000, "good"], batch_size=3)
+    assert [j.outcome for j in judgements] == [RIGHT, ERROR, RIGHT]
     assert values.tolist()[::2] == [1, 1]
 
 
@@ -208,8 +208,8 @@ def test_requests_larger_than_a_pipe(folder):
 
 
 def test_batches_share_their_fate(pool):
-    verdicts = score(pool, "raises", ["good", "bad", "good", "poor"], batch_size=2)[1]
-    assert [v.outcome for v in verdicts] == [ERROR, ERROR, RIGHT, WRONG]
+    judgements = score(pool, "raises", ["good", "bad", "good", "poor"], batch_size=2)[1]
+    assert [j.outcome for j in judgements] == [ERROR, ERROR, RIGHT, WRONG]
 
 
 @pytest.mark.parametrize(
@@ -221,16 +221,16 @@ def test_batches_share_their_fate(pool):
     ],
 )
 def test_values_of_no_use(pool, function, reason):
-    values, verdicts = score(pool, function, ["good", "bad", "good"], batch_size=3)
-    assert [v.outcome for v in verdicts] == [ERROR] * 3
-    assert all(v.reason.startswith(reason) for v in verdicts)
+    values, judgements = score(pool, function, ["good", "bad", "good"], batch_size=3)
+    assert [j.outcome for j in judgements] == [ERROR] * 3
+    assert all(j.reason.startswith(reason) for j in judgements)
     assert np.isnan(values).all()
 
 
 def test_values_that_are_not_finite_cost_their_row(pool):
-    values, verdicts = score(pool, "not_finite", ["good", "bad", "big", "poor"], batch_size=4)
-    assert [v.outcome for v in verdicts] == [RIGHT, ERROR, ERROR, WRONG]
-    assert "not a finite float32" in verdicts[2].reason
+    values, judgements = score(pool, "not_finite", ["good", "bad", "big", "poor"], batch_size=4)
+    assert [j.outcome for j in judgements] == [RIGHT, ERROR, ERROR, WRONG]
+    assert "not a finite float32" in judgements[2].reason
     np.testing.assert_array_equal(values, np.float32([1, np.nan, np.nan, 0]))
 
 
@@ -258,7 +258,7 @@ def test_functions_that_cannot_be_imported(pool, function, message):
         pool.check_function(function)
     with pytest.raises(ValueError, match=message):
         pool.score(function, ["q"], ["good"], ["a"])
-    assert [v.outcome for v in score(pool, "raises", ["good"])[1]] == [RIGHT]
+    assert [j.outcome for j in score(pool, "raises", ["good"])[1]] == [RIGHT]
 
 
 def test_no_accelerator_and_no_jax(folder):
@@ -273,7 +273,7 @@ def test_from_a_thread_that_ends(folder):
     with VerifierPool(num_workers=2, time_limit=20) as pool:
 
         def call():
-            found.append([v.outcome for v in pool.check([Check("math", "5", r"\boxed{5}"), Check("exact", "5", "6")])])
+            found.append([j.outcome for j in pool.check([Check("math", "5", r"\boxed{5}"), Check("exact", "5", "6")])])
             found.append(processes_of(pool))
 
         for _ in range(2):
@@ -290,7 +290,7 @@ def test_threads_at_the_same_time(pool):
     found = {}
 
     def call(n):
-        found[n] = [v.outcome for v in pool.check([Check("exact", str(n), str(m)) for m in range(4)])]
+        found[n] = [j.outcome for j in pool.check([Check("exact", str(n), str(m)) for m in range(4)])]
 
     threads = [threading.Thread(target=call, args=(n,)) for n in range(4)]
     for thread in threads:
@@ -329,7 +329,7 @@ def test_an_interrupted_call_leaves_a_pool_that_works(folder, monkeypatch):
     with VerifierPool(num_workers=2, time_limit=60) as pool:
         pool.check([Check("math", "5", r"\boxed{5}"), Check("math", "5", r"\boxed{6}")])
         with monkeypatch.context() as patch:
-            look, calls = pool._look_after, []
+            look, calls = pool._poll, []
 
             def interrupted():
                 calls.append(None)
@@ -337,7 +337,7 @@ def test_an_interrupted_call_leaves_a_pool_that_works(folder, monkeypatch):
                     raise KeyboardInterrupt
                 look()
 
-            patch.setattr(pool, "_look_after", interrupted)
+            patch.setattr(pool, "_poll", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 pool.check([Check("math", str(n), r"\boxed{9^{9^{9^{9}}}}") for n in range(4)])
         start = time.monotonic()

@@ -434,7 +434,7 @@ OUTCOMES = {"=": Outcome.RIGHT, "!": Outcome.WRONG, "?": Outcome.ERROR}
 
 
 @pytest.fixture(scope="module")
-def verdicts():
+def judgements():
     with VerifierPool(num_workers=2, time_limit=20) as pool:
         return pool.check([Check("math", gold, rf"Hence it is \boxed{{{answer}}}.") for _, gold, answer, _ in ROWS])
 
@@ -446,11 +446,11 @@ def _parameters():
 
 
 @pytest.mark.parametrize("number", list(_parameters()))
-def test_pair(number, verdicts):
+def test_pair(number, judgements):
     mark, gold, answer, _ = ROWS[number]
-    verdict = verdicts[number]
-    assert verdict.outcome == OUTCOMES[mark[-1]], f"{gold} {mark} {answer}: {verdict}"
-    assert bool(verdict.reason) == (verdict.outcome == Outcome.ERROR)
+    judgement = judgements[number]
+    assert judgement.outcome == OUTCOMES[mark[-1]], f"{gold} {mark} {answer}: {judgement}"
+    assert bool(judgement.reason) == (judgement.outcome == Outcome.ERROR)
 
 
 def test_the_table_is_as_large_as_promised():

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from r2vpo_jax.data.fields import Mapping
+from r2vpo_jax.data.fields import Columns
 
 _ANSWER = (("answer", "verbatim"),)
 
@@ -17,12 +17,12 @@ _WRAPPED = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Named:
-    """One named data set."""
+class KnownDataset:
+    """A data set with a name, and how to read the public copy."""
 
     name: str
     published: str  # where the public copy is
-    fields: Mapping
+    columns: Columns
     where: tuple[tuple[str, str], ...] = ()  # (column, value): other rows are left out, where there is such a column
     missing: str = "error"  # rows without question or answer: error, or drop and count
     conflicts: str = "error"  # one question with different answers: error, or drop all and count
@@ -31,32 +31,32 @@ class Named:
     shipped: bool = False  # with this package
 
 
-TABLE = {
+KNOWN = {
     row.name: row
     for row in (
-        Named(
+        KnownDataset(
             "gsm8k",
             "openai/gsm8k (config main); github.com/openai/grade-school-math; tensorflow_datasets",
-            Mapping(("question",), (("answer", "hash"),), kind="numeric"),
+            Columns(("question",), (("answer", "hash"),), kind="numeric"),
             tfds=True,
         ),
-        Named(
-            "gsm8k_fixture",
+        KnownDataset(
+            "word_problems",
             "shipped with r2vpo_jax: invented problems in the format of GSM8K",
-            Mapping(("question",), (("answer", "hash"),), kind="numeric"),
+            Columns(("question",), (("answer", "hash"),), kind="numeric"),
             shipped=True,
         ),
-        Named("math", "EleutherAI/hendrycks_math", Mapping(("problem",), (("solution", "boxed"),), ("level",))),
-        Named(
+        KnownDataset("math", "EleutherAI/hendrycks_math", Columns(("problem",), (("solution", "boxed"),), ("level",))),
+        KnownDataset(
             "math500",
             "HuggingFaceH4/MATH-500",
-            Mapping(("problem",), (*_ANSWER, ("solution", "boxed")), ("level",)),
+            Columns(("problem",), (*_ANSWER, ("solution", "boxed")), ("level",)),
             one_split=True,
         ),
-        Named(
+        KnownDataset(
             "dapo_math_17k",
             "BytedTsinghua-SIA/DAPO-Math-17k",
-            Mapping(
+            Columns(
                 _CHAT_QUESTION,
                 (*_CHAT_ANSWER, ("solution", "verbatim")),
                 **_WRAPPED,
@@ -64,39 +64,39 @@ TABLE = {
             conflicts="drop",
             one_split=True,
         ),
-        Named(
+        KnownDataset(
             "deepscaler",
             "agentica-org/DeepScaleR-Preview-Dataset",
-            Mapping(("problem",), _ANSWER),
+            Columns(("problem",), _ANSWER),
             missing="drop",
             conflicts="drop",
             one_split=True,
         ),
-        Named(
+        KnownDataset(
             "aime24",
             "HuggingFaceH4/aime_2024 or math-ai/aime24",
-            Mapping(
+            Columns(
                 ("problem", "question", *_CHAT_QUESTION), (*_ANSWER, *_CHAT_ANSWER, ("solution", "boxed")), **_WRAPPED
             ),
             one_split=True,
         ),
-        Named(
+        KnownDataset(
             "aime25",
             "math-ai/aime25",
-            Mapping(("problem", "question", *_CHAT_QUESTION), (*_ANSWER, *_CHAT_ANSWER), **_WRAPPED),
+            Columns(("problem", "question", *_CHAT_QUESTION), (*_ANSWER, *_CHAT_ANSWER), **_WRAPPED),
             one_split=True,
         ),
-        Named("amc23", "math-ai/amc23", Mapping(("question", "problem"), _ANSWER), one_split=True),
-        Named(
+        KnownDataset("amc23", "math-ai/amc23", Columns(("question", "problem"), _ANSWER), one_split=True),
+        KnownDataset(
             "minerva",
             "math-ai/minervamath",
-            Mapping(("question", "problem"), (*_ANSWER, ("solution", "boxed"))),
+            Columns(("question", "problem"), (*_ANSWER, ("solution", "boxed"))),
             one_split=True,
         ),
-        Named(
+        KnownDataset(
             "olympiadbench",
             "Hothan/OlympiadBench (config OE_TO_maths_en_COMP)",
-            Mapping(
+            Columns(
                 ("question", "problem"),
                 (("final_answer", "list"), ("answer", "list")),
                 ("subfield", "difficulty"),
@@ -113,11 +113,14 @@ TABLE = {
     )
 }
 
-# Files of any other name.
-FILE = Named(
+# Earlier name -> name.
+RENAMED = {"gsm8k_fixture": "word_problems"}
+
+# A file of any other name.
+LOCAL_FILE = KnownDataset(
     "file",
     "",
-    Mapping(
+    Columns(
         ("question", "problem", *_CHAT_QUESTION),
         (*_ANSWER, *_CHAT_ANSWER, ("final_answer", "list")),
         ("level",),

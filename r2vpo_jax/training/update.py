@@ -1,0 +1,381 @@
+"""One rollout batch as pure functions: minibatches, the optimizer update, and the step of the multipliers.
+
+    settings = UpdateSettings(objective=make_objective("r2vpo"), group_size=16, num_minibatches=4)
+    state = init_state(params, model, optimizers, settings)
+    for number in range(settings.num_updates):
+        minibatch = take_minibatch(rollout, key, number, settings)
+        state, stats = update(state, minibatch, model, optimizers, settings)
+        all_stats.append(stats)
+    dual_state, kl_coef, report = step_multipliers(state.dual, state.kl_coef, all_stats, settings)
+
+Everything here can be called under jit, vmap and scan, on any devices; `Learner` places and jits it. The multipliers
+(lambda of the ratio variance, beta of an adaptive KL) step once per rollout batch, on what the *last* minibatch measured
+before its own update: on fresh data the first minibatch has r = 1 by construction, and stepping on it would bias them
+low. On stale data lambda sees what the updates added: V of the last minibatch less V of the first (ours).
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from r2vpo_jax import corrections, dual, kl, losses, ratio_stats, scoring
+from r2vpo_jax.config.objective import ObjectiveConfig
+from r2vpo_jax.rollout import Rollout
+from r2vpo_jax.train_stats import TrainStats
+from r2vpo_jax.training import accumulation, critic
+from r2vpo_jax.training.critic import CriticState
+
+
+@struct.dataclass
+class LearnerState:
+    """Everything that training changes."""
+
+    params: dict
+    opt_state: optax.OptState
+    dual: dual.DualState
+    kl_coef: jax.Array  # f32 [] beta, the weight of the KL divergence
+    critic: CriticState | None  # the value head, if there is one
+    version: jax.Array  # int32 [] optimizer updates done
+
+
+@struct.dataclass
+class RolloutReport:
+    """What training on one rollout batch measured."""
+
+    stats: TrainStats  # merged over the updates
+    variance_first: jax.Array  # f32 [] V of the first minibatch, before its update
+    variance_last: jax.Array  # f32 [] V of the last minibatch, before its update
+    dual_signal: jax.Array  # f32 [] what the multiplier was given
+    skipped: jax.Array  # f32 [updates] 1 where an update was not finite, and so was not applied
+
+
+class Optimizers(NamedTuple):
+    """Of the policy, and of the value head if there is one."""
+
+    policy: optax.GradientTransformation
+    value: optax.GradientTransformation | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateSettings:
+    """What the functions here have to know besides arrays. Hashable: it can be a static argument."""
+
+    objective: ObjectiveConfig
+    group_size: int
+    num_minibatches: int
+    num_epochs: int = 1
+    micro_batch_size: int | None = None  # responses whose activations exist at one time; None: a whole minibatch
+    scoring_chunk_size: int = 128  # response columns whose logits exist at one time
+    stale: bool = False  # whether batches may come out of a replay buffer: the dual signal `auto` then is `excess`
+
+    @property
+    def num_updates(self) -> int:
+        """Updates per rollout batch."""
+        return self.num_minibatches * self.num_epochs
+
+
+def init_state(params, model, optimizers: Optimizers, settings: UpdateSettings) -> LearnerState:
+    """A fresh state.
+
+    Args:
+      params: of the model; they become the state's.
+      model: the decoder.
+      optimizers: the value head has one if the objective has a critic.
+      settings: of the run.
+    """
+    objective = settings.objective
+    return LearnerState(
+        params=params,
+        opt_state=optimizers.policy.init(params),
+        # Objectives without a penalty have no multiplier: it is 0.
+        dual=dual.init(objective.dual.coef if objective.has_multiplier else 0.0),
+        kl_coef=jnp.float32(objective.kl.coef),
+        critic=critic.init(model.config.hidden_size, optimizers.value) if objective.critic else None,
+        version=jnp.zeros((), jnp.int32),
+    )
+
+
+# One optimizer update ---------------------------------------------------------------------------------------
+
+
+def update(
+    state: LearnerState, batch: Rollout, model, optimizers: Optimizers, settings: UpdateSettings
+) -> tuple[LearnerState, TrainStats]:
+    """The optimizer step, and nothing else. A non-finite update is skipped, and counted in the statistics.
+
+    Args:
+      state: the old one.
+      batch: a minibatch of B responses with advantages; B is a multiple of the micro-batch size. With
+        reference_logp for a KL to the reference, with value and value_target for a critic.
+      model, optimizers, settings: of the run.
+
+    Raises:
+      ValueError: B is not a multiple of the micro-batch size.
+    """
+    num_micro = _num_micro_batches(batch, settings)
+    loss_fn = functools.partial(
+        micro_batch_loss,
+        state=state,
+        model=model,
+        settings=settings,
+        normalizer=normalizer(batch, settings.objective),
+        computed=computed_arguments(state, batch, model, settings),
+    )
+    head = None if state.critic is None else (state.critic.kernel, state.critic.bias)
+    loss, stats, (grads, head_grads) = accumulation.value_and_grad(loss_fn, (state.params, head), batch, num_micro)
+    stats, grad_norm = stats.reduce(), optax.tree.norm((grads, head_grads))
+    updates, opt_state = optimizers.policy.update(grads, state.opt_state, state.params)
+    new = {"params": optax.apply_updates(state.params, updates), "opt_state": opt_state, "critic": None}
+    if head is not None:
+        head_updates, head_opt_state = optimizers.value.update(head_grads, state.critic.opt_state, head)
+        new["critic"] = CriticState(*optax.apply_updates(head, head_updates), head_opt_state)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    old = {name: getattr(state, name) for name in new}
+    new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+    one = jnp.float32(1)
+    measured = {
+        "loss": (loss, one),
+        "grad_norm": (grad_norm, one),
+        "update_norm": (optax.tree.norm(updates), one),
+        "nonfinite": ((~finite).astype(jnp.float32), one),
+    }
+    stats = stats.replace(sums=stats.sums | measured)
+    return state.replace(**new, version=state.version + 1), stats
+
+
+def normalizer(batch: Rollout, objective: ObjectiveConfig) -> jax.Array:
+    """The count of the reduction over a whole minibatch, f32 []."""
+    if objective.loss.reduction == "constant_length":
+        return jnp.sum(batch.keep, dtype=jnp.float32) * batch.response_size
+    return losses.count(batch.learning_mask, objective.loss.reduction)
+
+
+def computed_arguments(state: LearnerState, batch: Rollout, model, settings: UpdateSettings) -> dict[str, jax.Array]:
+    """Those arguments of the loss that depend on the state or on the whole minibatch (`losses.computed`)."""
+    objective = settings.objective
+
+    def variance_coef():
+        coef = state.dual.variance_coef
+        if objective.dual.normalize:
+            coef = coef * dual.advantage_scale(batch.advantage, batch.learning_mask)
+        return coef
+
+    def threshold():
+        arrays = score(state.params, batch, model, settings), _anchor(batch), batch.advantage, batch.learning_mask
+        return losses.m2po_threshold(*arrays, budget=objective.loss.options["budget"])
+
+    how = {"variance_coef": variance_coef, "threshold": threshold}
+    return {name: how[name]() for name in losses.computed(objective.loss.name)}
+
+
+def micro_batch_loss(
+    trained, batch: Rollout, *, state: LearnerState, model, settings: UpdateSettings, normalizer, computed
+) -> tuple[jax.Array, TrainStats]:
+    """(loss, statistics) of one micro-batch; losses add up over those of a minibatch.
+
+    Args:
+      trained: (params, value head or None), what gradients are taken of.
+      batch: rows of the minibatch.
+      state: for the multipliers and the version.
+      model, settings: of the run.
+      normalizer: `normalizer` of the whole minibatch.
+      computed: `computed_arguments` of the whole minibatch.
+    """
+    objective, mask = settings.objective, batch.learning_mask
+    reduction = {"reduction": objective.loss.reduction, "normalizer": normalizer}
+    scores = score_rows(*trained, batch, model, settings)
+    loss_of = functools.partial(_policy_loss, batch=batch, state=state, objective=objective, **reduction, **computed)
+    loss, stats = loss_of(scores.logp)
+    merged = _gradient_stats(lambda logp: loss_of(logp)[0], scores.logp, batch, state, reduction)
+
+    stats["entropy"] = _mean_over_tokens(scores.entropy, mask)
+    if objective.loss.entropy_coef:
+        loss = loss - objective.loss.entropy_coef * losses.reduce(scores.entropy, mask, **reduction)
+    if batch.weights is not None:
+        stats["weight"] = _mean_over_tokens(batch.weights, mask)
+        stats["weight_squared"] = _mean_over_tokens(batch.weights**2, mask)
+    if scores.value is not None:
+        value_loss, value_stats = critic.value_loss(
+            scores.value, batch.value, batch.value_target, mask, clip=objective.advantage.value_clip, **reduction
+        )
+        loss = loss + objective.advantage.value_coef * value_loss
+        stats |= value_stats
+    return loss, merged.replace(sums=merged.sums | jax.lax.stop_gradient(stats))
+
+
+def _policy_loss(
+    logp, *, batch: Rollout, state: LearnerState, objective: ObjectiveConfig, reduction, normalizer, **given
+):
+    """(loss, stats) of the objective and its KL divergence, as a function of the log-probabilities."""
+    mask = batch.learning_mask
+    shared = {"reduction": reduction, "normalizer": normalizer}
+    loss, stats = losses.get(objective.loss.name)(
+        logp, _anchor(batch), batch.advantage, mask, weights=batch.weights, **shared, **objective.loss.options, **given
+    )
+    if objective.kl.coef:
+        divergence = _divergence(batch, logp, objective)
+        stats["kl"] = _mean_over_tokens(divergence, mask)
+        if objective.kl.where == "loss":
+            loss = loss + state.kl_coef * losses.reduce(divergence, mask, **shared)
+    return loss, stats
+
+
+def _gradient_stats(loss_fn, logp, batch: Rollout, state: LearnerState, reduction) -> TrainStats:
+    """`ratio_stats.compute` with g of each token, whatever the objective: elementwise, so cheap."""
+    slope = jax.grad(loss_fn)(jax.lax.stop_gradient(logp))
+    weight = losses.token_weights(batch.learning_mask, **reduction)
+    return ratio_stats.compute(
+        logp,
+        _anchor(batch),
+        batch.advantage,
+        batch.learning_mask,
+        coefficient=-slope / jnp.where(weight == 0, 1.0, weight),
+        weights=batch.weights,
+        age=state.version - batch.version,
+    )
+
+
+def _divergence(batch: Rollout, logp, objective: ObjectiveConfig):
+    """The configured estimate of a KL divergence at each token, f32 [B, T]."""
+    if objective.kl.to == "behavior":
+        return kl.estimate(_anchor(batch), logp, objective.kl.estimator)
+    behavior = batch.behavior_logp if objective.kl.corrected else None
+    return kl.estimate(logp, batch.reference_logp, objective.kl.estimator, behavior_logp=behavior)
+
+
+def _mean_over_tokens(x, mask):
+    return jnp.sum(jnp.where(mask, x, 0.0)), jnp.sum(mask, dtype=jnp.float32)
+
+
+def _anchor(batch: Rollout):
+    """The log-probabilities that the ratio is against: proximal ones if the data is corrected, else behavior."""
+    return batch.behavior_logp if batch.proximal_logp is None else batch.proximal_logp
+
+
+# Scoring ----------------------------------------------------------------------------------------------------
+
+
+def score_rows(params, head, batch: Rollout, model, settings: UpdateSettings) -> scoring.Scores:
+    """Log-probabilities and entropies of the responses, and values with a head (kernel, bias); all rows at one time."""
+    return scoring.score(
+        model,
+        params,
+        batch.tokens,
+        batch.prompt_length,
+        batch.response_length,
+        batch.temperature,
+        prompt_size=batch.prompt_size,
+        chunk_size=settings.scoring_chunk_size,
+        value_head=None if head is None else functools.partial(critic.values, head),
+    )
+
+
+def score(params, batch: Rollout, model, settings: UpdateSettings) -> jax.Array:
+    """Log-probabilities f32 [B, T] of a batch's responses, one micro-batch at a time, by the same code as the update."""
+    return _map_rows(lambda rows: score_rows(params, None, rows, model, settings).logp, batch, settings)
+
+
+def values(params, state: CriticState, batch: Rollout, model, settings: UpdateSettings) -> jax.Array:
+    """The critic's values f32 [B, T] before each response token."""
+    head = state.kernel, state.bias
+    return _map_rows(lambda rows: score_rows(params, head, rows, model, settings).value, batch, settings)
+
+
+def _map_rows(function, batch: Rollout, settings: UpdateSettings):
+    """`function` of the rows, f32 [B, T], one micro-batch at a time."""
+    outputs = jax.lax.map(function, accumulation.split_rows(batch, _num_micro_batches(batch, settings)))
+    return outputs.swapaxes(0, 1).reshape(batch.behavior_logp.shape)
+
+
+def _num_micro_batches(batch: Rollout, settings: UpdateSettings) -> int:
+    rows = batch.tokens.shape[0]
+    size = settings.micro_batch_size or rows
+    if rows % size:
+        raise ValueError(f"a batch of {rows} responses is not a multiple of micro_batch_size={size}")
+    return rows // size
+
+
+# One rollout batch ------------------------------------------------------------------------------------------
+
+
+def take_minibatch(rollout: Rollout, key, number, settings: UpdateSettings) -> Rollout:
+    """The minibatch of update `number`: each epoch shuffles whole groups anew.
+
+    Args:
+      rollout: a rollout batch; groups are contiguous.
+      key: of the rollout batch.
+      number: int or int32 [], from 0.
+      settings: of the run.
+    """
+    group, num_groups = settings.group_size, rollout.tokens.shape[0] // settings.group_size
+    size = num_groups // settings.num_minibatches
+    epoch, index = number // settings.num_minibatches, number % settings.num_minibatches
+    order = jax.random.permutation(jax.random.fold_in(key, epoch), num_groups)
+    chosen = jax.lax.dynamic_slice_in_dim(order, index * size, size)
+    rows = (chosen[:, None] * group + jnp.arange(group)).reshape(-1)
+    return jax.tree.map(lambda x: x[rows], rollout)
+
+
+def correct(params, rollout: Rollout, model, settings: UpdateSettings) -> Rollout:
+    """The rollout with proximal log-probabilities, taken once before the first update, and their weights."""
+    correction = settings.objective.correction
+    proximal = score(params, rollout, model, settings)
+    weights = corrections.importance_weights(
+        proximal,
+        rollout.behavior_logp,
+        rollout.response_mask,
+        mode=correction.mode,
+        scope=correction.scope,
+        max_weight=correction.max_weight,
+        min_weight=correction.min_weight,
+    )
+    return rollout.replace(proximal_logp=proximal, weights=weights)
+
+
+def step_multipliers(
+    dual_state: dual.DualState, kl_coef, all_stats: list[TrainStats], settings: UpdateSettings
+) -> tuple[dual.DualState, jax.Array, RolloutReport]:
+    """The multipliers after a rollout batch, and what its updates measured.
+
+    Args:
+      dual_state, kl_coef: of the state.
+      all_stats: of each update, in order.
+      settings: of the run.
+    """
+    objective = settings.objective
+    first, last = (s.mean("ratio_variance") for s in (all_stats[0], all_stats[-1]))
+    # A minibatch that was skipped as non-finite (and counted), or in which nothing counts, measures nothing.
+    measured = jnp.isfinite(last) & (all_stats[-1].sums["ratio_variance"][1] > 0)
+    # Stale data starts at V > 0 whatever this batch's updates do: that must not wind the multiplier up (ours).
+    excess = {"auto": settings.stale, "excess": True, "absolute": False}[objective.dual.signal]
+    signal = last - first if excess else last
+    if objective.dual.adaptive:
+        stepped = dual.update(
+            dual_state,
+            signal,
+            budget=objective.dual.budget,
+            step=objective.dual.step,
+            max_coef=objective.dual.max_coef,
+            max_step=objective.dual.max_step,
+            rule=objective.dual.rule,
+        )
+        possible = measured & jnp.isfinite(signal)
+        dual_state = jax.tree.map(lambda new, old: jnp.where(possible, new, old), stepped, dual_state)
+        measured = possible
+    if objective.kl.target is not None:
+        stepped = kl.adapt_coef(kl_coef, all_stats[-1].mean("kl"), target=objective.kl.target)
+        kl_coef = jnp.where(measured, stepped, kl_coef)
+    merged = jax.tree.map(lambda *x: jnp.stack(x), *all_stats)
+    report = RolloutReport(
+        stats=merged.reduce(),
+        variance_first=first,
+        variance_last=last,
+        dual_signal=signal,
+        skipped=merged.sums["nonfinite"][0],
+    )
+    return dual_state, kl_coef, report

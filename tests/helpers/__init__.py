@@ -1,0 +1,1 @@
+"""What several test files share: no test is in here, and no test file imports another."""

@@ -1,0 +1,20 @@
+"""Updates whose gradients can be read off the parameters that they leave."""
+
+import jax
+import numpy as np
+
+KEY = jax.random.key(0)
+# A step that swamps the parameters: the new ones are -RATE * gradient to float32's last digits.
+RATE = 2.0**20
+
+
+def assert_same(actual, expected):
+    """Gradients at the tolerance of float32 sums in another order.
+
+    It is a sum over up to 224 tokens of terms as large as itself, which rounding moves by up to 224 units of 2^-24,
+    or 1.3e-5 of the largest; two machines were 2e-6 apart. Leaving out the token that matters least moves it by 1e-4.
+    """
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
+    for (path, a), e in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
+        assert np.abs(e).max() > 1e-3 * largest, path
+        np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-5 * largest, err_msg=jax.tree_util.keystr(path))
