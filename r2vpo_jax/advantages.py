@@ -328,5 +328,10 @@ def estimator(name: str) -> Estimator:
     if name in ESTIMATORS:
         return ESTIMATORS[name]
     if ":" in name:
-        return Estimator(import_own(name, "estimator"))
+        function = import_own(name, "estimator")
+        more = list(inspect.signature(function).parameters.values())[1:]
+        unknown = [p.name for p in more if p.default is p.empty and p.name not in OPTIONS]
+        if unknown:
+            raise ValueError(f"estimator {name!r} wants {unknown[0]}; an estimator may take {', '.join(OPTIONS)}")
+        return Estimator(function)
     raise ValueError(f"unknown estimator {name!r}; one of {', '.join(ESTIMATORS)}, or module:function")

@@ -1,7 +1,7 @@
 """The one entry of all binaries: flags in, one clear line out when something is wrong.
 
-An unknown flag or field, a bad value or a missing file ends with one line on stderr and exit code 2, before
-any work is done; everything unexpected keeps its traceback and exit code 1.
+An unknown flag or field, a bad value or a missing file ends with one line on stderr and exit code 2, nearly
+always before any work is done; everything unexpected keeps its traceback and exit code 1.
 """
 
 import os
@@ -143,6 +143,11 @@ def _reason(error: Exception, argv) -> str:
         if now := config_lib.new_name(field.removeprefix(base)):
             return f"config field {field} is now {base}{now}"
         if isinstance(error, (KeyError, AttributeError)) and any(f"'{name}'" in text for name in field.split(".")):
+            if (
+                field.removeprefix(base).startswith(("objective.loss.options.", "task.options."))
+                and "Did you mean" not in text
+            ):
+                return f"{field} is no option that ships; options of your own loss or task are set in a config file (docs/extending.md)"
             near = re.search(r'Did you mean "(\w+)"', text)
             return f"unknown config field {field}" + (f"; did you mean {near[1]}?" if near else "")
     return message

@@ -78,6 +78,7 @@ def rows(workplace, workdir):
     return [json.loads(line) for line in (workplace / workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_the_toy_loss_trains(workplace):
     run(workplace, *command("runs/toy_loss"))
     summary = json.loads((workplace / "runs" / "toy_loss" / "report" / "summary.json").read_text())
@@ -103,6 +104,7 @@ def toy_task_rows(workplace):
     return rows(workplace, "runs/toy_task")
 
 
+@pytest.mark.slow
 def test_the_toy_task_is_learned_from(toy_task_rows, workplace):
     assert [row["kind"] for row in toy_task_rows if row["kind"] != "evaluation"] == ["fill", "train"]
     assert all(row["outcome/errors"] == 0 for row in toy_task_rows if row["kind"] != "evaluation")
@@ -134,11 +136,22 @@ with verifiers.VerifierPool(num_workers=1) as pool:
     assert run(workplace, "-c", program).split() == ["1.0", "0.0", "0.0"]
 
 
+def test_the_config_file_sets_options_of_ones_own(workplace):
+    shown = run(workplace, "-m", "experiments.train", "--config=my_config.py", "--print_config")
+    shown = {
+        name: value
+        for name, value, *_ in (line.removeprefix("*").split() for line in shown.splitlines() if "." in line)
+    }
+    assert (shown["objective.loss.options.strength"], shown["task.options.parity"]) == ("0.5", "1")
+
+
 def test_the_advantage_and_the_family_are_what_the_page_says(workplace):
     program = """
 import numpy as np
 from my_advantages import best_of_group
-print(best_of_group(np.float32([1, 0, 0, 1]), 2))
+from r2vpo_jax import advantages
+rewards = advantages.Rewards(np.float32([[1], [0], [0], [1]]), np.ones((4, 1), bool), group_size=2)
+print(best_of_group(rewards, scale="std"))
 import my_family
 from r2vpo_jax.models import families
 shape = dict(vocab_size=8, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1)

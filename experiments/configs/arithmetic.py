@@ -1,6 +1,6 @@
 """The shipped run: R2VPO on the embedded arithmetic task, two minutes on two CPU cores.
 
-The budget is small because the ratio's second moment is a mean over all tokens, and most tokens of this task are
+The budget is small because the ratio variance is a mean over all tokens, and most tokens of this task are
 nearly deterministic: unconstrained it is a few times larger than the budget while the policy learns. Learning
 rate, updates and budget were chosen together on the validation split, so that the constraint is active throughout
 (docs/algorithms/r2vpo.md, "Choosing delta").

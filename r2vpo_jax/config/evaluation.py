@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import pathlib
-import re
 import urllib.parse
 from typing import Any
 
@@ -18,6 +17,7 @@ from r2vpo_jax.config.task import (
     TaskConfig,
     TextConfig,
     VerifierConfig,
+    is_task,
 )
 
 
@@ -125,9 +125,9 @@ def identity(config: EvaluationConfig) -> dict[str, Any]:
 
 
 def kind_of(spec: str) -> str:
-    """`task.name` of a name in --tasks: arithmetic, module:Class, or text for all that data.load knows."""
+    """`task.name` of a name in --tasks: a row of `TASKS`, module:Class, or text for all that data.load knows."""
     name = spec.partition("?")[0]
-    return name if name == "arithmetic" or re.fullmatch(r"[\w.]+:\w+", name) else "text"
+    return name if is_task(name) else "text"
 
 
 def spec_of(task: TaskConfig) -> str:

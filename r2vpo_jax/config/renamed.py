@@ -1,4 +1,4 @@
-"""Old names of fields, so that a command of yesterday is told today's name."""
+"""Old names of fields, so that a command with an old name is told the new one."""
 
 _MOVED = {
     "objective.loss": "reduction entropy_coef",
@@ -48,5 +48,5 @@ NEW_NAMES = _RENAMED | {
 
 
 def new_name(path: str) -> str | None:
-    """Today's name of a field, if `path` is an old one; without `config.` in front."""
+    """The new name of a field, if `path` is an old one; without `config.` in front."""
     return NEW_NAMES.get(path)

@@ -35,7 +35,7 @@ class TrainerConfig:
     checkpoint_every: int = option(20, "iterations between checkpoints")
     max_checkpoints: int = option(2, "checkpoints kept")
     samples_per_iteration: int = option(2, "responses written to samples.jsonl per iteration")
-    max_nonfinite_updates: int = option(0, "updates with NaN or inf that are skipped before the run stops")
+    max_nonfinite_updates: int = option(0, "updates in a row with NaN or inf that are skipped before the run stops")
     max_noise_floor: float = option(
         1e-6, "start-up limit on E[(r-1)^2] with unchanged weights (bfloat16: budget / 4)", derived=True
     )

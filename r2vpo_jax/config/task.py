@@ -120,6 +120,15 @@ class TextConfig(DataConfig):
     test: str | None = option(None, "problems for the base score and the final score only")
 
 
+# Name -> class. A string, for configurations import no task; `tasks.make` imports the class that is asked for.
+TASKS = {"arithmetic": "r2vpo_jax.tasks.arithmetic:ArithmeticTask", "text": "r2vpo_jax.tasks.text:TextTask"}
+
+
+def is_task(name: str) -> bool:
+    """Whether `task.name` may be this: a row of `TASKS`, or module:Class."""
+    return name in TASKS or re.fullmatch(r"[\w.]+:\w+", name) is not None
+
+
 def _is_text(task) -> bool:
     return task.name == "text"
 
@@ -131,7 +140,9 @@ class TaskConfig:
     name: str = option(
         "arithmetic", "arithmetic (embedded), text (data sets and generators), or module:Class for a task of your own"
     )
-    options: Options = option(Options(), "keyword argument of your own task's class", when=lambda s: ":" in s.name)
+    options: Options = option(
+        Options(), "keyword argument of your own task's class", when=lambda s: s.name not in ("arithmetic", "text")
+    )
     arithmetic: ArithmeticConfig = section(ArithmeticConfig, when=lambda s: s.name == "arithmetic")
     text: TextConfig = section(TextConfig, when=_is_text)
     prompt: PromptConfig = section(PromptConfig, when=_is_text)
@@ -141,10 +152,13 @@ class TaskConfig:
     def __post_init__(self):
         object.__setattr__(self, "options", Options(self.options))
         require(
-            self.name in ("arithmetic", "text") or re.fullmatch(r"[\w.]+:\w+", self.name),
-            f"task.name={self.name!r} is unknown; one of arithmetic, text, or module:Class",
+            is_task(self.name),
+            f"task.name={self.name!r} is unknown; one of {', '.join(TASKS)}, or module:Class",
         )
-        require(":" in self.name or not self.options, "task.options is for a task of your own, task.name=module:Class")
+        require(
+            self.name not in ("arithmetic", "text") or not self.options,
+            "task.options is for a task of your own, task.name=module:Class",
+        )
         if self.name == "text":
             for split in ("train", "validation", "test"):
                 require(

@@ -183,7 +183,7 @@ def _append(path: pathlib.Path, rows: list[dict]) -> None:
         os.fsync(file.fileno())
 
 
-# The story -------------------------------------------------------------------------------------------------
+# The course of an evaluation -------------------------------------------------------------------------------------------------
 
 
 def run(config: EvaluationConfig, output, *, say=console.say) -> dict:

@@ -45,7 +45,6 @@ def draw(
     *,
     mesh,
     batch_size: int,
-    first_sample: int = 0,
     fill_to: int = 0,
     answers: bool = False,
 ) -> Outcomes:
@@ -62,7 +61,6 @@ def draw(
       key: a typed PRNG key.
       mesh: where to compute.
       batch_size: most responses that are sampled at one time, though never less than one.
-      first_sample: number of the first of the k samples.
       fill_to: a batch of fewer problems is filled up to this size and cut again, so that one program does them all.
       answers: whether final answers are looked for.
 
@@ -83,7 +81,7 @@ def draw(
             sampling.replace(group_size=min(at_once, k - first)),
             mesh=mesh,
             problem_ids=problems.index[filled],
-            first_sample=first_sample + first,
+            first_sample=first,
             batch_size=max(1, batch_size // k),
         )
         columns = rollout.response_tokens, rollout.response_length, rollout.truncated

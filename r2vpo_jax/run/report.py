@@ -96,7 +96,7 @@ def summarize(config: Config, rows, *, base, final, progress, train_seconds, pha
 
 def table(summary: dict) -> str:
     """The closing table."""
-    k, average_at = summary["test_k"], summary.get("average_at", 8)
+    k, average_at = summary["test_k"], summary["average_at"]
     phases = summary["phase_seconds"]
 
     def score(which):
@@ -110,7 +110,7 @@ def table(summary: dict) -> str:
         f"{summary['num_updates']} updates",
         "",
         f"{'test, ' + str(summary['num_eval_problems']) + ' problems':28s}{'base':>26s}{'fine-tuned':>26s}",
-        f"{f'  pass@1 (avg@{average_at}, 95 %)':28s}{score('base'):>26s}{score('final'):>26s}",
+        f"{f'  pass@1 ({average_at} samples, 95 %)':28s}{score('base'):>26s}{score('final'):>26s}",
         f"{f'  pass@{k}':28s}{summary[f'base_pass_at_{k}']:>26.3f}{summary[f'final_pass_at_{k}']:>26.3f}",
         *(
             f"{f'  pass@1, level {level}':28s}{summary['base_by_level'][level]:>26.3f}{value:>26.3f}"
@@ -120,7 +120,7 @@ def table(summary: dict) -> str:
         f"validation pass@1           best {summary['best_pass_at_1']:.3f}, last {summary['final_validation_pass_at_1']:.3f}",
         f"rollouts                    {summary['num_rollouts']} ({summary['num_rollout_tokens']} tokens sampled, "
         f"{summary['num_trained_tokens']} trained on)",
-        f"time                        {summary['train_seconds']:.0f} s: "
+        f"time                        {summary['train_seconds']:.0f} s; in the last process: "
         + ", ".join(
             f"{name} {phases.get(name, 0.0):.0f}" for name in ("rollout", "verify", "update", "evaluation", "compile")
         ),

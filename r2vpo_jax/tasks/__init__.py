@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 
+from r2vpo_jax.config.task import TASKS, is_task
 from r2vpo_jax.losses.registry import import_own
 from r2vpo_jax.tasks.arithmetic import ArithmeticTask
 from r2vpo_jax.tasks.base import Problems, Task, Verdicts
@@ -11,8 +12,8 @@ from r2vpo_jax.verifiers.outcome import SPLITS, Outcome
 __all__ = ["SPLITS", "TASKS", "ArithmeticTask", "Outcome", "Problems", "Task", "Verdicts", "make", "task_class"]
 
 
-# Name -> class, imported when it is asked for: text tasks bring data sets and verifiers with them.
-TASKS = {"arithmetic": "r2vpo_jax.tasks.arithmetic:ArithmeticTask", "text": "r2vpo_jax.tasks.text:TextTask"}
+_METHODS = ("problems", "num_problems", "verify", "answers", "level", "decode", "close")
+_ATTRIBUTES = ("name", "max_prompt_length", "max_response_length", "eos_ids", "digest", "notices")
 
 
 def task_class(name: str) -> type:
@@ -21,9 +22,15 @@ def task_class(name: str) -> type:
     Raises:
       ValueError: there is no such task, module or class.
     """
-    if ":" not in name and name not in TASKS:
+    if not is_task(name):
         raise ValueError(f"task.name={name!r} is unknown; one of {', '.join(TASKS)}, or module:Class")
-    return import_own(TASKS.get(name, name), "task")
+    kind = import_own(TASKS.get(name, name), "task.name")
+    missing = [method for method in _METHODS if not callable(getattr(kind, method, None))]
+    if missing:
+        raise ValueError(
+            f"task.name={name}: {kind.__name__} has no {', '.join(missing)} (tasks/base.py has the protocol)"
+        )
+    return kind
 
 
 def make(config, tokenizer=None, eos_ids=(), splits=SPLITS) -> Task:
@@ -54,6 +61,10 @@ def make(config, tokenizer=None, eos_ids=(), splits=SPLITS) -> Task:
     except TypeError as error:
         raise ValueError(f"task.name={config.name}: {error}; it takes {', '.join(parameters)}") from error
     task = kind(**options)
+    missing = [name for name in _ATTRIBUTES if not hasattr(task, name)]
+    if missing:
+        task.close()
+        raise ValueError(f"task.name={config.name}: a {kind.__name__} has no {', '.join(missing)}")
     if tokenizer is not None and hasattr(task, "check_tokenizer"):
         task.check_tokenizer(tokenizer)
     return task

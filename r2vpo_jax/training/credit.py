@@ -110,7 +110,13 @@ def _assign(reward, mask, behavior_logp, reference_logp, kl_coef, value, *, obje
     estimator = advantages.estimator(objective.advantage.estimator)
     options = {name: getattr(objective.advantage, name) for name in estimator.options}
     result = estimator.function(advantages.Rewards(token_rewards, mask, group_size, value), **options)
-    return result if estimator.critic else (result, None)
+    advantage, target = result if estimator.critic else (result, None)
+    if advantage.shape not in (mask.shape, mask.shape[:1]):
+        raise ValueError(
+            f"objective.advantage.estimator={objective.advantage.estimator} gave advantages of shape {advantage.shape} for "
+            f"{mask.shape[0]} responses of {mask.shape[1]} tokens; [B] or [B, T] is needed"
+        )
+    return advantage, target
 
 
 def groups_differ(rollout: Rollout, objective: ObjectiveConfig, group_size: int) -> np.ndarray:

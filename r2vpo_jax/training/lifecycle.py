@@ -43,7 +43,7 @@ class Lifecycle:
       replay, alarms: whose state goes into checkpoints.
     """
 
-    def __init__(self, config: Config, workdir, *, chief: bool, say):
+    def __init__(self, config: Config, workdir, *, chief: bool, say, started: float):
         """Claim the directory.
 
         Args:
@@ -51,12 +51,14 @@ class Lifecycle:
           workdir: the run directory.
           chief: whether this process writes.
           say: where lines for people go.
+          started: when this process began to work on the run, by time.perf_counter().
 
         Raises:
           UsageError: the directory belongs to another run, or cannot be written.
         """
         self.workdir = directory.claim(workdir, config, write=chief)
-        self._chief, self._say, self._tensorboard = chief, say, config.trainer.tensorboard
+        self._chief, self._say, self._started = chief, say, started
+        self._tensorboard = config.trainer.tensorboard
         self._checkpointer = Checkpointer(
             self.workdir / "checkpoints", max_to_keep=config.trainer.max_checkpoints, write=chief
         )
@@ -136,18 +138,17 @@ class Lifecycle:
         self.replay.collect_garbage(self._checkpointer.replay_listings())
         self._positions = self.files.positions()
         saved = dataclasses.asdict(counters) | {
-            "seconds": seconds(counters),
+            "seconds": self.seconds(counters),
             "positions": self._positions,
             "replay": self.replay.listing(),
             "alarms": self.alarms.state,
         }
         self._checkpointer.save(counters.iteration, state, saved, score=counters.last_validation)
 
+    def seconds(self, counters: Counters) -> float:
+        """Seconds that the run has taken, over all processes that worked on it one after the other."""
+        return counters.seconds + time.perf_counter() - self._started
+
     def wait(self) -> None:
         """Until what was saved is on disk."""
         self._checkpointer.wait()
-
-
-def seconds(counters: Counters) -> float:
-    """Seconds that the run has taken, from the start of its first process."""
-    return counters.seconds + time.perf_counter() - r2vpo_jax.PROCESS_START

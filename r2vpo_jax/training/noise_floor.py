@@ -41,7 +41,9 @@ def check(logp: np.ndarray, rollout: Rollout, config: Config, *, first: bool, sa
     """
     floor, largest = measure(logp, rollout)
     limit = config.trainer.max_noise_floor
-    say(f"noise floor: E[(r-1)^2] = {floor:.2e}, max |log r| = {largest:.2e} (limit {limit:.0e})")
+    say(
+        f"noise floor: E[(r-1)^2] = {floor:.2e}, largest |log r| = {largest:.2e}; the limit of E[(r-1)^2] is {limit:.0e}"
+    )
     if floor <= limit:
         return floor
     if first:

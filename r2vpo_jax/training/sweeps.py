@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import json
 import pathlib
+import time
 import traceback
 from collections.abc import Iterator
 
@@ -100,7 +101,7 @@ def run_sweep(base: dict, sweep: SweepConfig, workdir, say=console.say) -> list[
         result = _result(folder, run)
         if result is None:
             try:
-                trainer.train(configs[run], folder, say=lambda _: None)
+                trainer.train(configs[run], folder, say=lambda _: None, started=time.perf_counter())
             except (UsageError, Stopped):
                 raise
             except Exception as error:  # a run that dies is a result; the next one is tried

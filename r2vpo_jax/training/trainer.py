@@ -20,7 +20,8 @@ One iteration:
 
 After the loop: score the test split once, export the policy as a Hugging Face directory, write the report.
 
-A run is a function of (config, seed, code, devices): no hidden random state, no wall clock in any decision.
+A run is a function of (config, seed, code, devices): no hidden random state, and no wall clock in any
+decision but the time limits of verifiers.
 """
 
 import contextlib
@@ -31,9 +32,10 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
+import r2vpo_jax
 from r2vpo_jax import models, sharding, tasks
 from r2vpo_jax.config import Config
-from r2vpo_jax.errors import NonFiniteUpdateError, Stopped, usage_errors
+from r2vpo_jax.errors import NonFiniteUpdateError, Stopped, UsageError, usage_errors
 from r2vpo_jax.evaluation import validation
 from r2vpo_jax.models.base import open_base_model
 from r2vpo_jax.rollout import Rollout
@@ -43,7 +45,8 @@ from r2vpo_jax.run.interrupts import any_process, graceful_stop
 from r2vpo_jax.training import credit, metrics, noise_floor
 from r2vpo_jax.training.collector import Collected, Collector
 from r2vpo_jax.training.learner import Learner
-from r2vpo_jax.training.lifecycle import Lifecycle, seconds
+from r2vpo_jax.training.lifecycle import Lifecycle
+from r2vpo_jax.training.replay import ReplayError
 from r2vpo_jax.training.update import LearnerState, RolloutReport
 
 
@@ -68,6 +71,7 @@ def train(
     profile_steps=None,
     say=console.say,
     on_iteration: Callable[[Iteration], None] | None = None,
+    started: float = r2vpo_jax.PROCESS_START,
 ) -> dict:
     """Run, or continue, the experiment in `workdir`.
 
@@ -79,6 +83,7 @@ def train(
       profile_steps: (first, last) iterations to record with the JAX profiler under workdir/profile.
       say: where lines for people go (process 0 only).
       on_iteration: called after each iteration.
+      started: from when run times count, by time.perf_counter(); default: the start of the process.
 
     Returns:
       The summary of the finished run (report/summary.json); on processes other than 0, which write nothing, {}.
@@ -95,16 +100,16 @@ def train(
         say(f"{workdir} holds a finished run; its result:\n")
         say(report.table(summary))
         return summary
-    run = _Run(config, workdir, profile_steps, say)
+    run = _Run(config, workdir, profile_steps, say, started)
     with contextlib.closing(run.task):
         return run.go(stop_after_iteration, on_iteration or (lambda _: None))
 
 
 class _Run:
-    """The parts of one run. `go` is the story; the methods are its sentences."""
+    """The parts of one run. `go` is the whole course of it; the other methods are its steps."""
 
-    def __init__(self, config: Config, workdir, profile_steps, say):
-        self.config, self.workdir, self._say = config, workdir, say
+    def __init__(self, config: Config, workdir, profile_steps, say, started):
+        self.config, self.workdir, self._say, self._started = config, workdir, say, started
         self.chief = jax.process_index() == 0
         # The cheap first: what is refused here costs no reading of data, nor of weights.
         directory.claim(workdir, config, write=False)
@@ -126,7 +131,7 @@ class _Run:
         with usage_errors():
             self.base.check_length(self.task.max_prompt_length + self.task.max_response_length)
         self.state = self.learner.init_state(self.base.load_params(self.mesh))
-        self.life = Lifecycle(config, workdir, chief=self.chief, say=self._say)
+        self.life = Lifecycle(config, workdir, chief=self.chief, say=self._say, started=self._started)
         self.workdir, self.replay = self.life.workdir, self.life.replay
         self.profiler = Profiler(self.workdir, profile_steps)
         self.timers = Timers()
@@ -139,7 +144,7 @@ class _Run:
     def _count(self, **changes) -> None:
         self.counters = dataclasses.replace(self.counters, **changes)
 
-    # The story -----------------------------------------------------------------------------------------
+    # The course of a run -----------------------------------------------------------------------------------------
 
     def go(self, stop_after_iteration, on_iteration) -> dict:
         trainer, total = self.config.trainer, self.config.trainer.num_iterations
@@ -245,11 +250,13 @@ class _Run:
             return [batch]
         version, groups = self._version(), config.trainer.prompts_per_rollout
         self.replay.add(iteration, batch, version=version)
-        with usage_errors():
+        try:
             draws = [
                 self.replay.draw(iteration, groups, version=version, seed=config.seed, number=number)
                 for number in range(config.replay.batches_per_iteration)
             ]
+        except ReplayError as error:
+            raise UsageError(str(error)) from error
         return [rollout for rollout in draws if rollout is not None]
 
     def _learn(self, rollout: Rollout, number: int) -> RolloutReport:
@@ -327,7 +334,7 @@ class _Run:
             row,
             validation=self.counters.last_validation,
             budget=self.config.objective.variance_budget,
-            seconds=sum(self.timers.seconds.values()),
+            seconds=self.life.seconds(self.counters),
         )
 
     # 7. Scores -------------------------------------------------------------------------------------------
@@ -357,7 +364,7 @@ class _Run:
 
     def _finish(self) -> dict:
         final = self._test_scores()
-        train_seconds = seconds(self.counters)
+        train_seconds = self.life.seconds(self.counters)
         dtype = self.config.model.export_dtype
         models.save_pretrained(
             self.workdir / "hf",

@@ -122,7 +122,7 @@ class VerifierPool:
             self._closed = True
             self._finalizer()
 
-    # Gold answers -------------------------------------------------------------------------------------------
+    # Answers -------------------------------------------------------------------------------------------
 
     def check(self, checks: Sequence[Check]) -> list[Judgement]:
         """Judgements, in the order of the checks.

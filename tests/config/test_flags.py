@@ -409,6 +409,7 @@ def test_a_task_of_ones_own_takes_its_options_from_a_file_and_from_flags(tmp_pat
     [
         ("nowhere:Task", {}, "there is no module 'nowhere'"),
         ("tests.helpers.own_tasks:Nothing", {}, "has no function or class 'Nothing'"),
+        ("tests.helpers.own_tasks:Unfinished", {}, "Unfinished has no problems, num_problems, verify, answers"),
         (OWN_TASK, {"size": 3}, "got an unexpected keyword argument 'size'; it takes eos_ids, length, words"),
         (OWN_TASK, {"length": 0}, "length must be at least 1"),
     ],

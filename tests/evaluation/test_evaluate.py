@@ -28,7 +28,7 @@ from tests.helpers.paths import ROOT
         ({"k": 0}, {}, "--k must be at least 1"),
         ({"tasks": "arithmetic?digits=3"}, {}, "unknown config field digits"),
         ({"tasks": "arithmetic?num_digits=x"}, {}, "num_digits=x"),
-        ({"tasks": "no.such.module:Task"}, {}, "no module no.such.module"),
+        ({"tasks": "no.such.module:Task"}, {}, "no module 'no.such.module'"),
         ({"tasks": "tests.helpers.own_tasks:FirstDigit?number=7"}, {}, "it takes digit"),
         ({"tasks": "arithmetic"}, {}, None),  # its numbers are longer, but the symbols are the same
         ({}, {"mesh": {"data": 7}}, "--config.mesh.data"),

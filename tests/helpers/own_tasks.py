@@ -6,15 +6,6 @@ from r2vpo_jax.tasks import ArithmeticTask, Outcome, Problems, Verdicts
 from r2vpo_jax.tasks.arithmetic import SYMBOLS
 
 
-class Echo:
-    """As much of a task as its construction: docs/extending.md has a whole one."""
-
-    def __init__(self, eos_ids=(), length=2, words="abc"):
-        if length < 1:
-            raise ValueError(f"length must be at least 1, got {length}")
-        self.eos_ids, self.length, self.words = eos_ids, length, words
-
-
 class FirstDigit:
     """Prompts `i+d=` in the symbols of arithmetic; right is what begins with the digit d. All of a `tasks.base.Task`."""
 
@@ -51,3 +42,20 @@ class FirstDigit:
 
     def close(self):
         pass
+
+
+class Echo(FirstDigit):
+    """The same with options of several types."""
+
+    def __init__(self, eos_ids=(), length=2, words="abc"):
+        if length < 1:
+            raise ValueError(f"length must be at least 1, got {length}")
+        super().__init__(digit=7)
+        self.eos_ids, self.length, self.words = eos_ids, length, words
+
+
+class Unfinished:
+    """No task yet."""
+
+    def __init__(self):
+        self.problems = None

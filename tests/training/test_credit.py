@@ -323,3 +323,19 @@ def test_an_estimator_of_ones_own():
         make_objective(advantage={"estimator": name}, groups={"zero_variance": "drop"})
     with pytest.raises(ValueError, match="objective.advantage.estimator: estimator 'no_such:f': there is no module"):
         make_objective(advantage={"estimator": "no_such:f"})
+
+
+def wants_more(rewards, *, temperature):
+    return rewards.totals / temperature
+
+
+def first_three(rewards):
+    return rewards.totals[:3]
+
+
+def test_an_estimator_of_ones_own_that_cannot_work():
+    with pytest.raises(ValueError, match="wants temperature; an estimator may take scale, discount"):
+        make_objective(advantage={"estimator": f"{__name__}:wants_more"})
+    objective = make_objective(advantage={"estimator": f"{__name__}:first_three"})
+    with pytest.raises(ValueError, match=r"advantages of shape \(3,\) for 4 responses of 4 tokens"):
+        credit.fill_advantages(verified([3, 0, 0, 1], [1, 2, 3, 4]), objective, 2)

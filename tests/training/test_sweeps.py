@@ -21,7 +21,7 @@ def base(tiny_sections):
 def fake_train(outcomes, calls):
     """A stand-in for trainer.train that writes what a finished run leaves behind."""
 
-    def train(run_config, directory, say):
+    def train(run_config, directory, say, started):
         calls.append(directory.name)
         outcome = outcomes.get(directory.name, 0.9)
         directory.mkdir(parents=True, exist_ok=True)

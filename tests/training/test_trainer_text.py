@@ -112,7 +112,7 @@ def test_a_finite_test_set_is_scored_whole(finished):
     workdir, summary, said = finished
     assert summary["num_eval_problems"] == PROBLEMS
     assert summary["average_at"] == 2
-    assert "avg@2" in said[-2]
+    assert "2 samples" in said[-2]
     tests = [row for row in files.read_jsonl(workdir / "metrics.jsonl") if row.get("split") == "test"]
     assert [row["problems"] for row in tests] == [PROBLEMS] * 2
 
