@@ -57,7 +57,17 @@ def sampling_logps(logits, sampling: Sampling):
 
 
 def sample(
-    model, params, tokens, lengths, key, sampling: Sampling, *, problem_ids=None, first_sample=0, version=0
+    model,
+    params,
+    tokens,
+    lengths,
+    key,
+    sampling: Sampling,
+    *,
+    problem_ids=None,
+    first_sample=0,
+    version=0,
+    axis_name: str | None = None,
 ) -> Rollout:
     """Sample G responses to each of N prompts. Pure and jittable (`model` static).
 
@@ -74,6 +84,8 @@ def sample(
       problem_ids: int32 [N], stable identities of the prompts (default 0..N-1); also the `group_id`.
       first_sample: number of the first sample of each group, to draw more samples of the same problems.
       version: stamped on the rollout.
+      axis_name: of a vmap that this is under. All its members then stop together, once the last is done: a loop whose
+        end differs between them would copy the whole cache at every token.
 
     Returns:
       A Rollout of B = N * G rows; reward and advantage NaN, rollout_id 0..B-1.
@@ -142,7 +154,12 @@ def sample(
         jnp.zeros((num_prompts, group), jnp.int32),
         cache,
     )
-    _, _, done, out, logp_out, length, _ = jax.lax.while_loop(lambda s: (s[0] < size) & ~jnp.all(s[2]), body, state)
+
+    def unfinished(state):
+        some = ~jnp.all(state[2])
+        return (state[0] < size) & (some if axis_name is None else jax.lax.pmax(some, axis_name))
+
+    _, _, done, out, logp_out, length, _ = jax.lax.while_loop(unfinished, body, state)
 
     def rows(x):
         return x.reshape(num_prompts * group, *x.shape[2:])

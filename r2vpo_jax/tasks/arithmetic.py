@@ -73,13 +73,20 @@ class ArithmeticTask:
     def eos_ids(self) -> tuple[int, ...]:
         return (_ID[EOS],)
 
+    def traced_problems(self, split: str, index):
+        """`problems` that can be traced: (tokens int32 [N, P], lengths int32 [N]) at the positions index, int [N]."""
+        return _prompts(self, *_operands(self, split, index.astype(jnp.uint32)))
+
+    def traced_verify(self, split: str, index, responses, lengths):
+        """`verify` that can be traced: (rewards f32 [B], outcomes int32 [B])."""
+        return _verify(self, split, index.astype(jnp.uint32), responses, lengths)
+
     def problems(self, split: str, index) -> Problems:
-        operands, count = _operands(self, split, _as_index(index))
-        tokens, length = _prompts(self, operands, count)
+        tokens, length = self.traced_problems(split, _as_index(index))
         return Problems(index=np.asarray(index, np.int32), tokens=np.asarray(tokens), length=np.asarray(length))
 
     def verify(self, split: str, index, responses, lengths):
-        reward, outcome = _verify(self, split, _as_index(index), jnp.asarray(responses), jnp.asarray(lengths))
+        reward, outcome = self.traced_verify(split, _as_index(index), jnp.asarray(responses), jnp.asarray(lengths))
         return Verdicts(np.asarray(reward), np.asarray(outcome))
 
     def num_problems(self, split: str) -> None:

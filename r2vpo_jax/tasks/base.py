@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
+import jax
 import numpy as np
 from flax import struct
 
@@ -67,3 +68,14 @@ class Task(Protocol):
 
     def close(self) -> None:
         """Ends what the task has started, such as processes."""
+
+
+@runtime_checkable
+class TraceableTask(Protocol):
+    """What a task has besides if its problems and verdicts are JAX: it can be part of a compiled program."""
+
+    def traced_problems(self, split: str, index) -> tuple[jax.Array, jax.Array]:
+        """(tokens int32 [N, P], lengths int32 [N]) of the problems at the positions index, int [N]."""
+
+    def traced_verify(self, split: str, index, responses, lengths) -> tuple[jax.Array, jax.Array]:
+        """(rewards f32 [B], outcomes int32 [B]) of responses int32 [B, T] to the problems at index, int [B]."""

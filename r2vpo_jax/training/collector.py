@@ -7,12 +7,12 @@ import numpy as np
 
 from r2vpo_jax import sampler
 from r2vpo_jax.config import Config
-from r2vpo_jax.data.positions import STRETCH_BITS
 from r2vpo_jax.rollout import Rollout
 from r2vpo_jax.run.instruments import Timers
 from r2vpo_jax.sampler import Sampling
 from r2vpo_jax.tasks.base import Task, Verdicts
 from r2vpo_jax.training import credit
+from r2vpo_jax.training.iteration import problem_positions, rollout_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +23,16 @@ class Collected:
     num_problems: int
     terms: dict[str, float]  # mean of each part of the reward, if it has several
     reasons: tuple[str, ...]  # why there is no verdict, of those that have none
+
+
+def sampling_of(config: Config, task: Task) -> Sampling:
+    """How the responses that a run learns from are sampled."""
+    return Sampling(
+        temperature=config.sampler.temperature,
+        group_size=config.sampler.group_size,
+        max_response_length=task.max_response_length,
+        eos_ids=task.eos_ids,
+    )
 
 
 class Collector:
@@ -37,12 +47,7 @@ class Collector:
     def __init__(self, config: Config, task: Task, model, mesh, timers: Timers):
         self._config, self._task, self._model, self._mesh, self._timers = config, task, model, mesh, timers
         self._key = jax.random.key(config.seed)
-        self.sampling = Sampling(
-            temperature=config.sampler.temperature,
-            group_size=config.sampler.group_size,
-            max_response_length=task.max_response_length,
-            eos_ids=task.eos_ids,
-        )
+        self.sampling = sampling_of(config, task)
 
     def problem_index(self, position: int) -> np.ndarray:
         """Positions in the train split of the next problems, int64 [prompts_per_rollout].
@@ -50,8 +55,7 @@ class Collector:
         Args:
           position: problems that the run has taken so far.
         """
-        start = (self._config.seed % 1024) << STRETCH_BITS  # seeds walk disjoint stretches of the split
-        return start + (position + np.arange(self._config.trainer.prompts_per_rollout)) % (1 << STRETCH_BITS)
+        return problem_positions(self._config.seed, position, self._config.trainer.prompts_per_rollout)
 
     def sample(self, params, index, *, iteration: int, version: int) -> Rollout:
         """G responses to each of the train problems at `index`, not verified, on the host."""
@@ -61,7 +65,7 @@ class Collector:
             params,
             problems.tokens,
             problems.length,
-            jax.random.fold_in(self._key, iteration),
+            rollout_key(self._key, iteration),
             self.sampling,
             mesh=self._mesh,
             problem_ids=problems.index,

@@ -3,10 +3,8 @@
     verdict ──(shaping)──▶ reward ──(- beta KL)──▶ token rewards ──▶ advantages, value targets
 
 A response without a verdict abstains, unless errors count as wrong: its reward is NaN, it is in no baseline and
-takes no part in learning. All functions are pure; arrays may be NumPy's.
+takes no part in learning. All functions are pure, and can be traced but for `select_groups`; arrays may be NumPy's.
 """
-
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -34,25 +32,25 @@ def overlong_penalty(
       penalty: at max_length.
     """
     free = (1.0 - buffer) * max_length
-    return penalty * np.clip((np.asarray(length) - free) / (max_length - free), 0.0, 1.0).astype(np.float32)
+    return penalty * jnp.clip((jnp.asarray(length, jnp.float32) - free) / (max_length - free), 0.0, 1.0)
 
 
-def judged_reward(rollout: Rollout, objective: ObjectiveConfig) -> np.ndarray:
+def judged_reward(rollout: Rollout, objective: ObjectiveConfig) -> jax.Array:
     """The reward that the verifier gave, f32 [B].
 
     NaN where there is no verdict, unless `objective.groups.verifier_errors` counts that as wrong.
     """
-    reward = np.asarray(rollout.reward, np.float32)
+    reward = jnp.asarray(rollout.reward, jnp.float32)
     if objective.groups.verifier_errors == "abstain":
-        reward = np.where(unjudged(rollout.outcome), np.float32(np.nan), reward)
+        reward = jnp.where(unjudged(rollout.outcome), jnp.nan, reward)
     return reward
 
 
-def learning_reward(rollout: Rollout, objective: ObjectiveConfig) -> np.ndarray:
+def learning_reward(rollout: Rollout, objective: ObjectiveConfig) -> jax.Array:
     """Rewards as they are learned from, f32 [B]: the verdicts less the penalty for length.
 
     Args:
-      rollout: verified, of NumPy arrays; its own `reward` stays what the verifier said.
+      rollout: verified; its own `reward` stays what the verifier said.
       objective: verifier_errors, overlong_buffer and overlong_penalty are used.
     """
     reward = judged_reward(rollout, objective)
@@ -66,63 +64,57 @@ def learning_reward(rollout: Rollout, objective: ObjectiveConfig) -> np.ndarray:
     return reward
 
 
-def fill_advantages(rollout: Rollout, objective: ObjectiveConfig, group_size: int, kl_coef: float = 0.0) -> Rollout:
+def assign(rollout: Rollout, objective: ObjectiveConfig, group_size: int, kl_coef=0.0) -> Rollout:
     """Advantages, value targets if there are values, and `keep`: what takes part in learning.
 
     Abstentions do not, nor dropped groups, nor masked truncated responses (which do count in the baseline).
 
     Args:
-      rollout: verified, of NumPy arrays; with reference_logp if the KL goes into the reward; with value if there is a critic.
+      rollout: verified; with reference_logp if the KL goes into the reward; with value if there is a critic.
       objective: the estimator and its constants.
       group_size: G.
       kl_coef: beta now, for a KL in the reward.
     """
     reward = learning_reward(rollout, objective)
-    keep = ~np.isnan(reward)
+    keep = ~jnp.isnan(reward)
     if objective.groups.truncated == "mask":
-        keep = keep & ~np.asarray(rollout.truncated)
+        keep = keep & ~rollout.truncated
     if objective.groups.zero_variance != "keep":
-        keep = keep & np.repeat(groups_differ(rollout, objective, group_size), group_size)
-    in_reward = objective.needs_reference and objective.kl.where == "reward"
-    advantage, target = _assign(
-        reward,
-        rollout.response_mask,
-        rollout.behavior_logp if in_reward else None,
-        rollout.reference_logp if in_reward else None,
-        np.float32(kl_coef),
-        rollout.value,
-        objective=objective,
-        group_size=group_size,
-    )
-    target = None if target is None else np.asarray(target)
-    return rollout.replace(advantage=np.asarray(advantage), value_target=target, keep=keep)
-
-
-@functools.partial(jax.jit, static_argnames=("objective", "group_size"))
-def _assign(reward, mask, behavior_logp, reference_logp, kl_coef, value, *, objective, group_size):
-    """(advantages [B] or [B, T], value targets [B, T] or None)."""
+        keep = keep & jnp.repeat(groups_differ(rollout, objective, group_size), group_size)
+    mask = jnp.asarray(rollout.response_mask)
     last = jnp.cumsum(mask[:, ::-1], axis=1)[:, ::-1] == 1
     token_rewards = jnp.where(last & mask, reward[:, None], 0.0)
-    if behavior_logp is not None:
+    if objective.needs_reference and objective.kl.where == "reward":
         # The tokens are the sampling policy's own, so this estimates the KL of that policy to the reference.
-        estimate = kl.estimate(behavior_logp, reference_logp, objective.kl.estimator)
+        estimate = kl.estimate(rollout.behavior_logp, rollout.reference_logp, objective.kl.estimator)
         token_rewards = token_rewards - kl_coef * jnp.where(mask, estimate, 0.0)
     estimator = advantages.estimator(objective.advantage.estimator)
     options = {name: getattr(objective.advantage, name) for name in estimator.options}
-    result = estimator.function(advantages.Rewards(token_rewards, mask, group_size, value), **options)
+    result = estimator.function(advantages.Rewards(token_rewards, mask, group_size, rollout.value), **options)
     advantage, target = result if estimator.critic else (result, None)
     if advantage.shape not in (mask.shape, mask.shape[:1]):
         raise ValueError(
             f"objective.advantage.estimator={objective.advantage.estimator} gave advantages of shape {advantage.shape} for "
             f"{mask.shape[0]} responses of {mask.shape[1]} tokens; [B] or [B, T] is needed"
         )
-    return advantage, target
+    return rollout.replace(advantage=advantage, value_target=target, keep=keep)
 
 
-def groups_differ(rollout: Rollout, objective: ObjectiveConfig, group_size: int) -> np.ndarray:
+_assign = jax.jit(assign, static_argnames=("objective", "group_size"))
+
+
+def fill_advantages(rollout: Rollout, objective: ObjectiveConfig, group_size: int, kl_coef: float = 0.0) -> Rollout:
+    """`assign` from and to the host, jitted. Arguments as there."""
+    filled = _assign(rollout, objective, group_size, np.float32(kl_coef))
+    target = None if filled.value_target is None else np.asarray(filled.value_target)
+    # Only what has changed: the rest may be wider on the host than on a device.
+    return rollout.replace(advantage=np.asarray(filled.advantage), value_target=target, keep=np.asarray(filled.keep))
+
+
+def groups_differ(rollout: Rollout, objective: ObjectiveConfig, group_size: int) -> jax.Array:
     """bool [groups]: whether the verdicts on the group differ (penalties for length do not count, as in DAPO)."""
     flat = advantages.zero_variance(judged_reward(rollout, objective), group_size)
-    return ~np.asarray(flat).reshape(-1, group_size)[:, 0]
+    return ~flat.reshape(-1, group_size)[:, 0]
 
 
 def select_groups(rollout: Rollout, objective: ObjectiveConfig, group_size: int, num_groups: int) -> Rollout:
@@ -137,7 +129,7 @@ def select_groups(rollout: Rollout, objective: ObjectiveConfig, group_size: int,
       group_size: G.
       num_groups: groups that are returned, in the order they were sampled in.
     """
-    order = np.argsort(~groups_differ(rollout, objective, group_size), kind="stable")
+    order = np.argsort(~np.asarray(groups_differ(rollout, objective, group_size)), kind="stable")
     chosen = np.sort(order[:num_groups])
     rows = (chosen[:, None] * group_size + np.arange(group_size)).reshape(-1)
     return jax.tree.map(lambda x: x[rows], rollout)

@@ -144,11 +144,12 @@ class Learner:
             reference; value and value_target with a critic.
           key: decides the shuffle.
         """
-        if self.settings.objective.correction.mode != "none":
-            rollout = self.correct(state.params, rollout)
-        all_stats = []
+        return update.train_on_rollout(state, rollout, key, self)
+
+    def each_update(self, step, state: LearnerState):
+        """(state, list of results) of `step(state, number)` for each update of a rollout batch."""
+        results = []
         for number in range(self.settings.num_updates):
-            state, stats = self.update(state, self.minibatch(rollout, key, number))
-            all_stats.append(stats)
-        dual_state, kl_coef, report = self.step_multipliers(state.dual, state.kl_coef, all_stats)
-        return state.replace(dual=dual_state, kl_coef=kl_coef), report
+            state, result = step(state, number)
+            results.append(result)
+        return state, results

@@ -1,6 +1,7 @@
 """What is written of an iteration: its line of metrics.jsonl (docs/metrics.md explains every name) and its samples."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from r2vpo_jax import ratio_stats
@@ -12,42 +13,64 @@ from r2vpo_jax.training import credit, critic
 from r2vpo_jax.training.update import RolloutReport
 
 
+def of_sampled(objective: ObjectiveConfig, sampled: Rollout, group_size: int) -> dict[str, jax.Array]:
+    """What is reported of the responses of one iteration, as scalars. Can be traced.
+
+    Args:
+      objective: decides what counts as reward.
+      sampled: all responses sampled in this iteration, verified.
+      group_size: G.
+    """
+    right = (sampled.outcome == Outcome.RIGHT).reshape(-1, group_size)
+    learned, length = credit.learning_reward(sampled, objective), jnp.asarray(sampled.response_length)
+    return {
+        "reward/mean": jnp.mean(sampled.reward),
+        "reward/learned": jnp.nanmean(learned),
+        "reward/zero_variance_groups": 1.0 - jnp.mean(credit.groups_differ(sampled, objective, group_size)),
+        "reward/all_right_groups": jnp.mean(jnp.all(right, axis=1)),
+        "outcome/errors": jnp.sum(sampled.outcome == Outcome.ERROR),
+        "outcome/timeouts": jnp.sum(sampled.outcome == Outcome.TIMEOUT),
+        "response/length": jnp.mean(length),
+        "response/length_max": jnp.max(length),
+        "response/truncated": jnp.mean(sampled.truncated),
+    }
+
+
+def kept(drawn: list[Rollout]) -> jax.Array:
+    """The share of responses in the drawn batches that takes part in learning, f32 []. Can be traced."""
+    return jnp.mean(jnp.stack([jnp.mean(batch.keep) for batch in drawn]))
+
+
 def row(
     objective: ObjectiveConfig,
-    sampled: Rollout,
-    drawn: list[Rollout],
+    sampled: dict,
+    kept: float,
     reports: list[RolloutReport],
-    spent: dict,
     *,
-    group_size: int,
-    num_epochs: int,
     counters: dict,
     variance_coef: float,
     kl_coef: float,
     learning_rate: float,
 ) -> dict:
-    """Everything that is reported of an iteration: of kind "train", or "fill" if it only filled the queue.
+    """Everything that is reported of an iteration but its time: of kind "train", or "fill" if it only filled the queue.
 
     Args:
       objective: the configuration; some names exist only for what it switches on.
-      sampled: all responses sampled in this iteration, verified, on the host.
-      drawn: the batches that were trained on; empty while the queue fills.
-      reports: on each, from `Learner.train_on_rollout`, on the host.
-      spent: seconds of this iteration by phase.
-      group_size, num_epochs: of the run.
+      sampled: from `of_sampled`.
+      kept: from the function `kept`.
+      reports: on each batch that was trained on, on the host; empty while the queue fills.
       counters: totals of the run so far.
       variance_coef, kl_coef, learning_rate: after this iteration.
     """
-    shared = {**counters, **_of_sampled(objective, sampled, group_size)}
-    if not drawn:
-        return _plain({"kind": "fill", **shared, **_of_time(sampled, spent)})
+    shared = {**counters, **sampled}
+    if not reports:
+        return _plain({"kind": "fill", **shared})
     stats = jax.tree.map(lambda *x: np.stack(x), *(report.stats for report in reports)).reduce()
     last = reports[-1]
-    trained_tokens = float(sum(d.learning_mask.sum() for d in drawn)) * num_epochs
     result = {
         "kind": "train",
         **shared,
-        "reward/kept": np.mean([d.keep.mean() for d in drawn]),
+        "reward/kept": kept,
         "policy/entropy": stats.mean("entropy"),
         "ratio/variance": float(last.variance_last),
         "ratio/variance_first": float(last.variance_first),
@@ -62,36 +85,25 @@ def row(
         "optimizer/learning_rate": learning_rate,
         "optimizer/nonfinite_updates": int(sum(np.sum(report.skipped) for report in reports)),
         **_optional(objective, stats, last, variance_coef, kl_coef),
-        **_of_time(sampled, spent),
-        "throughput/update_tokens_per_second": trained_tokens / max(spent["update"], 1e-9),
     }
     return _plain(result)
 
 
-def _of_sampled(objective: ObjectiveConfig, sampled: Rollout, group_size: int) -> dict:
-    right = (sampled.outcome == Outcome.RIGHT).reshape(-1, group_size)
-    learned = credit.learning_reward(sampled, objective)
-    learned = learned[~np.isnan(learned)]
-    length = sampled.response_length
-    return {
-        "reward/mean": sampled.reward.mean(),
-        "reward/learned": learned.mean() if learned.size else float("nan"),
-        "reward/zero_variance_groups": 1.0 - credit.groups_differ(sampled, objective, group_size).mean(),
-        "reward/all_right_groups": right.all(axis=1).mean(),
-        "outcome/errors": int((sampled.outcome == Outcome.ERROR).sum()),
-        "outcome/timeouts": int((sampled.outcome == Outcome.TIMEOUT).sum()),
-        "response/length": length.mean(),
-        "response/length_max": int(length.max()),
-        "response/truncated": sampled.truncated.mean(),
-    }
+def of_time(sampled_tokens: float, trained_tokens: float, spent: dict) -> dict:
+    """What is reported of the time that an iteration took.
 
-
-def _of_time(sampled: Rollout, spent: dict) -> dict:
-    tokens = float(sampled.response_length.sum())
-    return {
-        "throughput/rollout_tokens_per_second": tokens / max(spent["rollout"], 1e-9),
+    Args:
+      sampled_tokens: sampled in this iteration.
+      trained_tokens: trained on in this iteration, each epoch counted; 0 while the queue fills.
+      spent: seconds of this iteration by phase.
+    """
+    result = {
+        "throughput/rollout_tokens_per_second": sampled_tokens / max(spent["rollout"], 1e-9),
         **{f"time/{phase}": spent.get(phase, 0.0) for phase in ("rollout", "verify", "update", "compile")},
     }
+    if trained_tokens:
+        result["throughput/update_tokens_per_second"] = trained_tokens / max(spent["update"], 1e-9)
+    return result
 
 
 def _plain(result: dict) -> dict:

@@ -42,12 +42,14 @@ from r2vpo_jax.rollout import Rollout
 from r2vpo_jax.run import console, directory, files, report
 from r2vpo_jax.run.instruments import Profiler, Timers
 from r2vpo_jax.run.interrupts import any_process, graceful_stop
-from r2vpo_jax.training import credit, metrics, noise_floor
+from r2vpo_jax.training import credit, iteration, metrics, noise_floor
 from r2vpo_jax.training.collector import Collected, Collector
 from r2vpo_jax.training.learner import Learner
 from r2vpo_jax.training.lifecycle import Lifecycle
 from r2vpo_jax.training.replay import ReplayError
 from r2vpo_jax.training.update import LearnerState, RolloutReport
+
+_of_sampled = jax.jit(metrics.of_sampled, static_argnums=(0, 2))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,20 +181,13 @@ class _Run:
             return self._finish()
 
     def _iterate(self) -> Iteration:
-        config, before = self.config, dict(self.timers.seconds)
-        collected = self._collect()  # 1, 2, 3
-        batch, group_size = collected.rollout, config.sampler.group_size
-        if config.objective.groups.zero_variance == "resample":
-            batch = credit.select_groups(batch, config.objective, group_size, config.trainer.prompts_per_rollout)
-        with self.timers("update"):
-            batch = self._fill_advantages(batch)  # 4
-            drawn = self._draw(batch)  # 5
-            reports = [self._learn(rollout, number) for number, rollout in enumerate(drawn)]
-        trained = sum(int(rollout.learning_mask.sum()) for rollout in drawn) * config.trainer.num_epochs
+        before = dict(self.timers.seconds)
+        made = iteration.iterate(self)
+        trained = sum(int(rollout.learning_mask.sum()) for rollout in made.drawn) * self.config.trainer.num_epochs
         self._count(iteration=self.counters.iteration + 1, trained_tokens=self.counters.trained_tokens + trained)
         spent = {phase: after - before.get(phase, 0.0) for phase, after in self.timers.seconds.items()}
-        row = self._write_metrics(collected, batch, drawn, reports, spent)  # 6
-        return Iteration(self.counters.iteration, collected, batch, drawn, reports, self.state, row)
+        row = self._write_metrics(made, trained, spent)  # 6
+        return Iteration(self.counters.iteration, *made, self.state, row)
 
     # 0. Before the loop ----------------------------------------------------------------------------------
 
@@ -215,9 +210,9 @@ class _Run:
         if self.counters.noise_floor is None:
             self._count(noise_floor=floor)
 
-    # 1. to 5. --------------------------------------------------------------------------------------------
+    # 1. to 5., called by iteration.iterate ---------------------------------------------------------------
 
-    def _collect(self) -> Collected:
+    def collect(self) -> Collected:
         counters = self.counters
         collected = self.collector.collect(
             self.learner.sampler_params(self.state),
@@ -233,37 +228,39 @@ class _Run:
         )
         return collected
 
-    def _fill_advantages(self, rollout: Rollout) -> Rollout:
-        batch = sharding.put_batch(rollout, self.mesh)
-        if self.reference is not None:
-            rollout = rollout.replace(reference_logp=sharding.to_host(self.learner.score(self.reference, batch)))
-        if self.config.objective.critic:
-            values = self.learner.values(self.state.params, self.state.critic, batch)
-            rollout = rollout.replace(value=sharding.to_host(values))
-        kl_coef = float(sharding.to_host(self.state.kl_coef))
-        return credit.fill_advantages(rollout, self.config.objective, self.config.sampler.group_size, kl_coef)
+    def prepare(self, collected: Collected) -> Rollout:
+        config, rollout, group_size = self.config, collected.rollout, self.config.sampler.group_size
+        if config.objective.groups.zero_variance == "resample":
+            rollout = credit.select_groups(rollout, config.objective, group_size, config.trainer.prompts_per_rollout)
+        with self.timers("update"):
+            placed = sharding.put_batch(rollout, self.mesh)
+            placed = iteration.with_estimates(placed, self.state, self.reference, self.learner)
+            estimates = sharding.to_host({"reference_logp": placed.reference_logp, "value": placed.value})
+            kl_coef = float(sharding.to_host(self.state.kl_coef))
+            return credit.fill_advantages(rollout.replace(**estimates), config.objective, group_size, kl_coef)
 
-    def _draw(self, batch: Rollout) -> list[Rollout]:
-        """The batches to train on now: the one just sampled, or what the replay buffer gives."""
-        config, iteration = self.config, self.counters.iteration
+    def draw(self, batch: Rollout) -> list[Rollout]:
+        config, now = self.config, self.counters.iteration
         if not config.replay.enabled:
             return [batch]
         version, groups = self._version(), config.trainer.prompts_per_rollout
-        self.replay.add(iteration, batch, version=version)
-        try:
-            draws = [
-                self.replay.draw(iteration, groups, version=version, seed=config.seed, number=number)
-                for number in range(config.replay.batches_per_iteration)
-            ]
-        except ReplayError as error:
-            raise UsageError(str(error)) from error
+        with self.timers("update"):
+            self.replay.add(now, batch, version=version)
+            try:
+                draws = [
+                    self.replay.draw(now, groups, version=version, seed=config.seed, number=number)
+                    for number in range(config.replay.batches_per_iteration)
+                ]
+            except ReplayError as error:
+                raise UsageError(str(error)) from error
         return [rollout for rollout in draws if rollout is not None]
 
-    def _learn(self, rollout: Rollout, number: int) -> RolloutReport:
-        batch = sharding.put_batch(rollout, self.mesh)
-        key = jax.random.fold_in(jax.random.fold_in(self.key, self.counters.iteration), 1 + number)
-        self.state, result = self.learner.train_on_rollout(self.state, batch, key)
-        result = sharding.to_host(result)
+    def learn(self, rollout: Rollout, number: int) -> RolloutReport:
+        with self.timers("update"):
+            batch = sharding.put_batch(rollout, self.mesh)
+            key = iteration.learning_key(self.key, self.counters.iteration, number)
+            self.state, result = self.learner.train_on_rollout(self.state, batch, key)
+            result = sharding.to_host(result)
         self._check_finite(batch, key, result.skipped)
         return result
 
@@ -290,32 +287,30 @@ class _Run:
 
     # 6. Metrics, samples, alarms -------------------------------------------------------------------------
 
-    def _write_metrics(self, collected: Collected, batch: Rollout, drawn, reports, spent) -> dict:
-        version, config, counters = self._version(), self.config, self.counters
+    def _write_metrics(self, made: iteration.Made, trained_tokens: int, spent) -> dict:
+        version, config, counters, sampled = self._version(), self.config, self.counters, made.collected.rollout
         counts = {"iteration": counters.iteration, "version": version}
         counts |= {"rollouts": counters.rollouts, "rollout_tokens": counters.rollout_tokens}
         if config.replay.enabled:
-            before = version - len(drawn) * config.trainer.updates_per_rollout
-            counts |= self.replay.statistics(drawn[-1] if drawn else None, before)
+            before = version - len(made.drawn) * config.trainer.updates_per_rollout
+            counts |= self.replay.statistics(made.drawn[-1] if made.drawn else None, before)
             counts["replay/ratio"] = counters.trained_tokens / max(counters.rollout_tokens, 1)
         row = metrics.row(
             config.objective,
-            collected.rollout,
-            drawn,
-            reports,
-            spent,
-            group_size=config.sampler.group_size,
-            num_epochs=config.trainer.num_epochs,
+            _of_sampled(config.objective, sampled, config.sampler.group_size),
+            float(metrics.kept(made.drawn)) if made.drawn else 0.0,
+            made.reports,
             counters=counts,
             variance_coef=float(sharding.to_host(self.state.dual.variance_coef)),
             kl_coef=float(sharding.to_host(self.state.kl_coef)),
             learning_rate=float(self.learner.schedule(max(version - 1, 0))),
         )
-        row |= {f"reward/{name}": value for name, value in collected.terms.items()}
+        row |= metrics.of_time(float(sampled.response_length.sum()), trained_tokens, spent)
+        row |= {f"reward/{name}": value for name, value in made.collected.terms.items()}
         self.life.files.metrics(row)
-        if collected.reasons:
-            self._event("unjudged", responses=len(collected.reasons), first=collected.reasons[0])
-        for sample in metrics.samples(batch, self.task, config.trainer.samples_per_iteration):
+        if made.collected.reasons:
+            self._event("unjudged", responses=len(made.collected.reasons), first=made.collected.reasons[0])
+        for sample in metrics.samples(made.batch, self.task, config.trainer.samples_per_iteration):
             self.life.files.sample({"iteration": counters.iteration, **sample})
         return row
 

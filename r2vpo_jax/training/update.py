@@ -2,11 +2,7 @@
 
     settings = UpdateSettings(objective=make_objective("r2vpo"), group_size=16, num_minibatches=4)
     state = init_state(params, model, optimizers, settings)
-    for number in range(settings.num_updates):
-        minibatch = take_minibatch(rollout, key, number, settings)
-        state, stats = update(state, minibatch, model, optimizers, settings)
-        all_stats.append(stats)
-    dual_state, kl_coef, report = step_multipliers(state.dual, state.kl_coef, all_stats, settings)
+    state, report = train_on_rollout(state, rollout, key, UpdateFunctions(model, optimizers, settings))
 
 Everything here can be called under jit, vmap and scan, on any devices; `Learner` places and jits it. The multipliers
 (lambda of the ratio variance, beta of an adaptive KL) step once per rollout batch, on what the *last* minibatch measured
@@ -16,6 +12,7 @@ low. On stale data lambda sees what the updates added: V of the last minibatch l
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -338,19 +335,22 @@ def correct(params, rollout: Rollout, model, settings: UpdateSettings) -> Rollou
 
 
 def step_multipliers(
-    dual_state: dual.DualState, kl_coef, all_stats: list[TrainStats], settings: UpdateSettings
+    dual_state: dual.DualState, kl_coef, stats: TrainStats | Sequence[TrainStats], settings: UpdateSettings
 ) -> tuple[dual.DualState, jax.Array, RolloutReport]:
     """The multipliers after a rollout batch, and what its updates measured.
 
     Args:
       dual_state, kl_coef: of the state.
-      all_stats: of each update, in order.
+      stats: of each update, in order: one after the other, or stacked along axis 0.
       settings: of the run.
     """
     objective = settings.objective
-    first, last = (s.mean("ratio_variance") for s in (all_stats[0], all_stats[-1]))
+    if not isinstance(stats, TrainStats):
+        stats = jax.tree.map(lambda *x: jnp.stack(x), *stats)
+    first_stats, last_stats = (jax.tree.map(lambda x: x[i], stats) for i in (0, -1))  # noqa: B023
+    first, last = first_stats.mean("ratio_variance"), last_stats.mean("ratio_variance")
     # A minibatch that was skipped as non-finite (and counted), or in which nothing counts, measures nothing.
-    measured = jnp.isfinite(last) & (all_stats[-1].sums["ratio_variance"][1] > 0)
+    measured = jnp.isfinite(last) & (last_stats.sums["ratio_variance"][1] > 0)
     # Stale data starts at V > 0 whatever this batch's updates do: that must not wind the multiplier up (ours).
     excess = {"auto": settings.stale, "excess": True, "absolute": False}[objective.dual.signal]
     signal = last - first if excess else last
@@ -368,14 +368,57 @@ def step_multipliers(
         dual_state = jax.tree.map(lambda new, old: jnp.where(possible, new, old), stepped, dual_state)
         measured = possible
     if objective.kl.target is not None:
-        stepped = kl.adapt_coef(kl_coef, all_stats[-1].mean("kl"), target=objective.kl.target)
+        stepped = kl.adapt_coef(kl_coef, last_stats.mean("kl"), target=objective.kl.target)
         kl_coef = jnp.where(measured, stepped, kl_coef)
-    merged = jax.tree.map(lambda *x: jnp.stack(x), *all_stats)
     report = RolloutReport(
-        stats=merged.reduce(),
+        stats=stats.reduce(),
         variance_first=first,
         variance_last=last,
         dual_signal=signal,
-        skipped=merged.sums["nonfinite"][0],
+        skipped=stats.sums["nonfinite"][0],
     )
     return dual_state, kl_coef, report
+
+
+class UpdateFunctions:
+    """The functions above for one run. `Learner` has the same, each placed and jitted, and a loop on the host.
+
+    Args:
+      model: the decoder.
+      optimizers: of the run.
+      settings: of the run.
+    """
+
+    def __init__(self, model, optimizers: Optimizers, settings: UpdateSettings):
+        self.settings = settings
+        run = {"model": model, "settings": settings}
+        self.update = functools.partial(update, optimizers=optimizers, **run)
+        self.score = functools.partial(score, **run)
+        self.values = functools.partial(values, **run)
+        self.correct = functools.partial(correct, **run)
+        self.minibatch = functools.partial(take_minibatch, settings=settings)
+        self.step_multipliers = functools.partial(step_multipliers, settings=settings)
+
+    def each_update(self, step, state: LearnerState):
+        """(state, stacked results) of `step(state, number)` for each update of a rollout batch."""
+        return jax.lax.scan(step, state, jnp.arange(self.settings.num_updates))
+
+
+def train_on_rollout(state: LearnerState, rollout: Rollout, key, functions) -> tuple[LearnerState, RolloutReport]:
+    """N minibatch updates, then one step of the multipliers: the order of things, for every way to compute them.
+
+    Args:
+      state: the old one.
+      rollout: with advantages; reference_logp with a KL to the reference; value and value_target with a critic.
+      key: decides the shuffle.
+      functions: `UpdateFunctions`, or a `Learner`.
+    """
+    if functions.settings.objective.correction.mode != "none":
+        rollout = functions.correct(state.params, rollout)
+
+    def step(state, number):
+        return functions.update(state, functions.minibatch(rollout, key, number))
+
+    state, stats = functions.each_update(step, state)
+    dual_state, kl_coef, report = functions.step_multipliers(state.dual, state.kl_coef, stats)
+    return state.replace(dual=dual_state, kl_coef=kl_coef), report
