@@ -56,7 +56,7 @@ def learning_reward(rollout: Rollout, objective: ObjectiveConfig) -> np.ndarray:
       objective: verifier_errors, overlong_buffer and overlong_penalty are used.
     """
     reward = judged_reward(rollout, objective)
-    if objective.groups.overlong_penalty:
+    if objective.has_overlong_penalty:
         reward = reward - overlong_penalty(
             rollout.response_length,
             rollout.response_size,
