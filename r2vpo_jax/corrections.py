@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from r2vpo_jax.losses.arrays import Logp, Mask, PerToken, check_tokens, clamp, unmasked
+from r2vpo_jax.losses.core import require
 
 MODES = ("truncate", "mask")
 SCOPES = ("token", "sequence")
@@ -65,8 +66,10 @@ def importance_weights(
         raise ValueError(f"unknown correction mode {mode!r}; one of {MODES}")
     if scope not in SCOPES:
         raise ValueError(f"unknown correction scope {scope!r}; one of {SCOPES}")
-    if not 0 <= min_weight <= 1 <= max_weight:
-        raise ValueError(f"0 <= min_weight <= 1 <= max_weight is needed, got {min_weight} and {max_weight}")
+    require(
+        lambda: 0 <= min_weight <= 1 <= max_weight,
+        f"0 <= min_weight <= 1 <= max_weight is needed, got {min_weight} and {max_weight}",
+    )
     mask = check_tokens(mask, proximal_logp, behavior_logp)
     log_weight = unmasked(proximal_logp, mask) - unmasked(behavior_logp, mask)
     if scope == "sequence":

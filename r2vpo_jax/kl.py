@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from r2vpo_jax.losses.arrays import LOG_RATIO_CLAMP, clamp
+from r2vpo_jax.losses.core import require
 
 ESTIMATORS = ("k1", "k2", "k3")
 
@@ -98,8 +99,10 @@ def adapt_coef(
       >>> float(adapt_coef(jnp.float32(0.5), jnp.float32(0.02), target=0.01))
       1.0
     """
-    if not (target > 0 and 0 < min_coef <= max_coef):
-        raise ValueError(f"target > 0 and 0 < min_coef <= max_coef is needed, got {target}, {min_coef}, {max_coef}")
+    require(
+        lambda: target > 0 and 0 < min_coef <= max_coef,
+        f"target > 0 and 0 < min_coef <= max_coef is needed, got {target}, {min_coef}, {max_coef}",
+    )
     chex.assert_rank([coef, value], 0)
     factor = jnp.where(value > 1.5 * target, 2.0, jnp.where(value < target / 1.5, 0.5, 1.0))
     return jax.lax.stop_gradient(jnp.clip(coef * factor, min_coef, max_coef))

@@ -1,6 +1,7 @@
 """Every setting of a run, of an evaluation and of a sweep."""
 
 from r2vpo_jax.config.evaluation import EvaluationConfig
+from r2vpo_jax.config.fields import is_on
 from r2vpo_jax.config.flags import (
     describe,
     from_dict,
@@ -37,6 +38,7 @@ from r2vpo_jax.config.run import (
     make_objective,
 )
 from r2vpo_jax.config.task import ArithmeticConfig, PromptConfig, RewardConfig, TaskConfig, TextConfig, VerifierConfig
+from r2vpo_jax.config.traced import numbers, structure, with_numbers
 
 __all__ = [
     "PRESETS",
@@ -67,12 +69,16 @@ __all__ = [
     "describe",
     "from_dict",
     "from_flags",
+    "is_on",
     "leaves",
     "make",
     "make_objective",
     "new_name",
+    "numbers",
+    "structure",
     "to_config_dict",
     "to_dict",
     "to_open_config_dict",
+    "with_numbers",
     "without_effect",
 ]

@@ -5,6 +5,8 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
+
 
 def option(default, help: str, *, when: Callable[[Any], bool] | None = None, derived: bool = False):
     """A dataclass field with its line of help.
@@ -44,6 +46,11 @@ class Options(dict):
 
     def __hash__(self):
         return hash(frozenset(self.items()))
+
+
+def is_on(value) -> bool:
+    """Whether a number that is off at exactly 0 is not; a traced one never is 0 (`traced.numbers` leaves zeros alone)."""
+    return isinstance(value, jax.core.Tracer) or value != 0
 
 
 def require(condition, message):

@@ -4,7 +4,7 @@ import dataclasses
 
 from r2vpo_jax import advantages, corrections, dual, kl, losses
 from r2vpo_jax.config import presets
-from r2vpo_jax.config.fields import Options, option, require, require_choice, require_range, section
+from r2vpo_jax.config.fields import Options, is_on, option, require, require_choice, require_range, section
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,4 +235,19 @@ class ObjectiveConfig:
     @property
     def needs_reference(self) -> bool:
         """Whether log-probabilities under the frozen base model are needed."""
-        return self.kl.coef > 0 and self.kl.to == "reference"
+        return self.has_kl and self.kl.to == "reference"
+
+    @property
+    def has_kl(self) -> bool:
+        """Whether a KL divergence is penalized."""
+        return is_on(self.kl.coef)
+
+    @property
+    def has_entropy_bonus(self) -> bool:
+        """Whether entropy is rewarded."""
+        return is_on(self.loss.entropy_coef)
+
+    @property
+    def has_overlong_penalty(self) -> bool:
+        """Whether long responses lose a part of their reward."""
+        return is_on(self.groups.overlong_penalty)

@@ -89,7 +89,7 @@ def cispo_loss(
       3.0
     """
     require(
-        0 <= min_ratio <= 1 <= max_ratio,
+        lambda: 0 <= min_ratio <= 1 <= max_ratio,
         f"0 <= min_ratio <= 1 <= max_ratio is needed, got {min_ratio} and {max_ratio}",
     )
     x = prepare(logp, behavior_logp, advantages, mask, weights)
@@ -136,7 +136,9 @@ def gppo_loss(
       -1.14
     """
     check_clip(clip_low, clip_high, dual_clip)
-    require(keep_low >= 0 and keep_high >= 0, f"keep_low and keep_high must be >= 0, got {keep_low} and {keep_high}")
+    require(
+        lambda: keep_low >= 0 and keep_high >= 0, f"keep_low and keep_high must be >= 0, got {keep_low} and {keep_high}"
+    )
     x = prepare(logp, behavior_logp, advantages, mask, weights)
     low, high = x.outside(x.ratio, 1 - clip_low, 1 + clip_high)
     factor = jnp.where(high, keep_high * (1 + clip_high), jnp.where(low, keep_low * (1 - clip_low), x.ratio))
@@ -235,8 +237,8 @@ def dppo_tv_loss(
       0.5
     """
     _check_divergences(divergence_low, divergence_high, 1.0)
-    require(max_ratio >= 1, f"max_ratio must be >= 1, got {max_ratio}")
-    require(beta >= 0, f"beta must be >= 0, got {beta}")
+    require(lambda: max_ratio >= 1, f"max_ratio must be >= 1, got {max_ratio}")
+    require(lambda: beta >= 0, f"beta must be >= 0, got {beta}")
     x = prepare(logp, behavior_logp, advantages, mask, weights)
     pi, mu = _probabilities(x)
     high = (x.advantages > 0) & (pi - mu > divergence_high)
@@ -278,7 +280,7 @@ def dppo_kl_loss(
       0.5
     """
     _check_divergences(divergence_low, divergence_high, float("inf"))
-    require(max_ratio >= 1, f"max_ratio must be >= 1, got {max_ratio}")
+    require(lambda: max_ratio >= 1, f"max_ratio must be >= 1, got {max_ratio}")
     x = prepare(logp, behavior_logp, advantages, mask, weights)
     pi, mu = _probabilities(x)
     rest = jnp.log(jnp.maximum(1 - mu, 1e-8) / jnp.maximum(1 - pi, 1e-8))
@@ -392,12 +394,12 @@ def _beyond(x, dual_clip):
 
 
 def _check_budget(budget):
-    require(budget > 0, f"budget must be > 0, got {budget}")
+    require(lambda: budget > 0, f"budget must be > 0, got {budget}")
 
 
 def _check_divergences(low, high, largest):
     require(
-        0 < low <= largest and 0 < high <= largest,
+        lambda: 0 < low <= largest and 0 < high <= largest,
         f"divergence_low and divergence_high must be in (0, {largest:g}], got {low} and {high}",
     )
 

@@ -1,6 +1,7 @@
 """What every objective shares: the ratio, and the reduction of tokens to a loss and statistics."""
 
 import dataclasses
+from collections.abc import Callable
 
 import chex
 import jax
@@ -189,16 +190,28 @@ def prepare(logp, behavior_logp, advantages, mask, weights) -> Tokens:
     )
 
 
-def require(condition, message) -> None:
-    """Raise ValueError for a hyper-parameter out of range."""
-    if not condition:
+def require(condition: Callable[[], bool], message: str) -> None:
+    """Raise ValueError for a hyper-parameter out of range.
+
+    Under jit, vmap or scan a hyper-parameter may be a traced value, of which nothing can be said while the program is
+    made: what depends on one passes. Whoever traces a value checks it beforehand (`losses.check_hyperparameters`).
+
+    Args:
+      condition: says whether the hyper-parameter is in range.
+      message: of the error.
+    """
+    try:
+        holds = bool(condition())
+    except jax.errors.TracerBoolConversionError:
+        return
+    if not holds:
         raise ValueError(message)
 
 
 def check_clip(clip_low, clip_high, dual_clip=None) -> None:
     """Bounds 1 - clip_low and 1 + clip_high of a ratio, and dual_clip beyond 1."""
     require(
-        0 <= clip_low <= 1 and clip_high >= 0,
+        lambda: 0 <= clip_low <= 1 and clip_high >= 0,
         f"clip_low must be in [0, 1] and clip_high >= 0, got {clip_low} and {clip_high}",
     )
-    require(dual_clip is None or dual_clip > 1, f"dual_clip must be above 1, got {dual_clip}")
+    require(lambda: dual_clip is None or dual_clip > 1, f"dual_clip must be above 1, got {dual_clip}")

@@ -56,7 +56,9 @@ def r2vpo_loss(
       >>> round(float(loss), 4)  # -(2 + 0.5) / 2 + 0.5 * (1 + 0.25) / 2
       -0.9375
     """
-    require(penalty_scope in PENALTY_SCOPES, f"unknown penalty_scope {penalty_scope!r}; one of {PENALTY_SCOPES}")
+    require(
+        lambda: penalty_scope in PENALTY_SCOPES, f"unknown penalty_scope {penalty_scope!r}; one of {PENALTY_SCOPES}"
+    )
     x = prepare(logp, behavior_logp, advantages, mask, weights)
     if penalty_scope == "token":
         excess, square = x.excess, x.excess**2
@@ -131,7 +133,7 @@ def spo_loss(
       >>> round(float(loss), 4)  # -(1.4 - 0.16 / 0.4 + 0.8 - 0.04 / 0.4) / 2
       -0.85
     """
-    require(epsilon > 0, f"epsilon must be > 0, got {epsilon}")
+    require(lambda: epsilon > 0, f"epsilon must be > 0, got {epsilon}")
     x = prepare(logp, behavior_logp, advantages, mask, weights)
     penalty = jnp.abs(x.advantages) * x.excess**2 / (2 * epsilon)
     return x.finish(x.ratio * x.advantages, reduction, normalizer, penalty=penalty)
@@ -169,7 +171,7 @@ def drpo_loss(
       >>> round(float(loss), 4)  # -(1.6 - 0.5 * 0.36 / 0.2 + 1) / 2
       -0.85
     """
-    require(epsilon > 0, f"epsilon must be > 0, got {epsilon}")
+    require(lambda: epsilon > 0, f"epsilon must be > 0, got {epsilon}")
     x = prepare(logp, behavior_logp, advantages, mask, weights)
     mu = jnp.exp(jnp.minimum(x.behavior_logp, 0.0))
     penalty = jnp.abs(x.advantages) * mu * x.excess**2 / (2 * epsilon)
@@ -208,6 +210,6 @@ def dro_loss(
       >>> round(float(loss), 4)  # (1 + 0.1 * 1 / 2 + 1) / 2
       1.025
     """
-    require(beta >= 0, f"beta must be >= 0, got {beta}")
+    require(lambda: beta >= 0, f"beta must be >= 0, got {beta}")
     x = prepare(logp, behavior_logp, advantages, mask, weights)
     return x.finish(x.score_function(x.advantages), reduction, normalizer, penalty=0.5 * beta * x.log_ratio**2)

@@ -118,7 +118,7 @@ def gmpo_loss(
       >>> round(float(loss), 4)  # -exp((0.4 - 0.2) / 2)
       -1.1052
     """
-    require(log_clip >= 0, f"log_clip must be >= 0, got {log_clip}")
+    require(lambda: log_clip >= 0, f"log_clip must be >= 0, got {log_clip}")
     x = prepare(logp, behavior_logp, advantages, mask, weights)
     low, high = x.outside(x.log_ratio, -log_clip, log_clip)
     clipped = jnp.where(low | high, jnp.clip(x.log_ratio, -log_clip, log_clip), x.log_ratio)

@@ -40,7 +40,7 @@ def sapo_loss(
       -2.4621
     """
     require(
-        tau_positive > 0 and tau_negative > 0,
+        lambda: tau_positive > 0 and tau_negative > 0,
         f"tau_positive and tau_negative must be > 0, got {tau_positive} and {tau_negative}",
     )
     x = prepare(logp, behavior_logp, advantages, mask, weights)
@@ -85,7 +85,7 @@ def vespo_loss(
       0.1991
     """
     require(
-        power_positive >= 0 and power_negative >= 0 and decay_positive > 0 and decay_negative > 0,
+        lambda: power_positive >= 0 and power_negative >= 0 and decay_positive > 0 and decay_negative > 0,
         f"powers must be >= 0 and decays > 0, got {power_positive}, {power_negative} and {decay_positive}, "
         f"{decay_negative}",
     )
@@ -129,7 +129,7 @@ def topr_loss(
       >>> round(float(loss), 4)  # 0.3679 * (-2 - 2) / 2
       -0.7358
     """
-    require(max_ratio > 0, f"max_ratio must be > 0, got {max_ratio}")
+    require(lambda: max_ratio > 0, f"max_ratio must be > 0, got {max_ratio}")
     x = prepare(logp, behavior_logp, advantages, mask, weights)
     w = jnp.exp(clamp(x.sequence_log_ratio()))
     factor = jnp.where(x.advantages >= 0, 1.0, jnp.minimum(w, max_ratio))

@@ -54,7 +54,7 @@ def learning_reward(rollout: Rollout, objective: ObjectiveConfig) -> jax.Array:
       objective: verifier_errors, overlong_buffer and overlong_penalty are used.
     """
     reward = judged_reward(rollout, objective)
-    if objective.groups.overlong_penalty:
+    if objective.has_overlong_penalty:
         reward = reward - overlong_penalty(
             rollout.response_length,
             rollout.response_size,

@@ -7,7 +7,9 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from r2vpo_jax import losses
+from r2vpo_jax.config.fields import is_on
 from r2vpo_jax.losses.arrays import check_tokens, unmasked
+from r2vpo_jax.losses.core import require
 
 
 @struct.dataclass
@@ -75,15 +77,14 @@ def value_loss(
       AssertionError: shapes or ranks do not fit (chex).
       ValueError: clip is negative; or as for the objectives.
     """
-    if not clip >= 0:
-        raise ValueError(f"the value clip must be >= 0, got {clip}")
+    require(lambda: clip >= 0, f"the value clip must be >= 0, got {clip}")
     mask = check_tokens(mask, values, old_values, targets)
     values, old_values, targets = (unmasked(x, mask) for x in (values, old_values, targets))
     old_values, targets = jax.lax.stop_gradient((old_values, targets))
     error = values - targets
     per_token = 0.5 * error**2
     bounded = jnp.zeros_like(mask)
-    if clip > 0:
+    if is_on(clip):
         clipped = 0.5 * (old_values + jnp.clip(values - old_values, -clip, clip) - targets) ** 2
         bounded = mask & (clipped > per_token) & (jnp.abs(values - old_values) > clip)
         per_token = jnp.maximum(per_token, clipped)

@@ -119,7 +119,7 @@ def _optional(
         result |= {"dual/variance_coef": variance_coef, "dual/signal": float(last.dual_signal)}
     if objective.variance_budget is not None:
         result["dual/constraint_violation"] = float(last.dual_signal) - objective.variance_budget
-    if objective.kl.coef:
+    if objective.has_kl:
         result |= {"kl/mean": stats.mean("kl"), "kl/coef": kl_coef}
     if objective.critic:
         result |= {

@@ -191,7 +191,7 @@ def micro_batch_loss(
     merged = _gradient_stats(lambda logp: loss_of(logp)[0], scores.logp, batch, state, reduction)
 
     stats["entropy"] = _mean_over_tokens(scores.entropy, mask)
-    if objective.loss.entropy_coef:
+    if objective.has_entropy_bonus:
         loss = loss - objective.loss.entropy_coef * losses.reduce(scores.entropy, mask, **reduction)
     if batch.weights is not None:
         stats["weight"] = _mean_over_tokens(batch.weights, mask)
@@ -214,7 +214,7 @@ def _policy_loss(
     loss, stats = losses.get(objective.loss.name)(
         logp, _anchor(batch), batch.advantage, mask, weights=batch.weights, **shared, **objective.loss.options, **given
     )
-    if objective.kl.coef:
+    if objective.has_kl:
         divergence = _divergence(batch, logp, objective)
         stats["kl"] = _mean_over_tokens(divergence, mask)
         if objective.kl.where == "loss":
