@@ -39,7 +39,7 @@ def init(coef: float) -> DualState:
       >>> float(init(1.0).variance_coef)
       1.0
     """
-    if not 0 <= coef < float("inf"):
+    if not isinstance(coef, jax.core.Tracer) and not 0 <= coef < float("inf"):
         raise ValueError(f"the variance coefficient must be a finite number >= 0, got {coef}")
     return DualState(variance_coef=jnp.asarray(coef, jnp.float32))
 

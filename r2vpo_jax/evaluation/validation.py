@@ -1,6 +1,7 @@
 """Scores on held-out problems: pass@1 as avg@k, unbiased pass@k, intervals over problems."""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -9,10 +10,11 @@ from r2vpo_jax.config import Config
 from r2vpo_jax.evaluation import estimators
 from r2vpo_jax.evaluation.draws import draw
 from r2vpo_jax.sampler import Sampling
-from r2vpo_jax.tasks.base import Outcome
+from r2vpo_jax.tasks.base import Outcome, Problems
 
 # Evaluation draws depend on nothing of the run: the same problems and keys for base, best and final.
 _KEY_SEED = 0x5EED
+SHOWN = 3  # problems whose first response is kept as text
 AVERAGE_AT = 8  # samples per test problem that pass@1 is averaged over
 
 
@@ -78,17 +80,75 @@ def average_over(config: Config) -> int:
     return min(AVERAGE_AT, config.trainer.test_samples)
 
 
+class Scoring(NamedTuple):
+    """How much is sampled for one score."""
+
+    num_problems: int
+    num_samples: int  # of each problem
+
+
+def scoring_of(config: Config, split: str) -> Scoring:
+    """The numbers of problems and samples that a run has for its validation or test split."""
+    trainer = config.trainer
+    return {
+        "validation": Scoring(trainer.eval_problems, trainer.eval_samples),
+        "test": Scoring(trainer.test_problems, trainer.test_samples),
+    }[split]
+
+
+def sampling(task, num_samples: int, *, temperature=1.0, top_p=1.0, top_k=0) -> Sampling:
+    """How the responses to each problem are sampled for a score.
+
+    Args:
+      task: a `tasks.base.Task`.
+      num_samples: samples per problem.
+      temperature: 0 is greedy.
+      top_p, top_k: 1 and 0 keep all tokens.
+    """
+    return Sampling(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        group_size=num_samples,
+        max_response_length=task.max_response_length,
+        eos_ids=task.eos_ids,
+    )
+
+
+def key():
+    """The key of all evaluations of runs: the same problems and draws for base, best and final."""
+    return jax.random.key(_KEY_SEED)
+
+
+def evaluation_of(task, split: str, problems: Problems, outcome, lengths, truncated, shown) -> Evaluation:
+    """What became of n samples on each of N problems of a split.
+
+    Args:
+      task: judges levels and decodes.
+      split, problems: what was sampled for.
+      outcome: int32 [N, n] `Outcome`.
+      lengths: int32 [N, n].
+      truncated: bool [N, n].
+      shown: int32 [at least min(SHOWN, N), T] first response to each of the first problems.
+    """
+    some = range(min(SHOWN, len(problems.index)))
+    return Evaluation(
+        split=split,
+        right=outcome == Outcome.RIGHT,
+        errors=int((outcome == Outcome.ERROR).sum()),
+        timeouts=int((outcome == Outcome.TIMEOUT).sum()),
+        level=task.level(split, problems.index),
+        response_length=lengths,
+        truncated=truncated,
+        texts=tuple(task.decode(shown[i, : lengths[i, 0]]) for i in some),
+        prompts=tuple(task.decode(problems.tokens[i, -problems.length[i] :]) for i in some),
+    )
+
+
 def evaluate_run(config: Config, model, params, task, *, split: str, mesh) -> Evaluation:
     """`evaluate` with the numbers of problems and samples that a run has for its validation or test split."""
-    trainer = config.trainer
-    num_problems, num_samples = {
-        "validation": (trainer.eval_problems, trainer.eval_samples),
-        "test": (trainer.test_problems, trainer.test_samples),
-    }[split]
-    settings = dataclasses.asdict(config.evaluation)
-    return evaluate(
-        model, params, task, split=split, num_problems=num_problems, num_samples=num_samples, mesh=mesh, **settings
-    )
+    settings = scoring_of(config, split)._asdict() | dataclasses.asdict(config.evaluation)
+    return evaluate(model, params, task, split=split, mesh=mesh, **settings)
 
 
 def evaluate(
@@ -100,10 +160,8 @@ def evaluate(
     num_problems: int,
     num_samples: int,
     mesh,
-    temperature=1.0,
-    top_p=1.0,
-    top_k=0,
     batch_size=1024,
+    **how,
 ) -> Evaluation:
     """Sample and judge the first `num_problems` problems of a split, with the keys that all evaluations of runs have.
 
@@ -114,32 +172,21 @@ def evaluate(
       num_problems: all of the split if it has fewer.
       num_samples: samples per problem.
       mesh: the run's mesh.
-      temperature: 0 is greedy.
-      top_p, top_k: 1 and 0 keep all tokens.
       batch_size: responses sampled at one time.
+      **how: temperature, top_p and top_k of `sampling`.
     """
     available = task.num_problems(split)
     num_problems = num_problems if available is None else min(num_problems, available)
     problems = task.problems(split, np.arange(num_problems))
-    sampling = Sampling(
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        group_size=num_samples,
-        max_response_length=task.max_response_length,
-        eos_ids=task.eos_ids,
+    drawn = draw(
+        model,
+        params,
+        task,
+        split,
+        problems,
+        sampling(task, num_samples, **how),
+        key(),
+        mesh=mesh,
+        batch_size=batch_size,
     )
-    key = jax.random.key(_KEY_SEED)
-    drawn = draw(model, params, task, split, problems, sampling, key, mesh=mesh, batch_size=batch_size)
-    shown = range(min(3, num_problems))
-    return Evaluation(
-        split=split,
-        right=drawn.right,
-        errors=drawn.count(Outcome.ERROR),
-        timeouts=drawn.count(Outcome.TIMEOUT),
-        level=task.level(split, problems.index),
-        response_length=drawn.lengths,
-        truncated=drawn.truncated,
-        texts=tuple(drawn.text(task, i) for i in shown),
-        prompts=tuple(task.decode(problems.tokens[i, -problems.length[i] :]) for i in shown),
-    )
+    return evaluation_of(task, split, problems, drawn.outcomes, drawn.lengths, drawn.truncated, drawn.tokens[:SHOWN, 0])

@@ -36,7 +36,7 @@ def summarize(config: Config, rows, *, base, final, progress, train_seconds, pha
     train = [r for r in rows if r["kind"] == "train"]
     second_half = train[len(train) // 2 :]
     iterations = [r for r in rows if r["kind"] != "evaluation"]  # those that only filled a queue too
-    seconds = {name: sum(r[f"time/{name}"] for r in iterations) for name in ("rollout", "verify", "update")}
+    seconds = {name: sum(r.get(f"time/{name}", 0.0) for r in iterations) for name in ("rollout", "verify", "update")}
     k = final["k"]
 
     def mean(name, rows):
@@ -69,8 +69,9 @@ def summarize(config: Config, rows, *, base, final, progress, train_seconds, pha
         "num_updates": train[-1]["version"],
         "train_seconds": train_seconds,
         "phase_seconds": dict(phases),
-        "rollout_tokens_per_second": progress["rollout_tokens"] / max(seconds["rollout"], 1e-9),
-        "update_tokens_per_second": progress["trained_tokens"] / max(seconds["update"], 1e-9),
+        # None of a fused run, whose time is not its own.
+        "rollout_tokens_per_second": progress["rollout_tokens"] / seconds["rollout"] if seconds["rollout"] else None,
+        "update_tokens_per_second": progress["trained_tokens"] / seconds["update"] if seconds["update"] else None,
         "peak_memory_bytes": peak_memory_bytes,
         "adaptive": config.objective.dual.adaptive,
         "variance_budget": config.objective.variance_budget,

@@ -47,11 +47,17 @@ def check(logp: np.ndarray, rollout: Rollout, config: Config, *, first: bool, sa
     if floor <= limit:
         return floor
     if first:
+        refuse_if_noisy(floor, limit)
+    say("warning: the noise floor has risen above its limit since the run was started")
+    event("noise_floor", floor=floor, limit=limit)
+    return floor
+
+
+def refuse_if_noisy(floor: float, limit: float) -> None:
+    """Raises UsageError where the floor is above its limit, or NaN."""
+    if not floor <= limit:
         raise UsageError(
             f"with unchanged weights the ratio variance is {floor:.2e}, above {limit:.0e}: the constraint would act on "
             "numerical noise. Use model.compute_dtype=float32, or a larger objective.dual.budget, or raise "
             "trainer.max_noise_floor knowingly, in a new --workdir"
         )
-    say("warning: the noise floor has risen above its limit since the run was started")
-    event("noise_floor", floor=floor, limit=limit)
-    return floor

@@ -1,0 +1,75 @@
+"""Many runs at a time: fused programs on the devices, and what a host has to do around them.
+
+Runs of one structure (`config.structure`) share a program and are trained side by side, as many as fit into the memory
+of the devices. After each chunk of iterations the states of a batch of runs are saved, so that a sweep that was stopped
+goes on there. Each run leaves what an ordinary one leaves for comparisons: metrics.jsonl and report/summary.json; or
+failed.json, if it collapsed.
+"""
+
+import contextlib
+import pathlib
+import shutil
+from collections.abc import Callable, Mapping
+
+from r2vpo_jax.config import Config, traced
+from r2vpo_jax.run import console, files, report
+from r2vpo_jax.run.interrupts import graceful_stop
+from r2vpo_jax.training.fused_batch import Batch
+from r2vpo_jax.training.fused_group import Group
+from r2vpo_jax.training.program import refusal
+
+__all__ = ["refusal", "run"]
+
+
+def run(
+    configs: Mapping[str, Config],
+    folder: Callable[[str], pathlib.Path],
+    scratch: pathlib.Path,
+    *,
+    say=console.say,
+    runs_at_once: int | None = None,
+) -> dict[str, float]:
+    """Train all of these runs, or go on with them.
+
+    Args:
+      configs: name -> configuration, all without a `refusal`.
+      folder: where the results of the run of that name go.
+      scratch: where states are saved in between; deleted at the end.
+      say: where lines for people go.
+      runs_at_once: most runs in one batch; by default as many as fit into memory.
+
+    Returns:
+      Seconds: "compile", and "run" for everything else.
+
+    Raises:
+      Stopped: asked to stop; the same call goes on from the last chunk.
+      UsageError: the base model or the task cannot be used, or the disk is full.
+    """
+    groups: dict = {}
+    for name, config in configs.items():
+        groups.setdefault(traced.structure(config), []).append(name)
+    seconds = {"compile": 0.0, "run": 0.0}
+    with graceful_stop() as stop, files.disk_errors(scratch, "the last chunk"):
+        for number, names in enumerate(groups.values(), 1):
+            names = [name for name in names if not _is_done(folder(name))]
+            if not names:
+                continue
+            say(f"program {number} of {len(groups)}: {len(names)} runs like {names[0]}")
+            group = Group({name: configs[name] for name in names}, runs_at_once, say)
+            with contextlib.closing(group):
+                for first in range(0, len(names), group.size):
+                    batch = names[first : first + group.size]
+                    Batch(group, batch, folder, scratch / _identity(batch), stop).go()
+            for phase, spent in group.timers.seconds.items():
+                seconds["compile" if phase == "compile" else "run"] += spent
+    shutil.rmtree(scratch, ignore_errors=True)
+    return seconds
+
+
+def _is_done(folder: pathlib.Path) -> bool:
+    return report.is_finished(folder) or (folder / "failed.json").exists()
+
+
+def _identity(names: list[str]) -> str:
+    """A name for the directory of a batch of runs."""
+    return files.sha256_of("\n".join(names).encode())[:16]
