@@ -161,6 +161,11 @@ class ReplayConfig:
         return self.capacity > 0 or self.stale
 
     @property
+    def slots(self) -> int:
+        """Rollout batches kept at most: those that the lag holds back, and those that are drawn from."""
+        return self.lag + max(self.capacity, 1)
+
+    @property
     def stale(self) -> bool:
         """Whether the first update on a batch may find r != 1."""
         return self.lag > 0 or self.draw != "newest" or self.batches_per_iteration > 1

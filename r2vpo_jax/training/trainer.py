@@ -252,7 +252,7 @@ class _Run:
         self.replay.add(iteration, batch, version=version)
         try:
             draws = [
-                self.replay.draw(iteration, groups, version=version, seed=config.seed, number=number)
+                self.replay.draw(iteration, groups, version=version, key=self.key, number=number)
                 for number in range(config.replay.batches_per_iteration)
             ]
         except ReplayError as error:
