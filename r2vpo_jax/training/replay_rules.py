@@ -1,7 +1,7 @@
-"""Which groups a training batch is drawn from replay of: one pure function, for the buffer on the host and for the ring.
+"""Which groups of the kept batches are trained on: one pure function, for the buffer on the host and for the ring.
 
 A draw ranks all candidates and takes the first ones. What is weighted is ranked by log(weight) plus Gumbel noise, which
-draws without replacement (arXiv 1903.06059, section 2.3); what is not, by random integers, the same on every device.
+draws without replacement (Gumbel top-k, arXiv 1903.06059); what is not, by random integers, the same on every device.
 Shapes do not depend on how full the buffer is.
 """
 

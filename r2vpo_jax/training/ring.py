@@ -91,7 +91,7 @@ def draw(
       ring: with the batch of this iteration.
       config: that of `init`.
       iteration: now.
-      num_groups: as many.
+      num_groups: how many are drawn; static.
       version: the learner's now, for the limit on age.
       key: the run's.
       number: of the draw in this iteration.

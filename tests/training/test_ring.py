@@ -59,38 +59,36 @@ def on_host(directory, config, rollouts, key=KEY, num_groups=GROUPS):
     return result
 
 
-def compiled(config, rollouts, keys, num_groups=GROUPS):
-    """All iterations in one program for all keys: (batches, enough, statistics), each [runs, iterations, draws, ...].
+@functools.cache
+def program(config):
+    """All iterations of all runs: `(rollouts, keys) -> (batches, enough, statistics)`.
 
-    rollouts: [runs, iterations, ...].
+    rollouts: [runs, iterations, ...]; keys: [runs]; what comes out: [runs, iterations, draws, ...].
     """
 
-    def iterate(carry, x):
-        rings, (iteration, batch) = carry, x
-        rings = jax.vmap(ring.add, in_axes=(0, None, 0))(rings, iteration, batch)
-        outputs = []
-        for number in range(config.batches_per_iteration):
-
-            def one(state, key, number=number):
-                version = AGE * iteration
-                state, drawn, enough = ring.draw(
-                    state, config, iteration, num_groups, version=version, key=key, number=number
-                )
-                return state, (drawn, enough, ring.statistics(state, drawn, version))
-
-            rings, output = jax.vmap(one)(rings, keys)
-            outputs.append(output)
-        return rings, jax.tree.map(lambda *x: jnp.stack(x), *outputs)
+    def draw(state, key, iteration, number):
+        version = AGE * iteration
+        state, drawn, enough = ring.draw(state, config, iteration, GROUPS, version=version, key=key, number=number)
+        return state, (drawn, enough, ring.statistics(state, drawn, version))
 
     @jax.jit
     def run(rollouts, keys):
+        def iterate(rings, x):
+            iteration, batch = x
+            rings = jax.vmap(ring.add, in_axes=(0, None, 0))(rings, iteration, batch)
+            outputs = []
+            for number in range(config.batches_per_iteration):
+                rings, output = jax.vmap(draw, in_axes=(0, 0, None, None))(rings, keys, iteration, number)
+                outputs.append(output)
+            return rings, jax.tree.map(lambda *x: jnp.stack(x, axis=1), *outputs)
+
         empty = ring.init(jax.tree.map(lambda x: x[0, 0], rollouts), config, GROUP)
         rings = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(keys), *x.shape)), empty)
         by_iteration = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), rollouts)
         _, outputs = jax.lax.scan(iterate, rings, (jnp.arange(ITERATIONS), by_iteration))
-        return jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), outputs)
+        return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), outputs)
 
-    return jax.tree.map(np.asarray, run(rollouts, keys))
+    return lambda rollouts, keys: jax.tree.map(np.asarray, run(rollouts, keys))
 
 
 def stack(trees):
@@ -100,7 +98,7 @@ def stack(trees):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_ring_and_buffer_draw_the_same(name, tmp_path):
     config, rollouts = ReplayConfig(**CONFIGS[name]), batches()
-    drawn, enough, statistics = compiled(config, stack([stack(rollouts)]), KEY[None])
+    drawn, enough, statistics = program(config)(stack([stack(rollouts)]), KEY[None])
     assert not enough[0, : config.lag].any()
     refused = 0
     for i, number, batch, numbers in on_host(tmp_path, config, rollouts):
@@ -112,8 +110,8 @@ def test_ring_and_buffer_draw_the_same(name, tmp_path):
         assert_equal(found, batch)
         groups = groups_of(found)
         assert len(set(groups)) == GROUPS
-        for number_name, value in statistics.items():
-            np.testing.assert_allclose(value[0, i, number], numbers[number_name], rtol=1e-6, err_msg=number_name)
+        for statistic, value in statistics.items():
+            np.testing.assert_allclose(value[0, i, number], numbers[statistic], rtol=1e-6, err_msg=statistic)
         assert {*statistics, "replay/bytes"} == set(numbers)
     assert (refused > 0) == ("too few" in name)
 
@@ -124,9 +122,9 @@ def test_ring_and_buffer_draw_the_same(name, tmp_path):
 )
 def test_runs_side_by_side_draw_what_each_draws_alone(config):
     config, rollouts, keys = ReplayConfig(**config), [stack(batches(run)) for run in range(3)], jax.random.split(KEY, 3)
-    together = compiled(config, stack(rollouts), keys)
+    together = program(config)(stack(rollouts), keys)
     for run in range(3):
-        alone = compiled(config, stack(rollouts[run : run + 1]), keys[run : run + 1])
+        alone = program(config)(stack(rollouts[run : run + 1]), keys[run : run + 1])
         jax.tree.map(lambda x, y, run=run: np.testing.assert_array_equal(x[run], y[0]), together, alone)
     if config.draw != "newest":
         ids = together[0].rollout_id
