@@ -2,7 +2,8 @@
 
 A FIFO of whole rollout batches on the host. Each batch is written once, as an immutable file whose checksum is kept
 in the checkpoint; a checkpoint lists batches and does not rewrite them. Groups (the G samples of a prompt) are the
-unit of everything: they are never torn, and each has its own count of uses.
+unit of everything: they are never torn, and each has its own count of uses. `replay_rules.choose` says which are drawn;
+`ring` is the same replay inside of a compiled program.
 
 Two kinds of staleness, both reported in optimizer updates (learner version - behavior version): the number of
 updates a rollout batch is trained on, and the queue's lag: with lag K an iteration trains on what was generated K
@@ -19,6 +20,12 @@ import numpy as np
 from r2vpo_jax.config import ReplayConfig
 from r2vpo_jax.rollout import Rollout
 from r2vpo_jax.run import files
+from r2vpo_jax.training import replay_rules
+
+# Shapes are those of a full buffer from the beginning, so that both are compiled once a run.
+_choose = jax.jit(replay_rules.choose, static_argnames=("config", "num_groups"))
+_priorities = jax.jit(replay_rules.priorities, static_argnames="num_groups")
+_draw_key = jax.jit(replay_rules.draw_key)
 
 
 class ReplayError(ValueError):
@@ -34,6 +41,7 @@ class _Entry:
     uses: np.ndarray  # int64 [groups], how often each group was drawn
     sha256: str
     num_bytes: int
+    priority: np.ndarray | None  # f32 [groups], when groups are drawn by it
 
     @property
     def version(self) -> int:
@@ -81,8 +89,13 @@ class ReplayBuffer:
         if self._write:
             files.write_atomically(self.path(iteration), data)
         uses = np.zeros(len(rollout.group_id) // self._group, np.int64)
-        self._entries.append(_Entry(iteration, rollout, uses, checksum, len(data)))
+        self._entries.append(self._entry(iteration, rollout, uses, checksum, len(data)))
         self._evict(iteration)
+
+    def _entry(self, iteration, rollout, uses, sha256, num_bytes) -> _Entry:
+        by_priority = self._config.draw == "priority"
+        priority = np.asarray(_priorities(rollout, num_groups=len(uses))) if by_priority else None
+        return _Entry(iteration, rollout, uses, sha256, num_bytes, priority)
 
     def _check(self, iteration, rollout, version):
         rows = len(rollout.group_id)
@@ -103,8 +116,7 @@ class ReplayBuffer:
         def too_much():
             size = sum(e.num_bytes for e in self._entries)
             limit = self._config.capacity_bytes
-            most = self._config.lag + max(self._config.capacity, 1)
-            return len(self._entries) > most or (limit is not None and size > limit)
+            return len(self._entries) > self._config.slots or (limit is not None and size > limit)
 
         # What the queue has not let through yet is never evicted.
         while too_much() and self._entries[0].iteration < iteration - self._config.lag:
@@ -113,101 +125,74 @@ class ReplayBuffer:
 
     # Out -----------------------------------------------------------------------------------------------
 
-    def draw(self, iteration: int, num_groups: int, *, version: int, seed: int, number: int = 0) -> Rollout | None:
+    def draw(self, iteration: int, num_groups: int, *, version: int, key: jax.Array, number: int = 0) -> Rollout | None:
         """A training batch of `num_groups` groups, or None while the queue fills.
 
         The newest batch that the queue lets through is the fresh one; what is older is stale. A draw is a function
-        of (seed, iteration, number, contents), and takes no group twice.
+        of (key, iteration, number, contents), and takes no group twice.
 
         Args:
           iteration: now, counted as in `add`.
           num_groups: at most the groups of the fresh batch, unless older ones may fill up.
           version: the learner's now, for the limit on age.
-          seed: the run's.
+          key: the run's.
           number: of the draw in this iteration.
 
         Raises:
           ReplayError: fewer than num_groups groups are within the limits on age and use.
         """
-        exposed = [e for e in self._entries if e.iteration <= iteration - self._config.lag]
-        if not exposed:
+        newest = iteration - self._config.lag
+        fresh = max((e.iteration for e in self._entries if e.iteration <= newest), default=None)
+        if fresh is None:
             return None
-        generator = np.random.default_rng([seed, iteration, number, 0x7E91A7])
-        fresh = self._candidates(exposed[-1:], version, is_fresh=True)
-        stale = self._candidates(exposed[:-1], version, is_fresh=False)
-        chosen = self._choose(generator, fresh, stale, num_groups)
-        if len(chosen) < num_groups:
+        by_priority = self._config.draw == "priority"
+        chosen, found = _choose(
+            self._config,
+            _draw_key(key, iteration, number),
+            exposed=self._by_slot(lambda e: e.iteration <= newest, bool),
+            is_fresh=self._by_slot(lambda e: e.iteration == fresh, bool),
+            age=self._by_slot(lambda e: version - e.version, np.int32),
+            uses=self._by_slot(lambda e: e.uses, np.int32),
+            priority=self._by_slot(lambda e: e.priority, np.float32) if by_priority else None,
+            num_groups=num_groups,
+        )
+        if found < num_groups:
             raise ReplayError(
-                f"only {len(chosen)} of {num_groups} groups are within replay.max_age={self._config.max_age} and "
+                f"only {found} of {num_groups} groups are within replay.max_age={self._config.max_age} and "
                 f"replay.max_uses={self._config.max_uses}; raise them, or replay.capacity"
             )
-        for entry, group in chosen:
-            entry.uses[group] += 1
-        rows = [
-            jax.tree.map(lambda x, g=group: x[g * self._group : (g + 1) * self._group], entry.rollout)
-            for entry, group in chosen
-        ]
+        rows = [self._take(*divmod(index, self._groups_a_batch)) for index in chosen.tolist()]
         return jax.tree.map(lambda *x: np.concatenate(x), *rows)
 
-    def _candidates(self, entries, version, *, is_fresh) -> list[tuple[_Entry, int]]:
-        """(batch, group) pairs within the limits, oldest first. The lag itself is no reason to leave one out."""
-        config = self._config
-        return [
-            (entry, group)
-            for entry in entries
-            if is_fresh or config.max_age is None or version - entry.version <= config.max_age
-            for group in range(len(entry.uses))
-            if config.max_uses is None or entry.uses[group] < config.max_uses
-        ]
+    @property
+    def _groups_a_batch(self) -> int:
+        """Of the largest batch."""
+        return max((len(e.uses) for e in self._entries), default=1)
 
-    def _choose(self, generator, fresh, stale, num_groups) -> list[tuple[_Entry, int]]:
-        def some(candidates, number):
-            number = min(number, len(candidates))
-            picked = generator.choice(len(candidates), size=number, replace=False) if number else []
-            return [candidates[i] for i in sorted(picked)]
+    def _by_slot(self, value, dtype) -> np.ndarray:
+        """[slots, groups] of a value of each batch, or of each group of it: oldest first, 0 before the first batch."""
+        array = np.zeros((self._config.slots, self._groups_a_batch), dtype)
+        for slot, entry in enumerate(self._entries, start=len(array) - len(self)):
+            array[slot, : len(entry.uses)] = value(entry)
+        return array
 
-        def by_priority(candidates):
-            weights = np.array([_priority(entry, group, self._group) for entry, group in candidates])
-            useful = np.flatnonzero(weights > 0)
-            number = min(num_groups, len(useful))
-            p = weights[useful] / weights[useful].sum() if number else None
-            first = generator.choice(useful, size=number, replace=False, p=p) if number else []
-            # Groups without a gradient come last, when there are too few others.
-            rest = some([c for i, c in enumerate(candidates) if not weights[i] > 0], num_groups - number)
-            return [candidates[i] for i in sorted(first)] + rest
-
-        match self._config.draw:
-            case "newest":
-                return fresh[:num_groups]
-            case "uniform":
-                return some(stale + fresh, num_groups)
-            case "mixed":
-                wanted = round(self._config.stale_fraction * num_groups)
-                old = some(stale, wanted)
-                # The least used first: two draws of an iteration share the fresh batch out between them.
-                unused = generator.permutation(len(fresh))
-                unused = sorted(unused, key=lambda i: fresh[i][0].uses[fresh[i][1]])[: num_groups - len(old)]
-                chosen = old + [fresh[i] for i in sorted(unused)]
-                taken = {(entry.iteration, group) for entry, group in chosen}
-                left = [c for c in stale if (c[0].iteration, c[1]) not in taken]
-                return chosen + some(left, num_groups - len(chosen))
-            case "priority":
-                return by_priority(stale + fresh)
-        raise ValueError(f"unknown replay.draw {self._config.draw!r}")
+    def _take(self, slot: int, group: int) -> Rollout:
+        """The rows of a group, which is counted as used."""
+        entry = self._entries[slot - self._config.slots]
+        entry.uses[group] += 1
+        return jax.tree.map(lambda x: x[group * self._group : (group + 1) * self._group], entry.rollout)
 
     def statistics(self, batch: Rollout | None, version: int) -> dict[str, float]:
         """Named numbers of the buffer, and of the ages in a drawn batch. docs/metrics.md explains each."""
-        uses = np.concatenate([e.uses for e in self._entries]) if self._entries else np.zeros(1)
-        age = np.zeros(1) if batch is None else version - batch.version
-        return {
-            "replay/age_mean": float(age.mean()),
-            "replay/age_max": int(age.max()),
-            "replay/batches": len(self._entries),
-            "replay/bytes": sum(e.num_bytes for e in self._entries),
-            "replay/evicted": self.evicted,
-            "replay/uses_mean": float(uses.mean()),
-            "replay/uses_max": int(uses.max()),
-        }
+        shared = replay_rules.statistics(
+            age=np.zeros(1, np.int32) if batch is None else version - batch.version,
+            uses=self._by_slot(lambda e: e.uses, np.int32),
+            there=self._by_slot(lambda _: True, bool),
+            num_batches=len(self._entries),
+            evicted=self.evicted,
+        )
+        size = sum(e.num_bytes for e in self._entries)
+        return {name: np.asarray(value).item() for name, value in shared.items()} | {"replay/bytes": size}
 
     # Files ---------------------------------------------------------------------------------------------
 
@@ -238,7 +223,7 @@ class ReplayBuffer:
             if files.sha256_of(data) != item["sha256"]:
                 raise ReplayError(f"replay file {path} is damaged: its checksum is not the one in the checkpoint")
             uses = np.asarray(item["uses"], np.int64)
-            entries.append(_Entry(item["iteration"], _decode(data), uses, item["sha256"], len(data)))
+            entries.append(self._entry(item["iteration"], _decode(data), uses, item["sha256"], len(data)))
         self._entries, self.evicted = entries, listing["evicted"]
 
     def collect_garbage(self, listings: list[dict]) -> None:
@@ -251,15 +236,6 @@ class ReplayBuffer:
         for file in self._directory.glob("rollout_*.npz"):
             if file.name not in keep:
                 file.unlink(missing_ok=True)
-
-
-def _priority(entry: _Entry, group: int, group_size: int) -> float:
-    """Mean |A| over the tokens of a group that take part."""
-    rows = slice(group * group_size, (group + 1) * group_size)
-    rollout = jax.tree.map(lambda x: x[rows], entry.rollout)
-    mask = rollout.learning_mask
-    advantage = rollout.advantage if rollout.advantage.ndim == 2 else rollout.advantage[:, None]
-    return float(np.abs(np.where(mask, advantage, 0.0)).sum() / max(mask.sum(), 1))
 
 
 def _encode(rollout: Rollout) -> bytes:

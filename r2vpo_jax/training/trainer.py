@@ -248,7 +248,7 @@ class _Run:
             self.replay.add(now, batch, version=version)
             try:
                 draws = [
-                    self.replay.draw(now, groups, version=version, seed=config.seed, number=number)
+                    self.replay.draw(now, groups, version=version, key=self.key, number=number)
                     for number in range(config.replay.batches_per_iteration)
                 ]
             except ReplayError as error:

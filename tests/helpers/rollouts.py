@@ -1,5 +1,6 @@
 """Rollouts made by hand, and replay buffers of them."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -9,6 +10,7 @@ from r2vpo_jax.training.replay import ReplayBuffer
 
 GROUPS, GROUP, PROMPT, RESPONSE = 4, 2, 3, 5
 ROWS = GROUPS * GROUP
+KEY = jax.random.key(0)
 
 
 def make(iteration, *, version=None, magnitude=None, **fields):

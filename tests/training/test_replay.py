@@ -8,7 +8,7 @@ import pytest
 
 from r2vpo_jax.config import ReplayConfig
 from r2vpo_jax.training.replay import ReplayBuffer, ReplayError
-from tests.helpers.rollouts import GROUP, GROUPS, RESPONSE, ROWS, assert_equal, buffer, groups_of, iterations, make
+from tests.helpers.rollouts import GROUP, GROUPS, KEY, RESPONSE, ROWS, assert_equal, buffer, groups_of, iterations, make
 
 # ---- what is kept ----
 
@@ -48,7 +48,7 @@ def test_the_lag_delays_by_so_many_iterations(lag, tmp_path):
     replay = ReplayBuffer(tmp_path, ReplayConfig(lag=lag, batches_per_iteration=2), GROUP)
     for iteration in range(6):
         replay.add(iteration, make(iteration), version=iteration)
-        drawn = [replay.draw(iteration, GROUPS, version=iteration, seed=0, number=n) for n in range(2)]
+        drawn = [replay.draw(iteration, GROUPS, version=iteration, key=KEY, number=n) for n in range(2)]
         if iteration < lag:
             assert drawn == [None, None]
         else:
@@ -70,7 +70,7 @@ def test_groups_are_whole_and_drawn_once(draw, tmp_path):
     everything = jax.tree.map(lambda *x: np.concatenate(x), *batches)
     seen = set()
     for number in range(60):
-        drawn = replay.draw(4, GROUPS, version=4, seed=0, number=number)
+        drawn = replay.draw(4, GROUPS, version=4, key=KEY, number=number)
         groups = groups_of(drawn)
         assert len(set(groups)) == GROUPS
         seen.update(groups)
@@ -80,10 +80,10 @@ def test_groups_are_whole_and_drawn_once(draw, tmp_path):
 
 
 @pytest.mark.parametrize("draw", DRAWS)
-def test_draws_are_a_function_of_seed_iteration_number_and_contents(draw, tmp_path):
+def test_draws_are_a_function_of_key_iteration_number_and_contents(draw, tmp_path):
     def drawn(name, seed=0, iteration=3, number=0, **changes):
         replay = buffer(tmp_path / name, *(make(i, **changes) for i in range(4)), capacity=4, draw=draw)
-        return groups_of(replay.draw(iteration, GROUPS, version=9, seed=seed, number=number))
+        return groups_of(replay.draw(iteration, GROUPS, version=9, key=jax.random.key(seed), number=number))
 
     assert drawn("a") == drawn("b")
     for i, changes in enumerate(({"seed": 1}, {"iteration": 4}, {"number": 1})):
@@ -96,7 +96,7 @@ def test_draws_are_a_function_of_seed_iteration_number_and_contents(draw, tmp_pa
 def test_uniform_is_uniform(tmp_path):
     """2 of 12 groups in 600 draws: 100 times each, with deviation sqrt(600 * 1/6 * 5/6) = 9.1."""
     replay = buffer(tmp_path, *map(make, range(3)), capacity=3, draw="uniform")
-    drawn = [groups_of(replay.draw(2, 2, version=2, seed=0, number=n)) for n in range(600)]
+    drawn = [groups_of(replay.draw(2, 2, version=2, key=KEY, number=n)) for n in range(600)]
     counts = np.bincount(np.ravel(drawn), minlength=12)
     assert counts.sum() == 1200
     assert 60 < counts.min() <= counts.max() < 140
@@ -106,7 +106,7 @@ def test_uniform_is_uniform(tmp_path):
 def test_mixed_counts_fresh_and_stale(fraction, old, tmp_path):
     replay = buffer(tmp_path, *map(make, range(3)), capacity=3, draw="mixed", stale_fraction=fraction)
     for number in range(10):
-        groups = np.array(groups_of(replay.draw(2, GROUPS, version=2, seed=0, number=number)))
+        groups = np.array(groups_of(replay.draw(2, GROUPS, version=2, key=KEY, number=number)))
         assert (groups < 8).sum() == old
         assert (groups >= 8).sum() == GROUPS - old
 
@@ -114,20 +114,20 @@ def test_mixed_counts_fresh_and_stale(fraction, old, tmp_path):
 def test_mixed_draws_of_an_iteration_share_the_fresh_batch_out(tmp_path):
     for seed in range(10):
         replay = buffer(tmp_path / str(seed), *map(make, range(2)), capacity=2, draw="mixed")
-        drawn = [groups_of(replay.draw(1, GROUPS, version=1, seed=seed, number=n)) for n in range(2)]
+        drawn = [groups_of(replay.draw(1, GROUPS, version=1, key=jax.random.key(seed), number=n)) for n in range(2)]
         fresh = [group for groups in drawn for group in groups if group >= 4]
         assert sorted(fresh) == [4, 5, 6, 7]
 
 
 def test_mixed_without_older_batches_is_fresh(tmp_path):
     replay = buffer(tmp_path, make(0), capacity=2, draw="mixed", stale_fraction=1.0)
-    assert groups_of(replay.draw(0, GROUPS, version=0, seed=0)) == [0, 1, 2, 3]
+    assert groups_of(replay.draw(0, GROUPS, version=0, key=KEY)) == [0, 1, 2, 3]
 
 
 def test_priority_is_proportional_to_the_advantage(tmp_path):
     """One group of |A| 1, 3, 0, 4 in 800 draws: 100, 300, 0, 400 times, with deviations of up to sqrt(800 / 4) = 14."""
     replay = buffer(tmp_path, make(0, magnitude=[1, 3, 0, 4]), capacity=2, draw="priority")
-    drawn = [groups_of(replay.draw(0, 1, version=0, seed=0, number=n))[0] for n in range(800)]
+    drawn = [groups_of(replay.draw(0, 1, version=0, key=KEY, number=n))[0] for n in range(800)]
     counts = np.bincount(drawn, minlength=4)
     assert counts[2] == 0
     np.testing.assert_allclose(counts, [100, 300, 0, 400], atol=60)
@@ -145,7 +145,7 @@ def test_priority_counts_what_takes_part(tmp_path):
     batch = make(0, advantage=advantage, response_length=length, keep=keep)
     replay = buffer(tmp_path, batch, capacity=2, draw="priority")
     counts = np.bincount(
-        [groups_of(replay.draw(0, 1, version=0, seed=0, number=n))[0] for n in range(400)], minlength=4
+        [groups_of(replay.draw(0, 1, version=0, key=KEY, number=n))[0] for n in range(400)], minlength=4
     )
     assert counts[1] == counts[3] == 0
     # 1 to 3: 100 and 300, with deviation sqrt(400 * 3/16) = 8.7.
@@ -159,16 +159,16 @@ def test_priority_takes_groups_without_advantage_last(scale, tmp_path):
     replay = buffer(tmp_path, *(make(i, magnitude=m) for i, m in enumerate(magnitudes)), capacity=2, draw="priority")
     others = set()
     for number in range(200):
-        groups = set(groups_of(replay.draw(1, 4, version=1, seed=0, number=number)))
+        groups = set(groups_of(replay.draw(1, 4, version=1, key=KEY, number=number)))
         assert {1, 4, 6} <= groups
         others |= groups - {1, 4, 6}
-        assert set(groups_of(replay.draw(1, 2, version=1, seed=1, number=number))) <= {1, 4, 6}
+        assert set(groups_of(replay.draw(1, 2, version=1, key=jax.random.key(1), number=number))) <= {1, 4, 6}
     assert others == {0, 2, 3, 5, 7}
 
 
 def test_priority_without_any_gradient_draws_all_the_same(tmp_path):
     replay = buffer(tmp_path, *(make(i, magnitude=np.zeros(4)) for i in range(2)), capacity=2, draw="priority")
-    seen = {g for n in range(50) for g in groups_of(replay.draw(1, GROUPS, version=1, seed=0, number=n))}
+    seen = {g for n in range(50) for g in groups_of(replay.draw(1, GROUPS, version=1, key=KEY, number=n))}
     assert seen == set(range(8))
 
 
@@ -180,7 +180,7 @@ def test_max_age_is_in_updates_and_spares_the_fresh_batch(tmp_path):
     batches = [make(i, version=10 * i) for i in range(4)]
     for limit, oldest in ((5, 3), (19, 3), (20, 2), (29, 2), (40, 0)):
         replay = buffer(tmp_path / str(limit), *batches, capacity=4, draw="uniform", max_age=limit)
-        seen = {g // 4 for n in range(60) for g in groups_of(replay.draw(3, GROUPS, version=40, seed=0, number=n))}
+        seen = {g // 4 for n in range(60) for g in groups_of(replay.draw(3, GROUPS, version=40, key=KEY, number=n))}
         assert seen == set(range(oldest, 4)), limit
 
 
@@ -191,7 +191,7 @@ def test_max_uses(draw, tmp_path):
     counts, refused = np.zeros(8, int), []
     for number in range(8):
         try:
-            counts += np.bincount(groups_of(replay.draw(1, GROUPS, version=1, seed=0, number=number)), minlength=8)
+            counts += np.bincount(groups_of(replay.draw(1, GROUPS, version=1, key=KEY, number=number)), minlength=8)
         except ReplayError as error:
             refused.append(str(error))
     assert len(refused) >= 4
@@ -208,7 +208,7 @@ def test_max_uses(draw, tmp_path):
 def test_mixed_fills_up_with_older_groups_when_the_fresh_ones_are_used_up(tmp_path):
     """Two draws share out the 4 fresh groups; a third finds 8 older ones of which 4 were used, and 4 were not."""
     replay = buffer(tmp_path, *map(make, range(3)), capacity=3, draw="mixed", max_uses=1)
-    drawn = [groups_of(replay.draw(2, GROUPS, version=2, seed=0, number=n)) for n in range(3)]
+    drawn = [groups_of(replay.draw(2, GROUPS, version=2, key=KEY, number=n)) for n in range(3)]
     assert sorted(np.ravel(drawn)) == list(range(12))
 
 
@@ -217,7 +217,7 @@ def test_statistics(tmp_path):
     nothing = replay.statistics(None, 9)
     assert (nothing["replay/age_mean"], nothing["replay/age_max"], nothing["replay/uses_max"]) == (0, 0, 0)
     assert (nothing["replay/batches"], nothing["replay/evicted"]) == (2, 2)
-    drawn = replay.draw(3, 8, version=11, seed=0)  # all of both batches: versions 6 and 9 at 11
+    drawn = replay.draw(3, 8, version=11, key=KEY)  # all of both batches: versions 6 and 9 at 11
     statistics = replay.statistics(drawn, 11)
     assert (statistics["replay/age_mean"], statistics["replay/age_max"]) == (3.5, 5)
     assert (statistics["replay/uses_mean"], statistics["replay/uses_max"]) == (1.0, 1)

@@ -11,7 +11,7 @@ import pytest
 from r2vpo_jax import config as config_lib
 from r2vpo_jax.config import ReplayConfig
 from r2vpo_jax.training.replay import ReplayBuffer, ReplayError
-from tests.helpers.rollouts import GROUP, GROUPS, RESPONSE, ROWS, assert_equal, buffer, iterations, make
+from tests.helpers.rollouts import GROUP, GROUPS, KEY, RESPONSE, ROWS, assert_equal, buffer, iterations, make
 
 DRAWS = ("uniform", "mixed", "priority")
 OPTIONAL = ("reference_logp", "value", "value_target", "proximal_logp", "weights")
@@ -97,7 +97,7 @@ def test_a_file_is_written_once_and_is_the_same_for_the_same_rollout(tmp_path):
     for path, item in zip(paths, first.listing()["batches"], strict=True):
         assert hashlib.sha256(path.read_bytes()).hexdigest() == item["sha256"]
     before = paths[0].stat()
-    first.draw(1, GROUPS, version=1, seed=0)
+    first.draw(1, GROUPS, version=1, key=KEY)
     first.add(2, make(2), version=2)
     first.listing()
     after = paths[0].stat()
@@ -140,7 +140,7 @@ def by_token(offset):
 def test_a_restored_buffer_is_the_same(fields, tmp_path):
     config = {"capacity": 3, "draw": "mixed"}
     replay = buffer(tmp_path, *(make(i, **fields) for i in range(5)), **config)
-    replay.draw(4, GROUPS, version=4, seed=0)
+    replay.draw(4, GROUPS, version=4, key=KEY)
     listing = json.loads(json.dumps(replay.listing()))
     restored = buffer(tmp_path, **config)
     restored.restore(listing)
@@ -148,7 +148,7 @@ def test_a_restored_buffer_is_the_same(fields, tmp_path):
     assert restored.evicted == 2
     assert restored.statistics(None, 4) == replay.statistics(None, 4)
     for iteration in (5, 6):
-        a, b = (r.draw(iteration, 8, version=9, seed=0) for r in (replay, restored))
+        a, b = (r.draw(iteration, 8, version=9, key=KEY) for r in (replay, restored))
         assert_equal(b, a)
         for r in (replay, restored):
             r.add(iteration, make(iteration, **fields), version=9)
