@@ -16,7 +16,7 @@ OTHERS = {
     "cispo": {"min_ratio": 0.9},
     "dppo_tv": {"beta": 0.2},
     "gmpo": {"log_clip": 0.2},
-    "dppo_kl": {"divergence_low": 0.01, "divergence_high": 0.01},
+    "dppo_kl": {"max_ratio": 1.4},
 }
 
 

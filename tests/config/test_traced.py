@@ -179,9 +179,10 @@ def test_traced_numbers():
     assert (seen[0].trainer, seen[0].replay, seen[0].seed) == (made.trainer, made.replay, made.seed)
 
 
-@pytest.mark.parametrize(("value", "expected"), [(0, False), (0.0, False), (0.5, True), (jnp.zeros(()), False)])
+@pytest.mark.parametrize(("value", "expected"), [(0, False), (0.0, False), (0.5, True), (jnp.ones(()), True)])
 def test_is_on(value, expected):
-    assert bool(config.is_on(value)) == expected
+    assert config.is_on(value) is expected
+    assert jax.jit(lambda: jnp.float32(config.is_on(value)))() == expected, "where operations on arrays are traced"
 
 
 def test_a_plain_number_out_of_range_is_refused_as_before():
