@@ -49,8 +49,8 @@ class Options(dict):
 
 
 def is_on(value) -> bool:
-    """Whether a number that is off at exactly 0 is not; a traced one never is 0 (`traced.numbers` leaves zeros alone)."""
-    return isinstance(value, jax.core.Tracer) or value != 0
+    """Whether a number that is off at exactly 0 is on. An array, traced or not, is: zeros stay plain (`traced.numbers`)."""
+    return isinstance(value, jax.Array) or value != 0
 
 
 def require(condition, message):

@@ -33,6 +33,7 @@ def numbers(config: Config) -> dict[str, float]:
 
     They are the fields in force of the sections `objective` and `optimizer`, and `sampler.temperature`, that take a
     float and hold a number other than 0. A keyword argument of the loss takes a float if its default is one, or None.
+    A loss or an estimator of one's own must not branch on them in Python (docs/extending.md).
 
     Example:
       >>> numbers(Config())["objective.dual.budget"]
