@@ -338,7 +338,7 @@ def correct(params, rollout: Rollout, model, settings: UpdateSettings) -> Rollou
 
 
 def step_multipliers(
-    dual_state: dual.DualState, kl_coef, all_stats: list[TrainStats], settings: UpdateSettings
+    dual_state: dual.DualState, kl_coef, all_stats: list[TrainStats], settings: UpdateSettings, *, variance_after=None
 ) -> tuple[dual.DualState, jax.Array, RolloutReport]:
     """The multipliers after a rollout batch, and what its updates measured.
 
@@ -346,6 +346,10 @@ def step_multipliers(
       dual_state, kl_coef: of the state.
       all_stats: of each update, in order.
       settings: of the run.
+      variance_after: f32 [], V of the batch after its last update, for objective.dual.measure=after.
+
+    Raises:
+      ValueError: objective.dual.measure=after without variance_after, or corrected with a single update.
     """
     objective = settings.objective
     first, last = (s.mean("ratio_variance") for s in (all_stats[0], all_stats[-1]))
@@ -353,7 +357,12 @@ def step_multipliers(
     measured = jnp.isfinite(last) & (all_stats[-1].sums["ratio_variance"][1] > 0)
     # Stale data starts at V > 0 whatever this batch's updates do: that must not wind the multiplier up (ours).
     excess = {"auto": settings.stale, "excess": True, "absolute": False}[objective.dual.signal]
-    signal = last - first if excess else last
+    if objective.dual.measure == "after" and variance_after is None:
+        raise ValueError("objective.dual.measure=after needs variance_after")
+    end = variance_after if objective.dual.measure == "after" else last
+    signal = end - first if excess else end
+    if objective.dual.measure == "corrected":
+        signal = dual.end_of_batch_variance(signal, settings.num_updates)
     if objective.dual.adaptive:
         stepped = dual.update(
             dual_state,
@@ -363,6 +372,9 @@ def step_multipliers(
             max_coef=objective.dual.max_coef,
             max_step=objective.dual.max_step,
             rule=objective.dual.rule,
+            smoothing=objective.dual.smoothing,
+            carry=objective.dual.carry,
+            proportional=objective.dual.proportional,
         )
         possible = measured & jnp.isfinite(signal)
         dual_state = jax.tree.map(lambda new, old: jnp.where(possible, new, old), stepped, dual_state)
