@@ -242,6 +242,25 @@ def test_end_of_batch_variance(num_updates, factor):
 def test_one_update_says_nothing_about_the_end(num_updates):
     with pytest.raises(ValueError, match="takes at least 2"):
         dual.end_of_batch_variance(jnp.float32(0.003), num_updates)
+    with pytest.raises(ValueError, match="takes at least 2"):
+        dual.pooled_variance(jnp.zeros(num_updates), jnp.ones(num_updates))
+
+
+@pytest.mark.parametrize(
+    ("added", "counts", "expected"),
+    [
+        ([0.0, 0.01], [7, 5], 0.04),
+        ([0.0, 0.01, 0.04], [1, 1, 1], 0.09),  # as it should grow
+        ([0.0, 0.01, 0.04], [5, 1, 3], 0.09),
+        ([0.0, 0.02, 0.04], [1, 1, 1], 0.108),  # .06 / (5 / 9)
+        ([0.0, 0.02, 0.04], [9, 2, 1], 0.12),  # .08 / (6 / 9)
+        ([0.0, 0.02, 0.04], [9, 0, 1], 0.09),  # a minibatch in which nothing counts
+        ([0.0, np.nan, 0.04], [1, 1, 1], np.nan),
+    ],
+)
+def test_pooled_variance(added, counts, expected):
+    actual = jax.jit(dual.pooled_variance)(jnp.asarray(added, jnp.float32), jnp.asarray(counts, jnp.float32))
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
 
 
 # ---- as a rollout batch uses it ----
@@ -266,6 +285,8 @@ def stepped(dual_options, first, last, **given):
         ({}, {}, 0.03, 0.875),
         ({"measure": "corrected"}, {}, 0.12, 2.0),  # (2 / 1)^2
         ({"measure": "corrected", "signal": "excess"}, {}, 0.08, 1.5),  # 4 * (.03 - .01)
+        ({"measure": "pooled", "signal": "excess"}, {}, 0.08, 1.5),  # 4 * (.03 - .01)
+        ({"measure": "pooled"}, {}, 0.09, 1.625),  # and the .01 that were there before
         ({"measure": "after"}, {"variance_after": 0.06}, 0.06, 1.25),
         ({"measure": "after", "signal": "excess"}, {"variance_after": 0.06}, 0.05, 1.125),
         ({"proportional": 1.0}, {}, 0.03, 0.625),

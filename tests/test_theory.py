@@ -238,9 +238,11 @@ def test_the_last_update_adds_what_the_correction_says(num_updates, factor):
     # V grows from V_{N-1}, measured before the last of N equal steps, to V_N by nearly (N / (N - 1))^2.
     behavior_logp = jnp.log(jnp.asarray(BANDIT_BEHAVIOR, jnp.float32))
     gradient = jax.jit(jax.grad(lambda logits: lagrangian(logits, behavior_logp, BANDIT_ADVANTAGES, 2.5)[0]))
-    logits, variances = behavior_logp, []
+    logits, variances = behavior_logp, [jnp.float32(0)]
     for _ in range(num_updates):
         logits = logits - 0.002 * gradient(logits)
         variances.append(ratio_variance(logits, behavior_logp))
     np.testing.assert_allclose(variances[-1] / variances[-2], factor, rtol=1e-3)
     np.testing.assert_allclose(dual.end_of_batch_variance(variances[-2], num_updates), variances[-1], rtol=3e-3)
+    pooled = dual.pooled_variance(jnp.stack(variances[:-1]), jnp.ones(num_updates))
+    np.testing.assert_allclose(pooled, variances[-1], rtol=5e-3)

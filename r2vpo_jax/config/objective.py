@@ -46,8 +46,8 @@ class DualConfig:
     )
     measure: str = option(
         "before",
-        "V of the last minibatch before its update, corrected (that times (N/(N-1))^2 for N updates), or after: of the "
-        "batch after its last update",
+        "V of the last minibatch before its update; after the last of N updates: corrected (that times (N/(N-1))^2), "
+        "pooled (fitted to all minibatches) or after (of the batch scored again)",
         when=lambda s: s.adaptive,
     )
     smoothing: float = option(

@@ -349,7 +349,7 @@ def step_multipliers(
       variance_after: f32 [], V of the batch after its last update, for objective.dual.measure=after.
 
     Raises:
-      ValueError: objective.dual.measure=after without variance_after, or corrected with a single update.
+      ValueError: objective.dual.measure=after without variance_after, or corrected or pooled with a single update.
     """
     objective = settings.objective
     first, last = (s.mean("ratio_variance") for s in (all_stats[0], all_stats[-1]))
@@ -363,6 +363,10 @@ def step_multipliers(
     signal = end - first if excess else end
     if objective.dual.measure == "corrected":
         signal = dual.end_of_batch_variance(signal, settings.num_updates)
+    if objective.dual.measure == "pooled":
+        variances = jnp.stack([s.mean("ratio_variance") for s in all_stats])
+        counts = jnp.stack([s.sums["ratio_variance"][1] for s in all_stats])
+        signal = dual.pooled_variance(variances - first, counts) + (0.0 if excess else first)
     if objective.dual.adaptive:
         stepped = dual.update(
             dual_state,

@@ -95,7 +95,7 @@ def test_an_objective_can_be_a_static_argument():
         "loss.reduction": ("token_mean", "sequence_mean", "constant_length"),
         "dual.rule": ("projected", "multiplicative"),
         "dual.signal": ("auto", "absolute", "excess"),
-        "dual.measure": ("before", "corrected", "after"),
+        "dual.measure": ("before", "corrected", "pooled", "after"),
         "advantage.scale": ("std", "std_biased", "none"),
         "groups.zero_variance": ("keep", "drop", "resample"),
         "groups.verifier_errors": ("abstain", "wrong"),
