@@ -125,7 +125,7 @@ def test_opposite_moves_cancel(rule):
 def test_extremes_stay_within_bounds(coef, variance, rule, max_step):
     update = _update(True, **SETTINGS | {"step": 0.5, "rule": rule, "max_step": max_step})
     coef, variance = np.float32(coef), np.float32(variance)
-    after = update(dual.DualState(coef), variance).variance_coef
+    after = update(dual.init(coef), variance).variance_coef
     assert 0 <= after <= 50
     # It rises above the budget and falls below.
     assert (after >= coef * (1 - 1e-6)) if variance >= 0.04 else (after <= coef * (1 + 1e-6))
@@ -158,7 +158,7 @@ def test_nan_propagates(max_step, rule):
 @RULES
 def test_no_gradient(rule):
     def coef(start, variance):
-        return dual.update(dual.DualState(start), variance, **SETTINGS, rule=rule).variance_coef
+        return dual.update(dual.init(start), variance, **SETTINGS, rule=rule).variance_coef
 
     assert jax.grad(coef, argnums=(0, 1))(1.0, 0.06) == (0.0, 0.0)
 
@@ -172,7 +172,7 @@ def test_no_gradient(rule):
 )
 def test_vmap_over_multipliers(rule, expected):
     update = functools.partial(dual.update, **SETTINGS, rule=rule)
-    states = jax.vmap(lambda c: update(dual.DualState(c), c / 100))(jnp.asarray([1.0, 6.0]))
+    states = jax.vmap(lambda c: update(dual.init(c), c / 100))(jnp.asarray([1.0, 6.0]))
     np.testing.assert_allclose(states.variance_coef, expected, rtol=1e-6)
 
 
@@ -197,7 +197,9 @@ def test_init(coef):
     state = dual.init(coef)
     assert state.variance_coef == coef
     assert state.variance_coef.dtype == jnp.float32
-    assert jax.tree.leaves(state) == [state.variance_coef]
+    # The rest has nothing to remember yet; each leaf is a buffer of its own, so that the state can be donated.
+    assert jax.tree.leaves(state) == [coef, coef, 0, 0, 0]
+    assert len({leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(dual.init(state.variance_coef))}) == 5
 
 
 @pytest.mark.parametrize("coef", [-0.1, float("nan"), float("inf")])

@@ -150,7 +150,7 @@ def solve_bandit(budget, start, rule="projected"):
         state = dual.update(state, variance, budget=budget, step=0.02, max_coef=50.0, max_step=1.0, rule=rule)
         return logits - 0.5 * grad, state
 
-    logits, state = jax.lax.fori_loop(0, 4000, step, (behavior_logp, dual.DualState(start)))
+    logits, state = jax.lax.fori_loop(0, 4000, step, (behavior_logp, dual.init(start)))
     return jax.nn.softmax(logits) / BANDIT_BEHAVIOR, state.variance_coef
 
 
@@ -204,7 +204,7 @@ def solve_tokens(advantages, learning_rate, *, rule, normalized):
         state = dual.update(state, variance, budget=0.04, step=0.02, max_coef=50.0, max_step=1.0, rule=rule)
         return logits - learning_rate * grad, state
 
-    logits, state = jax.lax.fori_loop(0, 4000, step, (behavior_logp, dual.DualState(jnp.float32(10.0))))
+    logits, state = jax.lax.fori_loop(0, 4000, step, (behavior_logp, dual.init(jnp.float32(10.0))))
     return jax.nn.softmax(logits) / BANDIT_BEHAVIOR, state.variance_coef
 
 
@@ -231,3 +231,18 @@ def test_bandit_with_room_to_spare_needs_no_multiplier():
     ratio, coef = solve_bandit(jnp.float32(20.0), jnp.float32(0.001))
     assert coef == 0
     assert ratio[0] * BANDIT_BEHAVIOR[0] > 0.9  # all but greedy
+
+
+@pytest.mark.parametrize(("num_updates", "factor"), [(2, 3.992), (4, 1.775), (8, 1.304)])
+def test_the_last_update_adds_what_the_correction_says(num_updates, factor):
+    # V grows from V_{N-1}, measured before the last of N equal steps, to V_N by nearly (N / (N - 1))^2.
+    behavior_logp = jnp.log(jnp.asarray(BANDIT_BEHAVIOR, jnp.float32))
+    gradient = jax.jit(jax.grad(lambda logits: lagrangian(logits, behavior_logp, BANDIT_ADVANTAGES, 2.5)[0]))
+    logits, variances = behavior_logp, [jnp.float32(0)]
+    for _ in range(num_updates):
+        logits = logits - 0.002 * gradient(logits)
+        variances.append(ratio_variance(logits, behavior_logp))
+    np.testing.assert_allclose(variances[-1] / variances[-2], factor, rtol=1e-3)
+    np.testing.assert_allclose(dual.end_of_batch_variance(variances[-2], num_updates), variances[-1], rtol=3e-3)
+    pooled = dual.pooled_variance(jnp.stack(variances[:-1]), jnp.ones(num_updates))
+    np.testing.assert_allclose(pooled, variances[-1], rtol=5e-3)

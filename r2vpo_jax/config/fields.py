@@ -72,6 +72,7 @@ _RANGES = {
     "> 0": lambda v: v > 0,
     ">= 1": lambda v: v >= 1,
     "in [0, 1]": lambda v: 0 <= v <= 1,
+    "in [0, 1)": lambda v: 0 <= v < 1,
     "in (0, 1]": lambda v: 0 < v <= 1,
 }
 

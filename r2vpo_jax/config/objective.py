@@ -44,11 +44,35 @@ class DualConfig:
         "absolute (V of the last minibatch), excess (less V of the first), or auto: excess with stale data",
         when=lambda s: s.adaptive,
     )
+    measure: str = option(
+        "before",
+        "V of the last minibatch before its update; after the last of N updates: corrected (that times (N/(N-1))^2), "
+        "pooled (fitted to all minibatches) or after (of the batch scored again)",
+        when=lambda s: s.adaptive,
+    )
+    smoothing: float = option(
+        0.0, "share of the old average of V / budget - 1 in the new one (0 = no average)", when=lambda s: s.adaptive
+    )
+    carry: float = option(
+        0.0,
+        "what max_step cuts off is moved later, up to this many moves of max_step (0 = it is lost, inf = all of it)",
+        when=lambda s: s.adaptive,
+    )
+    proportional: float = option(
+        0.0,
+        "lambda moves by this * (V / budget - 1) at once and back, beside its steps (0 = off)",
+        when=lambda s: s.adaptive,
+    )
     normalize: bool = option(False, "multiply lambda by the root mean square of the advantages")
 
     def __post_init__(self):
-        require_choice("objective.dual", self, {"rule": dual.RULES, "signal": ("auto", "absolute", "excess")})
-        require_range("objective.dual", self, "coef", ">= 0")
+        require_choice(
+            "objective.dual",
+            self,
+            {"rule": dual.RULES, "signal": ("auto", "absolute", "excess"), "measure": dual.MEASURES},
+        )
+        require_range("objective.dual", self, "coef carry proportional", ">= 0")
+        require_range("objective.dual", self, "smoothing", "in [0, 1)")
         require_range("objective.dual", self, "budget step max_step", "> 0")
         require(self.coef < float("inf"), f"objective.dual.coef must be finite, got {self.coef}")
         require(
@@ -226,6 +250,11 @@ class ObjectiveConfig:
     def variance_budget(self) -> float | None:
         """delta, if there is one that V is held at."""
         return self.dual.budget if self.dual.adaptive else None
+
+    @property
+    def measures_after(self) -> bool:
+        """Whether V is measured over again, on the whole batch, after its last update."""
+        return self.dual.adaptive and self.dual.measure == "after"
 
     @property
     def critic(self) -> bool:

@@ -38,6 +38,7 @@ class Learner:
       values: (params, critic state, rollout) -> the critic's values f32 [B, T] before each response token.
       minibatch: (rollout, key, number) -> the minibatch of update `number`.
       correct: (params, rollout) -> the rollout with importance weights.
+      variance: (state, rollout) -> V of the rollout under the state's parameters.
       step_multipliers: (dual state, kl coefficient, statistics of each update) -> (dual state, kl coefficient, report).
       state_shardings: where each part of a LearnerState lives.
     """
@@ -97,6 +98,7 @@ class Learner:
         )
         self.score = jax.jit(self._on_mesh(update.score, **run), out_shardings=rows)
         self.values = jax.jit(self._on_mesh(update.values, **run), out_shardings=rows)
+        self.variance = jax.jit(self._on_mesh(update.variance, **run), out_shardings=replicated)
         self.correct = jax.jit(self._on_mesh(update.correct, **run), out_shardings=rows)
         self.minibatch = jax.jit(functools.partial(update.take_minibatch, settings=self.settings), out_shardings=rows)
         self.step_multipliers = jax.jit(functools.partial(update.step_multipliers, settings=self.settings))

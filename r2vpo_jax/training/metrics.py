@@ -74,6 +74,7 @@ def row(
         "policy/entropy": stats.mean("entropy"),
         "ratio/variance": float(last.variance_last),
         "ratio/variance_first": float(last.variance_first),
+        **({} if last.variance_after is None else {"ratio/variance_after": float(last.variance_after)}),
         "ratio/variance_mean": stats.mean("ratio_variance"),
         **ratio_stats.summarize(stats),
         "ratio/clamped": stats.mean("clamped"),

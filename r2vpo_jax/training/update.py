@@ -47,6 +47,7 @@ class RolloutReport:
     stats: TrainStats  # merged over the updates
     variance_first: jax.Array  # f32 [] V of the first minibatch, before its update
     variance_last: jax.Array  # f32 [] V of the last minibatch, before its update
+    variance_after: jax.Array | None  # f32 [] V of the whole batch after the last update, where that is measured
     dual_signal: jax.Array  # f32 [] what the multiplier was given
     skipped: jax.Array  # f32 [updates] 1 where an update was not finite, and so was not applied
 
@@ -334,8 +335,32 @@ def correct(params, rollout: Rollout, model, settings: UpdateSettings) -> Rollou
     return rollout.replace(proximal_logp=proximal, weights=weights)
 
 
+def variance(state: LearnerState, rollout: Rollout, model, settings: UpdateSettings) -> jax.Array:
+    """V of a whole rollout batch under the parameters as they are, f32 []: the mean that the penalty takes."""
+    fixed = {
+        "state": state,
+        "model": model,
+        "settings": settings,
+        "normalizer": normalizer(rollout, settings.objective),
+        "computed": computed_arguments(state, rollout, model, settings),
+    }
+
+    def one(rows):
+        _, stats = micro_batch_loss((state.params, None), rows, **fixed)
+        return stats.sums["ratio_variance"]
+
+    split = accumulation.split_rows(rollout, _num_micro_batches(rollout, settings))
+    total, count = (jnp.sum(x) for x in jax.lax.map(one, split))
+    return total / jnp.where(count == 0, 1.0, count)
+
+
 def step_multipliers(
-    dual_state: dual.DualState, kl_coef, stats: TrainStats | Sequence[TrainStats], settings: UpdateSettings
+    dual_state: dual.DualState,
+    kl_coef,
+    stats: TrainStats | Sequence[TrainStats],
+    settings: UpdateSettings,
+    *,
+    variance_after=None,
 ) -> tuple[dual.DualState, jax.Array, RolloutReport]:
     """The multipliers after a rollout batch, and what its updates measured.
 
@@ -343,6 +368,10 @@ def step_multipliers(
       dual_state, kl_coef: of the state.
       stats: of each update, in order: one after the other, or stacked along axis 0.
       settings: of the run.
+      variance_after: f32 [], V of the batch after its last update, for objective.dual.measure=after.
+
+    Raises:
+      ValueError: objective.dual.measure=after without variance_after, or corrected or pooled with a single update.
     """
     objective = settings.objective
     if not isinstance(stats, TrainStats):
@@ -353,7 +382,17 @@ def step_multipliers(
     measured = jnp.isfinite(last) & (last_stats.sums["ratio_variance"][1] > 0)
     # Stale data starts at V > 0 whatever this batch's updates do: that must not wind the multiplier up (ours).
     excess = {"auto": settings.stale, "excess": True, "absolute": False}[objective.dual.signal]
-    signal = last - first if excess else last
+    measure = objective.dual.measure if objective.dual.adaptive else "before"
+    if measure == "after" and variance_after is None:
+        raise ValueError("objective.dual.measure=after needs variance_after")
+    end = variance_after if measure == "after" else last
+    signal = end - first if excess else end
+    if measure == "corrected":
+        signal = dual.end_of_batch_variance(signal, settings.num_updates)
+    if measure == "pooled":
+        sums, counts = stats.sums["ratio_variance"]
+        added = sums / jnp.where(counts == 0, 1.0, counts) - first
+        signal = dual.pooled_variance(added, counts) + (0.0 if excess else first)
     if objective.dual.adaptive:
         stepped = dual.update(
             dual_state,
@@ -363,6 +402,9 @@ def step_multipliers(
             max_coef=objective.dual.max_coef,
             max_step=objective.dual.max_step,
             rule=objective.dual.rule,
+            smoothing=objective.dual.smoothing,
+            carry=objective.dual.carry,
+            proportional=objective.dual.proportional,
         )
         possible = measured & jnp.isfinite(signal)
         dual_state = jax.tree.map(lambda new, old: jnp.where(possible, new, old), stepped, dual_state)
@@ -374,6 +416,7 @@ def step_multipliers(
         stats=stats.reduce(),
         variance_first=first,
         variance_last=last,
+        variance_after=variance_after,
         dual_signal=signal,
         skipped=stats.sums["nonfinite"][0],
     )
@@ -397,6 +440,7 @@ class UpdateFunctions:
         self.values = functools.partial(values, **run)
         self.correct = functools.partial(correct, **run)
         self.minibatch = functools.partial(take_minibatch, settings=settings)
+        self.variance = functools.partial(variance, **run)
         self.step_multipliers = functools.partial(step_multipliers, settings=settings)
 
     def each_update(self, step, state: LearnerState):
@@ -420,5 +464,6 @@ def train_on_rollout(state: LearnerState, rollout: Rollout, key, functions) -> t
         return functions.update(state, functions.minibatch(rollout, key, number))
 
     state, stats = functions.each_update(step, state)
-    dual_state, kl_coef, report = functions.step_multipliers(state.dual, state.kl_coef, stats)
+    after = functions.variance(state, rollout) if functions.settings.objective.measures_after else None
+    dual_state, kl_coef, report = functions.step_multipliers(state.dual, state.kl_coef, stats, variance_after=after)
     return state.replace(dual=dual_state, kl_coef=kl_coef), report

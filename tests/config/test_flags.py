@@ -173,6 +173,11 @@ CONDITIONAL = [
         {"objective.dual.adaptive": True},
         {"objective.dual.rule": "multiplicative", "objective.dual.signal": "excess"},
     ),
+    (
+        {"objective.dual.adaptive": True},
+        {"objective.dual.smoothing": 0.5, "objective.dual.carry": 4.0, "objective.dual.proportional": 0.5},
+    ),
+    ({"objective.dual.adaptive": True}, {"objective.dual.measure": "corrected", "objective.dual.carry": float("inf")}),
     ({"objective.loss.name": "r2vpo"}, {"objective.dual.coef": 3.0, "objective.dual.normalize": True}),
     ({"objective.advantage.estimator": "group_relative"}, {"objective.advantage.scale": "none"}),
     ({"objective.advantage.estimator": "gae"}, {"objective.advantage.discount": 0.5}),

@@ -95,6 +95,7 @@ def test_an_objective_can_be_a_static_argument():
         "loss.reduction": ("token_mean", "sequence_mean", "constant_length"),
         "dual.rule": ("projected", "multiplicative"),
         "dual.signal": ("auto", "absolute", "excess"),
+        "dual.measure": ("before", "corrected", "pooled", "after"),
         "advantage.scale": ("std", "std_biased", "none"),
         "groups.zero_variance": ("keep", "drop", "resample"),
         "groups.verifier_errors": ("abstain", "wrong"),
@@ -147,6 +148,9 @@ NAN, INF = float("nan"), float("inf")
         ("dual.step", [1e-6], [0.0, NAN]),
         ("dual.max_step", [1e-6], [0.0, NAN]),
         ("dual.max_coef", [1.0, 1e6], [0.9, NAN]),  # r2vpo starts at 1
+        ("dual.smoothing", [0.0, 0.99], [-0.1, 1.0, NAN]),
+        ("dual.carry", [0.0, 3.0, INF], [-0.1, NAN]),
+        ("dual.proportional", [0.0, 2.0], [-0.1, NAN]),
         ("advantage.discount", [0.0, 1.0], [-0.1, 1.1, NAN]),
         ("advantage.trace_decay", [0.0, 1.0], [-0.1, 1.1, NAN]),
         ("advantage.value_coef", [0.0, 2.0], [-0.1, NAN]),
