@@ -357,13 +357,14 @@ def step_multipliers(
     measured = jnp.isfinite(last) & (all_stats[-1].sums["ratio_variance"][1] > 0)
     # Stale data starts at V > 0 whatever this batch's updates do: that must not wind the multiplier up (ours).
     excess = {"auto": settings.stale, "excess": True, "absolute": False}[objective.dual.signal]
-    if objective.dual.measure == "after" and variance_after is None:
+    measure = objective.dual.measure if objective.dual.adaptive else "before"
+    if measure == "after" and variance_after is None:
         raise ValueError("objective.dual.measure=after needs variance_after")
-    end = variance_after if objective.dual.measure == "after" else last
+    end = variance_after if measure == "after" else last
     signal = end - first if excess else end
-    if objective.dual.measure == "corrected":
+    if measure == "corrected":
         signal = dual.end_of_batch_variance(signal, settings.num_updates)
-    if objective.dual.measure == "pooled":
+    if measure == "pooled":
         variances = jnp.stack([s.mean("ratio_variance") for s in all_stats])
         counts = jnp.stack([s.sums["ratio_variance"][1] for s in all_stats])
         signal = dual.pooled_variance(variances - first, counts) + (0.0 if excess else first)
