@@ -84,7 +84,7 @@ def update(
     With the last three arguments at 0, lambda is I and moves by clip(step (V / budget - 1), +-max_step). The
     projected rule is then gradient ascent of the Lagrangian. The multiplicative one is the same in log lambda: it
     moves by a share of lambda, so it needs no guess of lambda's scale, and never reaches 0. The proportional part
-    makes it PI control (arXiv 2007.03964, equation 8, without the derivative); the carrying is ours.
+    makes it PI control (arXiv 2007.03964, without its derivative); the carrying is ours.
 
     Every number may be traced, and mapped over with vmap. An option that is a plain 0 costs nothing.
 

@@ -20,6 +20,10 @@ COMMON = {
         "max_coef": 50.0,
         "rule": "projected",
         "signal": "auto",
+        "measure": "before",
+        "smoothing": 0.0,
+        "carry": 0.0,
+        "proportional": 0.0,
         "normalize": False,
     },
     "advantage": {
