@@ -1,5 +1,6 @@
 """Every setting of a run, of an evaluation and of a sweep."""
 
+from r2vpo_jax.config import grid
 from r2vpo_jax.config.evaluation import EvaluationConfig
 from r2vpo_jax.config.flags import (
     describe,
@@ -67,6 +68,7 @@ __all__ = [
     "describe",
     "from_dict",
     "from_flags",
+    "grid",
     "leaves",
     "make",
     "make_objective",
