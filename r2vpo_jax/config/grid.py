@@ -38,7 +38,7 @@ def values(path: str | tuple[str, ...], *values) -> Grid:
     >>> values(("objective.loss.options.clip_low", "objective.loss.options.clip_high"), 0.2)
     ({'objective.loss.options.clip_low': 0.2, 'objective.loss.options.clip_high': 0.2},)
     """
-    paths = (path,) if isinstance(path, str) else tuple(path)
+    paths = path if isinstance(path, tuple) else (path,)
     if not paths or not all(isinstance(one, str) and one for one in paths):
         raise ValueError(f"a grid's path is the name of a field, as 'replay.lag', or several of them; got {path!r}")
     if len(set(paths)) < len(paths):

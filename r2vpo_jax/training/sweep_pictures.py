@@ -113,16 +113,15 @@ def curves(plan: Plan, results: Sequence[Mapping[str, Any]], rows: Sequence[Mapp
         ax.set(ylim=(0, 1.02))
 
     def variance(ax, panel):
-        means = draw("ratio/variance", lambda cell: cell.config.objective.variance_budget or 1.0)(ax, panel)
-        budgets = [cell.config.objective.variance_budget for cell in panel.cells]
+        budgets = {cell.name: cell.config.objective.variance_budget for cell in panel.cells}
+        relative = all(budgets.values())
+        means = draw("ratio/variance", lambda cell: budgets[cell.name] if relative else 1.0)(ax, panel)
         ax.set_yscale("log", nonpositive="clip")
         if np.any(means > 0):  # few seeds have intervals down to 0, which a logarithm would draw without end
             ax.set_ylim(means[means > 0].min() / 3, means.max() * 3)
-        if all(budgets):
+        ax.set_ylabel("V / budget δ" if relative else "V = E[(r − 1)²]")
+        if relative:
             ax.axhline(1.0, color="C3", ls="--", lw=1)
-            ax.set_ylabel("V / budget δ")
-        else:
-            ax.set_ylabel("V = E[(r − 1)²]" if not any(budgets) else "V, or V / δ where there is a budget")
 
     return _figure(_panels(plan, alone_together=_LONGEST_LEGEND), 2, [("training reward", reward), (None, variance)])
 

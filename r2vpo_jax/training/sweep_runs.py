@@ -79,7 +79,7 @@ def plan(base: dict, sweep: SweepConfig) -> Plan:
         for other, earlier in configs.items():
             if made == earlier:
                 raise UsageError(
-                    f"the cells {other} and {name} are the same run: what they differ in has no effect beside the rest"
+                    f"the cells {other} and {name} are the same run: what only one of them sets is so anyway, or has no effect"
                 )
         configs[name] = made
     cells = []
