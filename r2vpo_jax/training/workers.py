@@ -12,6 +12,7 @@ import dataclasses
 import json
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.resource_tracker
 import os
 import pathlib
 import signal
@@ -190,7 +191,9 @@ class _Worker:
         self.share, self.job, self.ready, self.dismissed = share, None, False, False
         settings = {name: getattr(jax.config, name) for name in _CACHE_SETTINGS}
         self._process = context.Process(target=_serve, args=(theirs, share, processes, settings, attempt), daemon=True)
-        # A terminal sends Ctrl-C to all of its processes; here the main one alone decides. A mask is inherited.
+        # A terminal sends Ctrl-C to all of its processes; here the main one alone decides. A mask is inherited, but
+        # the first process that is spawned starts the resource tracker too, which unblocks SIGINT when it is done.
+        multiprocessing.resource_tracker.ensure_running()
         previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self._process.start()
