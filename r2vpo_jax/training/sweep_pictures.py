@@ -18,6 +18,7 @@ from r2vpo_jax.training.sweep_runs import Axis, Cell, Plan, value_text
 _COLUMNS = 4  # of panels
 _LONGEST_LEGEND = 10  # lines; more would hide the panel
 _DPI = 110
+CURVES = ("iteration", "reward/mean", "ratio/variance")  # what `curves` needs of metrics.jsonl
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,23 +79,26 @@ def final_scores(plan: Plan, results: Sequence[Mapping[str, Any]]) -> bytes:
     return _figure(panels, 1, [("final pass@1 (test)", draw)], width=max(4, 0.25 * widest))
 
 
-def curves(plan: Plan, results: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> bytes:
+def curves(
+    plan: Plan, results: Sequence[Mapping[str, Any]], drawn: Mapping[str, Mapping[str, Sequence[float]]]
+) -> bytes:
     """PNG: training reward, and V against its budget, by iteration; mean and 95 % interval over the seeds of a cell.
+
+    Only runs that finished are drawn: a mean over the survivors of each iteration would look better than any run was.
 
     Args:
       plan: of the sweep.
       results: from `sweep_results.result`, one for each run.
-      rows: one for each run and iteration, with `cell`, `status` and the names of metrics.jsonl. Only those of runs that
-        finished are drawn: a mean over the survivors of each iteration would look better than any run was.
+      drawn: run name -> name of `CURVES` -> its value in each iteration that trained.
     """
-    by_cell = _grouped((row for row in rows if row["status"] == "finished" and row["trained"]), "cell")
+    finished = _grouped((row for row in results if row["status"] == "finished"), "cell")
     lost = collections.Counter(row["cell"] for row in results if row["status"] != "finished")
 
     def draw(metric, scale):
         def on(ax, panel) -> np.ndarray:
             means = [np.zeros(0)]
             for color, cell in zip(_colors(len(panel.cells), bool(panel.varied)), panel.cells, strict=True):
-                x, mean, half = _interval(by_cell[cell.name], metric, scale(cell))
+                x, mean, half = _interval([drawn[row["run"]] for row in finished[cell.name]], metric, scale(cell))
                 if not len(x):
                     continue
                 label = _label(panel.varied, cell) or cell.label
@@ -103,6 +107,7 @@ def curves(plan: Plan, results: Sequence[Mapping[str, Any]], rows: Sequence[Mapp
                 means.append(mean)
                 ax.fill_between(x, mean - half, mean + half, color=color, alpha=0.2, lw=0)
             ax.set(title=panel.title, xlabel="iteration")
+            ax.xaxis.get_major_locator().set_params(integer=True)
             _legend(ax)
             return np.concatenate(means)
 
@@ -171,13 +176,13 @@ def _ticks(panel: _Panel, first: Axis | None) -> list[str]:
     return list(dict.fromkeys(_tick(first, cell) for cell in cells))
 
 
-def _interval(rows, metric: str, scale: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _interval(runs, metric: str, scale: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(iterations, mean, half of the 95 % interval) over runs; one run has an interval of 0."""
     by_iteration = collections.defaultdict(list)
-    for row in rows:
-        value = float(row[metric]) / scale  # a row may hold "nan"
-        if np.isfinite(value):
-            by_iteration[row["iteration"]].append(value)
+    for run in runs:
+        for iteration, value in zip(run["iteration"], run[metric], strict=True):
+            if np.isfinite(value):
+                by_iteration[iteration].append(value / scale)
     x = sorted(by_iteration)
     found = np.array([estimators.mean_interval(by_iteration[i]) for i in x]).reshape(len(x), 2)
     return np.array(x), found[:, 0], np.nan_to_num(found[:, 1])

@@ -32,9 +32,14 @@ def status(folder) -> str | None:
     return "finished" if report.is_finished(folder) else None
 
 
-def result(run: Run, folder) -> dict[str, Any]:
-    """What is known of a run that has ended, in one row; numbers only if it finished."""
-    folder = pathlib.Path(folder)
+def result(run: Run, folder: pathlib.Path, lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """What is known of a run that has ended, in one row; numbers only if it finished.
+
+    Args:
+      run: which.
+      folder: its directory.
+      lines: of its metrics.jsonl.
+    """
     ended = status(folder)
     row = {
         "run": run.name,
@@ -49,7 +54,7 @@ def result(run: Run, folder) -> dict[str, Any]:
     summary = report.read_summary(folder)
     reached = [
         line["rollouts"]
-        for line in files.read_jsonl(folder / "metrics.jsonl")
+        for line in lines
         if line["kind"] == "evaluation" and line["split"] == "validation" and line["pass_at_1"] >= TARGET
     ]
     return (
@@ -71,45 +76,53 @@ def write(plan: Plan, folder: Callable[[str], pathlib.Path], workdir) -> list[di
       One result per run.
     """
     workdir = pathlib.Path(workdir)
-    results = [result(run, folder(run.name)) for run in plan.runs]
-    evaluations, curves = [], []
-    for run, row in zip(plan.runs, results, strict=True):
+    results, evaluations, iterations, drawn = [], [], [], {}
+    for run in plan.runs:  # thousands, perhaps: of the lines of one only columns are kept
         metrics = folder(run.name) / "metrics.jsonl"
         lines = files.read_jsonl(metrics) if metrics.exists() else []
-        who = {"run": run.name, "cell": run.cell.name, "seed": run.seed, "status": row["status"], **run.cell.settings}
+        results.append(result(run, folder(run.name), lines))
         # A run without an evaluation has a row too: it must not be missing from a count of runs.
-        found = [line for line in lines if line["kind"] == "evaluation"] or [{"kind": "evaluation"}]
-        evaluations += [who | _without_kind(line) for line in found]
-        curves += [
-            who | {"trained": line["kind"] == "train"} | _without_kind(line)
-            for line in lines
-            if line["kind"] != "evaluation"
-        ]
-    _write_parquet(workdir / "results.parquet", evaluations)
-    _write_parquet(workdir / "curves.parquet", curves)
+        scores = [line for line in lines if line["kind"] == "evaluation"] or [{"split": None}]
+        evaluations.append(_columns(scores, without="kind"))
+        trained = [line for line in lines if line["kind"] == "train"]
+        drawn[run.name] = {name: [float(line[name]) for line in trained] for name in sweep_pictures.CURVES}
+        iterations.append(_columns([line for line in lines if line["kind"] != "evaluation"]))
+    who = [
+        {"run": run.name, "cell": run.cell.name, "seed": run.seed, "status": row["status"], **run.cell.settings}
+        for run, row in zip(plan.runs, results, strict=True)
+    ]
+    _write_parquet(workdir / "results.parquet", who, evaluations)
+    _write_parquet(workdir / "curves.parquet", who, iterations)
     files.write_atomically(workdir / "results.json", json.dumps(results, indent=2) + "\n")
     files.write_atomically(workdir / "table.md", table(plan, results) + "\n")
     files.write_atomically(workdir / "sweep.png", sweep_pictures.final_scores(plan, results))
-    files.write_atomically(workdir / "curves.png", sweep_pictures.curves(plan, results, curves))
+    files.write_atomically(workdir / "curves.png", sweep_pictures.curves(plan, results, drawn))
     return results
-
-
-def _without_kind(line: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in line.items() if name != "kind"}
 
 
 # Parquet ----------------------------------------------------------------------------------------------------------
 
 
-def _write_parquet(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def _write_parquet(path: pathlib.Path, who: Sequence[Mapping[str, Any]], tables: Sequence) -> None:
+    """The rows of all runs; in front of each the row of `who` that says whose it is."""
     import pyarrow
     import pyarrow.parquet
 
-    names = dict.fromkeys(name for row in rows for name in row)
-    columns = {name: _column([row.get(name) for row in rows]) for name in names}
+    owners = np.repeat(np.arange(len(who)), [len(table) for table in tables])
+    whole = _columns(who).take(owners)
+    rows = pyarrow.concat_tables(tables, promote_options="permissive")  # not all runs have the same metrics
+    for name in rows.column_names:
+        whole = whole.append_column(name, rows[name])
     content = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table(columns), content)
+    pyarrow.parquet.write_table(whole, content)
     files.write_atomically(path, content.getvalue())
+
+
+def _columns(rows: Sequence[Mapping[str, Any]], without: str | None = None):
+    import pyarrow
+
+    names = dict.fromkeys(name for row in rows for name in row if name != without)
+    return pyarrow.table({name: _column([row.get(name) for row in rows]) for name in names})
 
 
 def _column(values: list):
@@ -117,12 +130,14 @@ def _column(values: list):
     import pyarrow
 
     numbers = [_number(value) for value in values]
-    there = [value for value in numbers if value is not None]
-    if all(isinstance(value, bool) for value in there):
-        return pyarrow.array(numbers, pyarrow.bool_() if there else pyarrow.null())
-    if all(isinstance(value, int) and not isinstance(value, bool) for value in there):
+    kinds = {type(value) for value in numbers if value is not None}
+    if not kinds:
+        return pyarrow.nulls(len(values))
+    if kinds == {bool}:
+        return pyarrow.array(numbers, pyarrow.bool_())
+    if kinds == {int}:
         return pyarrow.array(numbers, pyarrow.int64())
-    if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in there):
+    if kinds <= {int, float}:
         return pyarrow.array([None if value is None else float(value) for value in numbers], pyarrow.float64())
     return pyarrow.array([None if value is None else value_text(value) for value in values], pyarrow.string())
 

@@ -61,7 +61,8 @@ def run_sweep(
     started, total = time.perf_counter(), len(plan.runs)
     todo = [run for run in plan.runs if sweep_results.status(folder(run.name)) is None]
     cells, seeds = len(plan.cells), len(sweep.seeds)
-    say(f"{total} runs ({cells} cells, {seeds} seeds), {total - len(todo)} of them ended before; mode {mode}")
+    before = f", {total - len(todo)} of them ended before" if len(todo) < total else ""
+    say(f"{total} runs: {cells} cells × {seeds} seeds{before}; mode {mode}")
     if mode == "fused" and todo:
         from r2vpo_jax.training import fused
 

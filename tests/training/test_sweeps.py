@@ -145,6 +145,15 @@ def test_what_is_written_can_be_read_back(base, tmp_path, training):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+def test_a_sweep_of_failures_has_results_too(base, tmp_path, training):
+    training.outcomes = {f"{cell}_seed=0": ValueError("boom") for cell in (FIXED, ADAPTIVE, CLIPPED)}
+    table = sweep(base, tmp_path, SweepConfig(cells=METHODS, seeds=(0,)))
+    assert table.count("| 1 | 1 | 0 | – | – | – (0/1) | – | – |") == 3
+    rows = pyarrow.parquet.read_table(tmp_path / "results.parquet").to_pylist()
+    assert [(row["status"], row["split"]) for row in rows] == [("failed", None)] * 3
+    assert pyarrow.parquet.read_table(tmp_path / "curves.parquet").num_rows == 0
+
+
 def test_unequal_budgets_and_columns_of_all_kinds(base, tmp_path, training):
     cells = grid.chain(
         grid.product(
