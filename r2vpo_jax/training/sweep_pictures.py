@@ -39,7 +39,6 @@ def final_scores(plan: Plan, results: Sequence[Mapping[str, Any]]) -> bytes:
     """
     by_cell = _grouped(results, "cell")
     panels = _panels(plan, alone_together=len(plan.cells))
-    base = [row["base_pass_at_1"] for row in results if row["status"] == "finished"]
 
     def draw(ax, panel):
         first, *others = panel.varied or [None]
@@ -67,8 +66,9 @@ def final_scores(plan: Plan, results: Sequence[Mapping[str, Any]]) -> bytes:
         for x, count in lost.items():
             if count:
                 ax.annotate(f"{count} lost", (x, 0.02), ha="center", color="C3", fontsize=7)
-        if base:
-            ax.axhline(base[0], color="C3", ls=":", label="base model")
+        finished = (row for cell in panel.cells for row in by_cell[cell.name] if row["status"] == "finished")
+        for number, base in enumerate(sorted({row["base_pass_at_1"] for row in finished})):  # one of each task
+            ax.axhline(base, color="C3", ls=":", label=None if number else "base model")
         long = max(len(tick) for tick in ticks) * len(ticks) > 40
         ax.set_xticks(range(len(ticks)), ticks, rotation=90 if long else 0)
         ax.set(title=panel.title, xlabel=first.name if first else "", ylim=(0, 1.02))
