@@ -26,6 +26,7 @@ setup(
         "numpy>=2.0,<3",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12,<0.13",
+        "pyarrow>=20,<27",
         "safetensors>=0.5,<0.9",
         "tensorboardX>=2.6,<3",
         "tokenizers>=0.22,<0.24",
@@ -38,7 +39,6 @@ setup(
         "reasoning": [
             "array_record>=0.8,<0.9",
             "math-verify>=0.9,<0.10",
-            "pyarrow>=20,<27",
             "reasoning-gym>=0.1.25,<0.2",
             "tensorflow-datasets>=4.9.10,<5",
         ],

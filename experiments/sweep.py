@@ -1,8 +1,9 @@
-"""Sweep the variance coefficient, the variance budget and the clip, at paired seeds.
+"""Sweep a grid of settings at paired seeds: a table, pictures, and results.parquet to ask more of.
 
     python -m experiments.sweep --config=experiments/configs/sweep_variance.py:smoke --workdir=runs/sweep
 
-The same command continues a sweep that was stopped. Fields: --config.sweep.seeds="(0, 1)", --config.base....
+The same command continues a sweep that was stopped. The grid is in the config file (docs/extending.md, "A grid of your
+own"); flags set its seeds, --config.sweep.seeds="(0, 1)", and what all runs share, --config.base.trainer.num_iterations=20.
 """
 
 from absl import flags
@@ -14,7 +15,20 @@ _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
-    "Directory of the sweep: its runs, table.md, sweep.png. Default: runs/ and the name of the config file.",
+    "Directory of the sweep: its runs, results.parquet, table.md, pictures. Default: runs/ and the name of the config file.",
+)
+_MODE = flags.DEFINE_enum(
+    "mode",
+    "auto",
+    sweeps.MODES,
+    "fused: many runs at once in one program; processes: each by the ordinary trainer; auto: fused where all runs can be "
+    "and --processes is not given.",
+)
+_PROCESSES = flags.DEFINE_integer(
+    "processes", None, "Mode processes: runs at a time, which share the cores evenly (default 1, in this process)."
+)
+_RUNS_AT_ONCE = flags.DEFINE_integer(
+    "runs_at_once", None, "Mode fused: runs in one program (default: as many as the device's memory holds)."
 )
 
 
@@ -22,7 +36,15 @@ def main():
     base, sweep = cli.resolve_sweep(_CONFIG)
     workdir = _WORKDIR.value or cli.directory_of(_CONFIG)
     cli.start_devices()
-    print(sweeps.table(sweeps.run_sweep(base, sweep, workdir)))
+    table = sweeps.run_sweep(
+        base,
+        sweep,
+        workdir,
+        mode=_MODE.value,
+        processes=_PROCESSES.value,
+        runs_at_once=_RUNS_AT_ONCE.value,
+    )
+    print(table)
 
 
 if __name__ == "__main__":

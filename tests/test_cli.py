@@ -21,16 +21,18 @@ from tests.helpers.paths import ROOT
 from tests.helpers.trees import leaves
 
 
-def command(*args):
-    return [sys.executable, "-m", "experiments.train", *map(str, args)]
+def command(*args, program="train"):
+    return [sys.executable, "-m", f"experiments.{program}", *map(str, args)]
 
 
 # Where another platform's library is installed, JAX would speak of that.
 ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu"}
 
 
-def run(*args):
-    return subprocess.run(command(*args), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+def run(*args, program="train"):
+    return subprocess.run(
+        command(*args, program=program), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
 
 
 def assert_refused(result, *parts):
@@ -173,6 +175,57 @@ def test_help_lists_the_flags():
     assert "Traceback" not in result.stdout + result.stderr
     for flag in ("--config", "--workdir", "--stop_after_iteration"):
         assert flag in result.stdout
+
+
+# ---- sweeps ----
+
+SWEEP = "--config=experiments/configs/sweep_variance.py:smoke"
+BAD_SWEEPS = {
+    "--config.sweep.clips=(0.1, 0.2)": ["sweep.clips is now part of sweep.cells", "clip_low", "grid.values("],
+    "--config.sweep.presets=('ppo',)": [
+        "sweep.presets is now part of sweep.cells",
+        'grid.values("objective.name", ...)',
+    ],
+    "--config.sweep.nonsense=1": ["unknown config field sweep.nonsense"],
+    "--config.sweep.seeds=(1, 1)": ["sweep.seeds has a value twice"],
+    "--config.sweep.cells=nothing": ["a grid's text must be JSON"],
+    '--config.sweep.cells=[{"objective.dual.cof": 1}]': ["cof=1: unknown config field objective.dual.cof", "coef"],
+    "--config.base.objective.kl_coef=0.1": ["config field base.objective.kl_coef is now base.objective.kl.coef"],
+    "--mode=magic": ["mode", "auto", "fused", "processes"],
+    "--mode=processes --runs_at_once=2": ["--runs_at_once is for --mode=fused"],
+    "--mode=fused --processes=2": ["--processes is for --mode=processes"],
+    "--mode=processes --processes=0": ["--processes must be at least 1, got 0"],
+}
+
+
+@pytest.fixture(scope="module")
+def sweep_answers(tmp_path_factory):
+    """flags -> (future answer, workdir)."""
+    workdirs = {given: tmp_path_factory.mktemp("bad") / "sweep" for given in BAD_SWEEPS}
+    split = {given: given.split() if given.startswith("--mode") else [given] for given in BAD_SWEEPS}
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        yield {
+            given: (pool.submit(run, SWEEP, f"--workdir={workdir}", *split[given], program="sweep"), workdir)
+            for given, workdir in workdirs.items()
+        }
+
+
+@pytest.mark.parametrize("given", BAD_SWEEPS)
+def test_bad_sweeps_are_one_line(given, sweep_answers):
+    answer, workdir = sweep_answers[given]
+    assert_refused(answer.result(), *BAD_SWEEPS[given])
+    assert not workdir.exists()
+
+
+def test_a_sweep_says_what_it_would_do():
+    flags = SWEEP, "--config.sweep.seeds=(3, 4)", "--config.base.trainer.eval_every=7", "--print_config"
+    result = run(*flags, program="sweep")
+    assert result.returncode == 0, result.stderr
+    lines = [line[2:].split(None, 1) for line in result.stdout.splitlines() if "  " in line]
+    shown = {name: text for name, text in lines}
+    assert shown["cells[5]"].startswith("objective.name=ppo_clip objective.loss.options.clip_low=0.3")
+    assert shown["seeds"].startswith("(3, 4)")
+    assert shown["trainer.eval_every"].startswith("7 ")
 
 
 # ---- base models ----

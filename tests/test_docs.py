@@ -1,5 +1,6 @@
 """What the documents promise: listings run, links lead somewhere, flags, fields and metrics exist, and none is left out."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -145,6 +146,16 @@ def test_the_config_file_sets_options_of_ones_own(workplace):
     assert (shown["objective.loss.options.strength"], shown["task.options.parity"]) == ("0.5", "1")
 
 
+def test_the_grid_is_what_the_page_says(workplace):
+    shown = run(workplace, "-m", "experiments.sweep", "--config=my_sweep.py", "--print_config").splitlines()
+    cells = [line.split()[2:] for line in shown if line.startswith("* cells[")]
+    assert len(cells) == 16
+    assert cells[0] == [
+        "objective.name=r2vpo_fixed", "objective.dual.coef=0.5", "trainer.num_epochs=1", "replay.lag=0"
+    ]  # fmt: skip
+    assert any(line.split()[:3] == ["*", "trainer.num_iterations", "20"] for line in shown)
+
+
 def test_the_advantage_and_the_family_are_what_the_page_says(workplace):
     program = """
 import numpy as np
@@ -227,6 +238,9 @@ def test_config_fields_exist(page):
 
 
 def is_field(path):
+    section, _, name = path.partition(".")
+    if section == "sweep":
+        return name in {field.name for field in dataclasses.fields(config.SweepConfig)}
     node = config.make()
     for name in path.split("."):
         if name not in node:

@@ -1,4 +1,4 @@
-"""The examples in the docstrings of the mathematics say what the functions return."""
+"""The examples in the docstrings of the mathematics, and of grids, say what the functions return."""
 
 import doctest
 import inspect
@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from r2vpo_jax import advantages, corrections, dual, kl
+from r2vpo_jax.config import grid
 from r2vpo_jax.losses import clipped, penalized, sequence, soft
 
 
 @pytest.mark.parametrize(
     "module",
-    [clipped, penalized, sequence, soft, advantages, corrections, dual, kl],
+    [clipped, penalized, sequence, soft, advantages, corrections, dual, kl, grid],
     ids=lambda module: module.__name__.removeprefix("r2vpo_jax."),
 )
 def test_examples(module):

@@ -8,12 +8,11 @@ from ml_collections import config_dict
 
 from experiments.configs import arithmetic
 from r2vpo_jax import config
+from r2vpo_jax.config import grid
 
 
 def get_config():
     base = arithmetic.get_config()
     base.trainer.update(num_iterations=20, eval_every=10, test_problems=256, test_samples=8, checkpoint_every=20)
-    sweep = config.SweepConfig(
-        presets=tuple(config.PRESETS), variance_coefs=(), variance_budgets=(), clips=(), seeds=(0,)
-    )
+    sweep = config.SweepConfig(cells=grid.values("objective.name", tuple(config.PRESETS)), seeds=(0,))
     return config_dict.ConfigDict({"base": base, "sweep": config.to_config_dict(sweep)})

@@ -1,5 +1,6 @@
 """Every setting of a run, of an evaluation and of a sweep."""
 
+from r2vpo_jax.config import grid
 from r2vpo_jax.config.evaluation import EvaluationConfig
 from r2vpo_jax.config.fields import is_on
 from r2vpo_jax.config.flags import (
@@ -69,6 +70,7 @@ __all__ = [
     "describe",
     "from_dict",
     "from_flags",
+    "grid",
     "is_on",
     "leaves",
     "make",

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from r2vpo_jax import losses
-from r2vpo_jax.config import presets
+from r2vpo_jax.config import grid, presets
 from r2vpo_jax.config.fields import Options, build, default_of, in_force
 from r2vpo_jax.config.objective import LossConfig, ObjectiveConfig
 from r2vpo_jax.config.renamed import new_name
@@ -59,9 +59,15 @@ def _template(kind: type, node=None, *, open=False):
         elif value is None or open or (node is None and field.metadata.get("derived")):
             kinds = [t for t in typing.get_args(hints[field.name]) if t is not type(None)]
             result[field.name] = _placeholder(kinds[0] if kinds else hints[field.name])
+        elif _is_grid(value):
+            result[field.name] = grid.to_text(value)
         else:
             result[field.name] = value
     return result
+
+
+def _is_grid(value) -> bool:
+    return isinstance(value, tuple) and any(isinstance(item, Mapping) for item in value)
 
 
 def _placeholder(kind: type):
@@ -178,6 +184,13 @@ def _described(node, prefix="") -> Iterator[tuple[str, Any, str]]:
                     item,
                     (_help_in_docstring(losses.get(node.name), name) if isinstance(node, LossConfig) else None)
                     or field.metadata["help"],
+                )
+        elif _is_grid(value):
+            for number, cell in enumerate(value):
+                yield (
+                    f"{prefix}{field.name}[{number}]",
+                    " ".join(f"{k}={v}" for k, v in cell.items()) or "(the base)",
+                    "",
                 )
         else:
             yield prefix + field.name, value, field.metadata["help"]

@@ -45,8 +45,17 @@ NEW_NAMES = _RENAMED | {
     for section, names in _MOVED.items()
     for name in names.split()
 }
+_OF_SWEEPS = {
+    f"sweep.{name}": f"part of sweep.cells, in the config file: {cells}"
+    for name, cells in {
+        "presets": 'grid.values("objective.name", ...)',
+        "variance_coefs": 'grid.values("objective.dual.coef", ...) with objective.name r2vpo_fixed',
+        "variance_budgets": 'grid.values("objective.dual.budget", ...) with objective.name r2vpo',
+        "clips": 'grid.values(("objective.loss.options.clip_low", "objective.loss.options.clip_high"), ...)',
+    }.items()
+}
 
 
 def new_name(path: str) -> str | None:
-    """The new name of a field, if `path` is an old one; without `config.` in front."""
-    return NEW_NAMES.get(path)
+    """The new name of a field, or how to say it now, if `path` is an old one; without `config.` in front."""
+    return NEW_NAMES.get(path) or _OF_SWEEPS.get(path)

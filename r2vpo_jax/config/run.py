@@ -1,9 +1,10 @@
 """A run's configuration: frozen dataclasses with plain values, checked when they are made."""
 
+import collections
 import dataclasses
 
-from r2vpo_jax.config import presets
-from r2vpo_jax.config.fields import build, option, require, require_range, section
+from r2vpo_jax.config import grid, presets
+from r2vpo_jax.config.fields import Options, build, option, require, require_range, section
 from r2vpo_jax.config.objective import ObjectiveConfig
 from r2vpo_jax.config.task import TaskConfig
 
@@ -283,17 +284,24 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class SweepConfig:
-    """A grid of coefficients per method, and presets as they are; every seed runs all of it."""
+    """A grid of cells (config/grid.py), each run with every seed."""
 
-    presets: tuple[str, ...] = option((), "presets, with their own constants")
-    variance_coefs: tuple[float, ...] = option((0.1, 0.5, 2.5, 12.5), "lambdas of r2vpo_fixed")
-    variance_budgets: tuple[float, ...] = option((0.001, 0.003, 0.01, 0.04), "budgets delta of r2vpo")
-    clips: tuple[float, ...] = option((0.05, 0.1, 0.2, 0.4), "clips epsilon of ppo_clip, for both bounds")
+    cells: tuple[Options, ...] = option(
+        (Options(),), "what each cell sets, {path of a field: value}; from grid.values(…)"
+    )
     seeds: tuple[int, ...] = option((0, 1, 2), "seeds, paired over all cells")
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            values = tuple(getattr(self, field.name))
-            object.__setattr__(self, field.name, values)
-            require(len(set(values)) == len(values), f"sweep.{field.name} has a value twice: {values}")
+        cells = grid.from_text(self.cells) if isinstance(self.cells, str) else self.cells
+        object.__setattr__(self, "cells", tuple(Options(cell) for cell in cells))
+        object.__setattr__(self, "seeds", tuple(self.seeds))
+        require(self.cells, "sweep.cells must have at least one cell; ({},) is the base alone")
         require(self.seeds, "sweep.seeds must name at least one seed")
+        require(len(set(self.seeds)) == len(self.seeds), f"sweep.seeds has a value twice: {self.seeds}")
+        counts = collections.Counter(grid.to_text([cell]) for cell in self.cells)
+        for text, count in counts.items():
+            require(count == 1, f"sweep.cells has a cell twice: {text[1:-1]}")
+        require(
+            not any("seed" in cell for cell in self.cells),
+            "sweep.cells sets seed; seeds are named once, in sweep.seeds",
+        )

@@ -126,10 +126,8 @@ def _object(path: pathlib.Path, number: int, row) -> dict:
 
 
 def _open_parquet(path: pathlib.Path):
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ValueError(f"{path} needs pyarrow to be read: pip install 'r2vpo_jax[reasoning]' ({error})") from error
+    import pyarrow.parquet
+
     try:
         return pyarrow.parquet.ParquetFile(path)
     except (pyarrow.lib.ArrowException, OSError) as error:

@@ -379,7 +379,6 @@ print([name for name in {heavy} if name in sys.modules])
 @pytest.mark.parametrize(
     ("absent", "spec", "said"),
     [
-        ("pyarrow", "dapo_math_17k", r"needs pyarrow to be read: pip install 'r2vpo_jax\[reasoning\]'"),
         ("reasoning_gym", "chain_sum", r"Generators need reasoning-gym: pip install 'r2vpo_jax\[reasoning\]'"),
     ],
 )

@@ -119,8 +119,8 @@ def test_what_is_not_there(tmp_path):
 
 
 def test_parquet_copies_and_folders_of_published_layout(tmp_path):
-    parquet = pytest.importorskip("pyarrow.parquet")
     import pyarrow
+    from pyarrow import parquet
 
     folder = tmp_path / "gsm8k" / "main"
     folder.mkdir(parents=True)

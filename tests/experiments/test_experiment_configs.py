@@ -1,5 +1,6 @@
 """Every file of experiments/configs is a valid configuration, for every word that may follow its colon."""
 
+import collections
 import dataclasses
 import importlib
 import pathlib
@@ -8,6 +9,7 @@ import pytest
 
 from experiments.configs import math_reasoning
 from r2vpo_jax import config
+from r2vpo_jax.training import sweep_runs
 
 CHOICES = [f"{method}{size}" for method in math_reasoning.METHODS for size in ("", ",smoke")]
 
@@ -29,6 +31,21 @@ def test_every_file_is_a_configuration_that_is_tried():
 @pytest.mark.parametrize("name", ["arithmetic", "arithmetic_stale", "word_problems"])
 def test_small_runs(name):
     get(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "choice", "cells", "runs"),
+    [
+        ("sweep_variance", (), {"r2vpo_fixed": 4, "r2vpo": 4, "ppo_clip": 4}, 36),
+        ("sweep_variance", ("smoke",), {"r2vpo_fixed": 2, "r2vpo": 2, "ppo_clip": 2}, 24),
+        ("sweep_presets", (), dict.fromkeys(config.PRESETS, 1), len(config.PRESETS)),
+    ],
+)
+def test_sweeps(name, choice, cells, runs):
+    values = importlib.import_module(f"experiments.configs.{name}").get_config(*choice)
+    plan = sweep_runs.plan(values.base.to_dict(), config.SweepConfig(**values.sweep.to_dict()))
+    assert collections.Counter(cell.objective for cell in plan.cells) == cells
+    assert len(plan.runs) == runs
 
 
 @pytest.mark.parametrize("choice", CHOICES)
