@@ -9,7 +9,7 @@ own"); flags set its seeds, --config.sweep.seeds="(0, 1)", and what all runs sha
 from absl import flags
 
 from r2vpo_jax import cli
-from r2vpo_jax.training import sweeps
+from r2vpo_jax.sweeps.sweep import MODES, run_sweep
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string(
@@ -20,7 +20,7 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     "mode",
     "auto",
-    sweeps.MODES,
+    MODES,
     "fused: many runs at once in one program; processes: each by the ordinary trainer; auto: fused where all runs can be "
     "and --processes is not given.",
 )
@@ -36,7 +36,7 @@ def main():
     base, sweep = cli.resolve_sweep(_CONFIG)
     workdir = _WORKDIR.value or cli.directory_of(_CONFIG)
     cli.start_devices()
-    table = sweeps.run_sweep(
+    table = run_sweep(
         base,
         sweep,
         workdir,

@@ -69,6 +69,7 @@ LAYERS = (
     ("run",),
     ("evaluation",),
     ("training",),
+    ("sweeps",),
     ("cli",),
 )
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}

@@ -9,7 +9,6 @@ import pytest
 
 from experiments.configs import math_reasoning
 from r2vpo_jax import config
-from r2vpo_jax.training import sweep_runs
 
 CHOICES = [f"{method}{size}" for method in math_reasoning.METHODS for size in ("", ",smoke")]
 
@@ -43,7 +42,7 @@ def test_small_runs(name):
 )
 def test_sweeps(name, choice, cells, runs):
     values = importlib.import_module(f"experiments.configs.{name}").get_config(*choice)
-    plan = sweep_runs.plan(values.base.to_dict(), config.SweepConfig(**values.sweep.to_dict()))
+    plan = runs.plan(values.base.to_dict(), config.SweepConfig(**values.sweep.to_dict()))
     assert collections.Counter(cell.objective for cell in plan.cells) == cells
     assert len(plan.runs) == runs
 

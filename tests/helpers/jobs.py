@@ -9,7 +9,7 @@ import time
 from r2vpo_jax.config import Config
 from r2vpo_jax.errors import Stopped, UsageError
 from r2vpo_jax.run.interrupts import graceful_stop
-from r2vpo_jax.training.workers import Job, write_failure
+from r2vpo_jax.sweeps.workers import Job, write_failure
 
 
 def jobs(folder: pathlib.Path, *names: str) -> list[Job]:

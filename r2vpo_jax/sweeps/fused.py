@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping
 from r2vpo_jax.config import Config, traced
 from r2vpo_jax.run import console, files, report
 from r2vpo_jax.run.interrupts import graceful_stop
-from r2vpo_jax.training.fused_batch import Batch
-from r2vpo_jax.training.fused_group import Group
-from r2vpo_jax.training.program import refusal
+from r2vpo_jax.sweeps.batch import Batch
+from r2vpo_jax.sweeps.group import Group
+from r2vpo_jax.sweeps.program import refusal
 
 __all__ = ["refusal", "run"]
 
@@ -51,15 +51,14 @@ def run(
     seconds = {"compile": 0.0, "run": 0.0}
     with graceful_stop() as stop, files.disk_errors(scratch, "the last chunk"):
         for number, names in enumerate(groups.values(), 1):
-            names = [name for name in names if not _is_done(folder(name))]
-            if not names:
+            if all(_is_done(folder(name)) for name in names):
                 continue
             say(f"program {number} of {len(groups)}: {len(names)} runs like {names[0]}")
-            group = Group({name: configs[name] for name in names}, runs_at_once, say)
-            with contextlib.closing(group):
+            with contextlib.closing(Group({name: configs[name] for name in names}, runs_at_once, say)) as group:
                 for first in range(0, len(names), group.size):
                     batch = names[first : first + group.size]
-                    Batch(group, batch, folder, scratch / _identity(batch), stop).go()
+                    if not all(_is_done(folder(name)) for name in batch):
+                        Batch(group, batch, folder, scratch / _identity(batch), stop).go()
             for phase, spent in group.timers.seconds.items():
                 seconds["compile" if phase == "compile" else "run"] += spent
     shutil.rmtree(scratch, ignore_errors=True)

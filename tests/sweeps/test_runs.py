@@ -7,7 +7,7 @@ import pytest
 from r2vpo_jax import config
 from r2vpo_jax.config import SweepConfig, grid
 from r2vpo_jax.errors import UsageError
-from r2vpo_jax.training import sweep_runs
+from r2vpo_jax.sweeps import runs
 
 CLIP = ("objective.loss.options.clip_low", "objective.loss.options.clip_high")
 METHODS = grid.chain(
@@ -23,7 +23,7 @@ def base(tiny_sections):
 
 
 def plan(base, cells, seeds=(0,)):
-    return sweep_runs.plan(base, SweepConfig(cells=cells, seeds=seeds))
+    return runs.plan(base, SweepConfig(cells=cells, seeds=seeds))
 
 
 def names(base, *grids):

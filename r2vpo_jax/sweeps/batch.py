@@ -15,10 +15,10 @@ from r2vpo_jax.errors import Stopped
 from r2vpo_jax.evaluation import validation
 from r2vpo_jax.run import console, directory, files, report
 from r2vpo_jax.run.checkpoints import Checkpointer
+from r2vpo_jax.sweeps.group import Group
+from r2vpo_jax.sweeps.program import Measured
 from r2vpo_jax.training import metrics, noise_floor
-from r2vpo_jax.training.fused_group import Group
 from r2vpo_jax.training.optimizer import learning_rate_schedule
-from r2vpo_jax.training.program import Measured
 
 _GO_ON = "the same command goes on from there"
 _COLLAPSED = (

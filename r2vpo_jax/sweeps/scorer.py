@@ -10,8 +10,8 @@ from r2vpo_jax import sharding
 from r2vpo_jax.config import Config
 from r2vpo_jax.evaluation import validation
 from r2vpo_jax.sampler import Sampling
+from r2vpo_jax.sweeps.program import Responses
 from r2vpo_jax.tasks.base import Task
-from r2vpo_jax.training.program import Responses
 
 
 class Scorer:

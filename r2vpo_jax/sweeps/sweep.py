@@ -15,8 +15,8 @@ from collections.abc import Callable
 from r2vpo_jax.config import SweepConfig
 from r2vpo_jax.errors import UsageError
 from r2vpo_jax.run import console, directory
-from r2vpo_jax.training import sweep_results, sweep_runs, workers
-from r2vpo_jax.training.sweep_runs import Plan
+from r2vpo_jax.sweeps import fused, results, runs, workers
+from r2vpo_jax.sweeps.runs import Plan
 
 MODES = ("auto", "fused", "processes")
 
@@ -50,7 +50,7 @@ def run_sweep(
       Stopped: it was stopped before its end (Ctrl-C); the same call goes on there.
       UsageError: the directory holds another sweep, a run's configuration is invalid, or the mode does not fit.
     """
-    plan = sweep_runs.plan(base, sweep)
+    plan = runs.plan(base, sweep)
     workdir = pathlib.Path(workdir)
     mode = _mode(plan, mode, processes, runs_at_once, say)
     _claim(workdir, base, sweep, plan, mode)
@@ -59,29 +59,28 @@ def run_sweep(
         return workdir / "runs" / name
 
     started, total = time.perf_counter(), len(plan.runs)
-    todo = [run for run in plan.runs if sweep_results.status(folder(run.name)) is None]
+    todo = [run for run in plan.runs if results.status(folder(run.name)) is None]
     cells, seeds = len(plan.cells), len(sweep.seeds)
     before = f", {total - len(todo)} of them ended before" if len(todo) < total else ""
     say(f"{total} runs: {cells} cells × {seeds} seeds{before}; mode {mode}")
     if mode == "fused" and todo:
-        from r2vpo_jax.training import fused
-
         # All of them, so that those left are in the same batches as before.
         configs = {run.name: run.config for run in plan.runs}
-        fused.run(configs, folder, workdir / "fused", say=say, runs_at_once=runs_at_once)
+        seconds = fused.run(configs, folder, workdir / "fused", say=say, runs_at_once=runs_at_once)
+        say(f"compilation took {seconds['compile']:.0f} s, all else {seconds['run']:.0f} s")
     elif todo:
         jobs = [workers.Job(run.name, run.config, folder(run.name)) for run in todo]
         if processes is None or processes == 1:
             workers.train_here(jobs, say)
         else:
             workers.train_in_processes(jobs, processes, say)
-    results = sweep_results.write(plan, folder, workdir)
-    lost = sum(row["status"] != "finished" for row in results)
+    found = results.write(plan, folder, workdir)
+    lost = sum(row["status"] != "finished" for row in found)
     say(
         f"{len(todo)} runs in {time.perf_counter() - started:.0f} s, compilation included"
         + (f"; {lost} of {total} did not finish" if lost else "")
     )
-    return sweep_results.table(plan, results)
+    return results.table(plan, found)
 
 
 def _mode(plan: Plan, mode: str, processes: int | None, runs_at_once: int | None, say) -> str:
@@ -112,8 +111,6 @@ def _mode(plan: Plan, mode: str, processes: int | None, runs_at_once: int | None
 
 
 def _refusal(plan: Plan) -> str | None:
-    from r2vpo_jax.training import fused
-
     refusals = ((cell.name, fused.refusal(cell.config)) for cell in plan.cells)
     return next((f"{name}: {reason}" for name, reason in refusals if reason), None)
 

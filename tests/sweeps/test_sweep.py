@@ -12,9 +12,10 @@ from r2vpo_jax import config
 from r2vpo_jax.config import SweepConfig, grid
 from r2vpo_jax.errors import NonFiniteUpdateError, Stopped, UsageError
 from r2vpo_jax.run import files
-from r2vpo_jax.training import sweeps, trainer
+from r2vpo_jax.sweeps import sweep
+from r2vpo_jax.training import trainer
 from tests.helpers.sweeps import leave_run
-from tests.training.test_sweep_runs import CLIP, METHODS
+from tests.sweeps.test_runs import CLIP, METHODS
 
 GRID = SweepConfig(cells=METHODS, seeds=(0, 1))
 FIXED, ADAPTIVE, CLIPPED = "r2vpo_fixed_coef=0.5", "r2vpo_budget=0.01", "ppo_clip_clip=0.2"
@@ -60,13 +61,13 @@ def fused(monkeypatch):
             leave_run(folder(name), run_config, collapsed_at=1 if name in state.lost else None)
 
     state.run = run
-    monkeypatch.setitem(sys.modules, "r2vpo_jax.training.fused", state)
+    monkeypatch.setitem(sys.modules, "r2vpo_jax.sweeps.fused", state)
     monkeypatch.setattr(r2vpo_jax.training, "fused", state, raising=False)
     return state
 
 
 def sweep(base, workdir, grid=GRID, **settings):
-    return sweeps.run_sweep(base, grid, workdir, **({"mode": "processes"} | settings), say=lambda _: None)
+    return sweep.run_sweep(base, grid, workdir, **({"mode": "processes"} | settings), say=lambda _: None)
 
 
 def results(workdir):
@@ -241,7 +242,7 @@ def test_both_modes_give_the_same_results(base, tmp_path, training, fused):
 
 def test_auto_is_processes_where_a_run_cannot_be_fused_and_says_why(base, tmp_path, training, fused):
     fused.refused, said = ("ppo_clip",), []
-    sweeps.run_sweep(base, GRID, tmp_path, say=said.append)
+    sweep.run_sweep(base, GRID, tmp_path, say=said.append)
     assert f"the runs are made one by one, not fused: {CLIPPED}: it is refused" in said
     assert len(training.calls) == 6
     assert fused.calls == []

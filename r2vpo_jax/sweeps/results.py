@@ -11,8 +11,8 @@ import numpy as np
 
 from r2vpo_jax.evaluation import estimators
 from r2vpo_jax.run import files, report
-from r2vpo_jax.training import sweep_pictures
-from r2vpo_jax.training.sweep_runs import Axis, Plan, Run, value_text
+from r2vpo_jax.sweeps import pictures
+from r2vpo_jax.sweeps.runs import Axis, Plan, Run, value_text
 
 TARGET = 0.8  # "rollouts to": first validation score of at least this
 _FROM_SUMMARY = {  # name in results.json -> name in report/summary.json
@@ -85,7 +85,7 @@ def write(plan: Plan, folder: Callable[[str], pathlib.Path], workdir) -> list[di
         scores = [line for line in lines if line["kind"] == "evaluation"] or [{"split": None}]
         evaluations.append(_columns(scores, without="kind"))
         trained = [line for line in lines if line["kind"] == "train"]
-        drawn[run.name] = {name: [float(line[name]) for line in trained] for name in sweep_pictures.CURVES}
+        drawn[run.name] = {name: [float(line[name]) for line in trained] for name in pictures.CURVES}
         iterations.append(_columns([line for line in lines if line["kind"] != "evaluation"]))
     who = [
         {"run": run.name, "cell": run.cell.name, "seed": run.seed, "status": row["status"], **run.cell.settings}
@@ -95,8 +95,8 @@ def write(plan: Plan, folder: Callable[[str], pathlib.Path], workdir) -> list[di
     _write_parquet(workdir / "curves.parquet", who, iterations)
     files.write_atomically(workdir / "results.json", json.dumps(results, indent=2) + "\n")
     files.write_atomically(workdir / "table.md", table(plan, results) + "\n")
-    files.write_atomically(workdir / "sweep.png", sweep_pictures.final_scores(plan, results))
-    files.write_atomically(workdir / "curves.png", sweep_pictures.curves(plan, results, drawn))
+    files.write_atomically(workdir / "sweep.png", pictures.final_scores(plan, results))
+    files.write_atomically(workdir / "curves.png", pictures.curves(plan, results, drawn))
     return results
 
 

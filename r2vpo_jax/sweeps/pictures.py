@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from r2vpo_jax.evaluation import estimators
-from r2vpo_jax.training.sweep_runs import Axis, Cell, Plan, value_text
+from r2vpo_jax.sweeps.runs import Axis, Cell, Plan, value_text
 
 _COLUMNS = 4  # of panels
 _LONGEST_LEGEND = 10  # lines; more would hide the panel
@@ -35,7 +35,7 @@ def final_scores(plan: Plan, results: Sequence[Mapping[str, Any]]) -> bytes:
 
     Args:
       plan: of the sweep.
-      results: from `sweep_results.result`, one for each run.
+      results: from `results.result`, one for each run.
     """
     by_cell = _grouped(results, "cell")
     panels = _panels(plan, alone_together=len(plan.cells))
@@ -88,7 +88,7 @@ def curves(
 
     Args:
       plan: of the sweep.
-      results: from `sweep_results.result`, one for each run.
+      results: from `results.result`, one for each run.
       drawn: run name -> name of `CURVES` -> its value in each iteration that trained.
     """
     finished = _grouped((row for row in results if row["status"] == "finished"), "cell")

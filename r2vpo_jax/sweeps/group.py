@@ -14,8 +14,8 @@ from r2vpo_jax.errors import usage_errors
 from r2vpo_jax.evaluation import validation
 from r2vpo_jax.models.base import open_base_model
 from r2vpo_jax.run.instruments import Timers
-from r2vpo_jax.training.program import Program, RunState
-from r2vpo_jax.training.scorer import Scorer
+from r2vpo_jax.sweeps.program import Program, RunState
+from r2vpo_jax.sweeps.scorer import Scorer
 
 _LONGEST_CHUNK = 10  # iterations
 _MEMORY_SHARE = 0.85  # of what a device has; the rest is for what the compiler does not know of

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from r2vpo_jax.errors import UsageError
-from r2vpo_jax.training import workers
+from r2vpo_jax.sweeps import workers
 from tests.helpers.jobs import act, jobs
 from tests.helpers.paths import ROOT
 
@@ -52,7 +52,7 @@ def test_what_a_user_can_put_right_stops_all(tmp_path):
 
 PROGRAM = """
 import pathlib, sys
-from r2vpo_jax.training import workers
+from r2vpo_jax.sweeps import workers
 from tests.helpers.jobs import act, jobs
 if __name__ == "__main__":
     workers.train_in_processes(jobs(pathlib.Path(sys.argv[1]), "good_0", "wait_1", "wait_2", "good_3"), 2, print, act)
