@@ -65,7 +65,7 @@ class Batch:
                 while iteration < total and not self._stop.requested and any(p.error is None for p in self._progress):
                     boundary = min(total, (iteration // self._trainer.eval_every + 1) * self._trainer.eval_every)
                     count = min(group.chunk_size, boundary - iteration)
-                    with group.timers("chunk"):
+                    with group.timers("train"):
                         runs, measured = group.advance(
                             runs, self._numbers, self._seeds, group.params, np.int32(iteration), np.int32(count)
                         )

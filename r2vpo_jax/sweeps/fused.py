@@ -6,6 +6,7 @@ goes on there. Each run leaves what an ordinary one leaves for comparisons: metr
 failed.json, if it collapsed.
 """
 
+import collections
 import contextlib
 import pathlib
 import shutil
@@ -39,7 +40,8 @@ def run(
       runs_at_once: most runs in one batch; by default as many as fit into memory.
 
     Returns:
-      Seconds: "compile", and "run" for everything else.
+      Seconds by phase: compile; start (opening the model); train; evaluation; rows (numbers of each iteration, on the
+      host); checkpoint.
 
     Raises:
       Stopped: asked to stop; the same call goes on from the last chunk.
@@ -48,7 +50,7 @@ def run(
     groups: dict = {}
     for name, config in configs.items():
         groups.setdefault(traced.structure(config), []).append(name)
-    seconds = {"compile": 0.0, "run": 0.0}
+    seconds = collections.Counter()
     with graceful_stop() as stop, files.disk_errors(scratch, "the last chunk"):
         for number, names in enumerate(groups.values(), 1):
             if all(_is_done(folder(name)) for name in names):
@@ -59,10 +61,9 @@ def run(
                     batch = names[first : first + group.size]
                     if not all(_is_done(folder(name)) for name in batch):
                         Batch(group, batch, folder, scratch / _identity(batch), stop).go()
-            for phase, spent in group.timers.seconds.items():
-                seconds["compile" if phase == "compile" else "run"] += spent
+            seconds.update(group.timers.seconds)
     shutil.rmtree(scratch, ignore_errors=True)
-    return seconds
+    return dict(seconds)
 
 
 def _is_done(folder: pathlib.Path) -> bool:

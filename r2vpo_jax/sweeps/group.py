@@ -37,7 +37,7 @@ class Group:
     """
 
     def __init__(self, configs: dict[str, Config], runs_at_once: int | None, say):
-        self.configs, self.timers, self._say = configs, Timers(), say
+        self.configs, self.timers = configs, Timers()
         self.config = config = next(iter(configs.values()))
         self._devices = Mesh(np.asarray(jax.local_devices()), ("devices",))
         self._everywhere = NamedSharding(self._devices, PartitionSpec())
@@ -53,7 +53,11 @@ class Group:
             self._program = Program(config, base.model, self.task, chunk_size=self.chunk_size)
             self._scorer = Scorer(config, self.task)
             with self.timers("start"):
-                self._compile(runs_at_once)
+                needed = self._compile(runs_at_once)
+            say(
+                f"{self.size} runs at a time on {self._devices.size} x {jax.devices()[0].device_kind}, "
+                f"{needed / 2**20:.0f} MiB on each; compiled in {self.timers.seconds['compile']:.0f} s"
+            )
             with self.timers("evaluation"):
                 numbers, _ = self.traced(list(configs)[:1])
                 params = self.start(self.params, numbers).learner.params
@@ -86,8 +90,12 @@ class Group:
 
     # Programs ------------------------------------------------------------------------------------------------
 
-    def _compile(self, runs_at_once: int | None) -> None:
-        """Compile for as many runs as there are, or, where these do not fit into memory, for as many as do."""
+    def _compile(self, runs_at_once: int | None) -> int:
+        """Compile for as many runs as there are, or, where these do not fit into memory, for as many as do.
+
+        Returns:
+          Bytes needed on each device.
+        """
         devices = self._devices.size
         size = min(len(self.configs), runs_at_once or len(self.configs))
         while True:
@@ -95,14 +103,10 @@ class Group:
             self._compile_for(self.size)
             needed, there = self._memory_needed(), _device_memory()
             if there is None or needed <= there or self.size == devices:
-                break
+                return needed
             fit = max(int(self.size * there / needed), devices)
             # Batches of equal size: as many as needed, none larger than needed.
             size = -(-len(self.configs) // -(-len(self.configs) // fit))
-        self._say(
-            f"{self.size} runs at a time on {devices} device{'s' * (devices > 1)}, {needed / 2**20:.0f} MiB on each; "
-            f"compiled in {self.timers.seconds['compile']:.0f} s"
-        )
 
     def _compile_for(self, size: int) -> None:
         program, by_run, fixed = self._program, PartitionSpec("devices"), PartitionSpec()

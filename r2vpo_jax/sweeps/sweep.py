@@ -67,7 +67,7 @@ def run_sweep(
         # All of them, so that those left are in the same batches as before.
         configs = {run.name: run.config for run in plan.runs}
         seconds = fused.run(configs, folder, workdir / "fused", say=say, runs_at_once=runs_at_once)
-        say(f"compilation took {seconds['compile']:.0f} s, all else {seconds['run']:.0f} s")
+        say("seconds: " + ", ".join(f"{phase} {spent:.0f}" for phase, spent in seconds.items()))
     elif todo:
         jobs = [workers.Job(run.name, run.config, folder(run.name)) for run in todo]
         if processes is None or processes == 1:

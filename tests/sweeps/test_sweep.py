@@ -12,7 +12,7 @@ from r2vpo_jax import config
 from r2vpo_jax.config import SweepConfig, grid
 from r2vpo_jax.errors import NonFiniteUpdateError, Stopped, UsageError
 from r2vpo_jax.run import files
-from r2vpo_jax.sweeps import sweep
+from r2vpo_jax.sweeps.sweep import run_sweep
 from r2vpo_jax.training import trainer
 from tests.helpers.sweeps import leave_run
 from tests.sweeps.test_runs import CLIP, METHODS
@@ -67,7 +67,7 @@ def fused(monkeypatch):
 
 
 def sweep(base, workdir, grid=GRID, **settings):
-    return sweep.run_sweep(base, grid, workdir, **({"mode": "processes"} | settings), say=lambda _: None)
+    return run_sweep(base, grid, workdir, **({"mode": "processes"} | settings), say=lambda _: None)
 
 
 def results(workdir):
@@ -242,7 +242,7 @@ def test_both_modes_give_the_same_results(base, tmp_path, training, fused):
 
 def test_auto_is_processes_where_a_run_cannot_be_fused_and_says_why(base, tmp_path, training, fused):
     fused.refused, said = ("ppo_clip",), []
-    sweep.run_sweep(base, GRID, tmp_path, say=said.append)
+    run_sweep(base, GRID, tmp_path, say=said.append)
     assert f"the runs are made one by one, not fused: {CLIPPED}: it is refused" in said
     assert len(training.calls) == 6
     assert fused.calls == []
