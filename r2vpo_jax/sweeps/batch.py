@@ -18,7 +18,6 @@ from r2vpo_jax.run.checkpoints import Checkpointer
 from r2vpo_jax.sweeps.group import Group
 from r2vpo_jax.sweeps.program import Measured
 from r2vpo_jax.training import metrics, noise_floor
-from r2vpo_jax.training.optimizer import learning_rate_schedule
 
 _GO_ON = "the same command goes on from there"
 _COLLAPSED = (
@@ -50,9 +49,6 @@ class Batch:
         self._scratch = scratch
         self._trainer = group.config.trainer
         self._numbers, self._seeds = group.traced(names)
-        self._schedules = [
-            learning_rate_schedule(group.configs[name].optimizer, group.config.num_updates) for name in names
-        ]
 
     def go(self) -> None:
         """All iterations that are left, and the results."""
@@ -133,24 +129,24 @@ class Batch:
             progress.error = (_DRY if measured.dry else _COLLAPSED).format(iteration)
             progress.collapsed = bool(measured.collapsed)
             return
-        reports = [] if iteration <= config.replay.lag else measured.reports
-        if reports and progress.noise_floor is None:
-            progress.noise_floor = float(reports[0].variance_first)
+        report = None if iteration <= config.replay.lag else measured.report
+        if report is not None and progress.noise_floor is None:
+            progress.noise_floor = float(measured.variance_first)
             noise_floor.refuse_if_noisy(progress.noise_floor, trainer.max_noise_floor)
         counters = {"iteration": iteration, "version": int(measured.version)}
         counters |= {"rollouts": progress.rollouts, "rollout_tokens": progress.rollout_tokens}
         if measured.replay:
-            counters |= {f"replay/{key}" if "/" not in key else key: x for key, x in measured.replay.items()}
+            counters |= measured.replay
             counters["replay/ratio"] = progress.trained_tokens / max(progress.rollout_tokens, 1)
         row = metrics.row(
             config.objective,
             measured.sampled,
             float(measured.kept),
-            reports,
+            report,
             counters=counters,
             variance_coef=float(measured.variance_coef),
             kl_coef=float(measured.kl_coef),
-            learning_rate=float(self._schedules[i](max(int(measured.version) - 1, 0))),
+            learning_rate=float(measured.learning_rate),
         )
         self._rows.write({"run": name, **row})
 

@@ -24,7 +24,7 @@ from r2vpo_jax.tasks.base import TraceableTask
 from r2vpo_jax.training import credit, critic, iteration, metrics, ring, update
 from r2vpo_jax.training.collector import sampling_of
 from r2vpo_jax.training.learner import settings_of
-from r2vpo_jax.training.optimizer import make_optimizer
+from r2vpo_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from r2vpo_jax.training.ring import Ring
 from r2vpo_jax.training.update import LearnerState, Optimizers, RolloutReport, UpdateFunctions
 
@@ -50,10 +50,12 @@ class Measured:
     tokens: jax.Array  # int32 [] sampled
     trained_tokens: jax.Array  # int32 [] each epoch counted
     kept: jax.Array  # f32 [] `metrics.kept`
-    reports: list[RolloutReport]  # on each drawn batch
+    report: RolloutReport  # `metrics.merged`
+    variance_first: jax.Array  # f32 [] V of the first minibatch of all, before its update
     replay: dict[str, jax.Array]  # `ring.statistics`
     variance_coef: jax.Array  # f32 [] after the iteration
     kl_coef: jax.Array  # f32 []
+    learning_rate: jax.Array  # f32 [] of the last update
     version: jax.Array  # int32 []
     collapsed: jax.Array  # bool []
     dry: jax.Array  # bool []
@@ -218,6 +220,7 @@ class _Run:
         learner = jax.tree.map(lambda new, old: jnp.where(frozen, old, new), self.state.learner, state.learner)
         collapsed, dry = state.collapsed | self.state.collapsed, state.dry | self.state.dry
         self.state = self.state.replace(learner=learner, collapsed=collapsed, dry=dry)
+        schedule = learning_rate_schedule(config.optimizer, config.num_updates)
         trained = sum(jnp.sum(batch.learning_mask) for batch in made.drawn) * config.trainer.num_epochs
         replay = self._replay_statistics(made.drawn[-1], state.learner.version) if config.replay.enabled else {}
         measured = Measured(
@@ -225,10 +228,12 @@ class _Run:
             tokens=jnp.sum(made.collected.response_length),
             trained_tokens=jnp.where(self._filling(), 0, trained),
             kept=metrics.kept(made.drawn),
-            reports=made.reports,
+            report=metrics.merged(made.reports),
+            variance_first=made.reports[0].variance_first,
             replay=replay,
             variance_coef=learner.dual.variance_coef,
             kl_coef=learner.kl_coef,
+            learning_rate=jnp.asarray(schedule(jnp.maximum(learner.version - 1, 0)), jnp.float32),
             version=learner.version,
             collapsed=collapsed,
             dry=dry,

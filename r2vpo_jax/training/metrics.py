@@ -1,5 +1,7 @@
 """What is written of an iteration: its line of metrics.jsonl (docs/metrics.md explains every name) and its samples."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,6 @@ from r2vpo_jax import ratio_stats
 from r2vpo_jax.config.objective import ObjectiveConfig
 from r2vpo_jax.rollout import Rollout
 from r2vpo_jax.tasks.base import Outcome, Task
-from r2vpo_jax.train_stats import TrainStats
 from r2vpo_jax.training import credit, critic
 from r2vpo_jax.training.update import RolloutReport
 
@@ -41,11 +42,25 @@ def kept(drawn: list[Rollout]) -> jax.Array:
     return jnp.mean(jnp.stack([jnp.mean(batch.keep) for batch in drawn]))
 
 
+def merged(reports: Sequence[RolloutReport]) -> RolloutReport:
+    """What training on the drawn batches of one iteration measured, as one report. Can be traced.
+
+    Statistics are of all batches, and so is `skipped`; everything else is that of the last.
+
+    Args:
+      reports: on each, in order; at least one.
+    """
+    if len(reports) == 1:
+        return reports[0]
+    stats = jax.tree.map(lambda *x: jnp.stack(x), *(report.stats for report in reports)).reduce()
+    return reports[-1].replace(stats=stats, skipped=jnp.concatenate([report.skipped for report in reports]))
+
+
 def row(
     objective: ObjectiveConfig,
     sampled: dict,
     kept: float,
-    reports: list[RolloutReport],
+    report: RolloutReport | None,
     *,
     counters: dict,
     variance_coef: float,
@@ -58,23 +73,22 @@ def row(
       objective: the configuration; some names exist only for what it switches on.
       sampled: from `of_sampled`.
       kept: from the function `kept`.
-      reports: on each batch that was trained on, on the host; empty while the queue fills.
+      report: from `merged`, on the host; None while the queue fills.
       counters: totals of the run so far.
       variance_coef, kl_coef, learning_rate: after this iteration.
     """
     shared = {**counters, **sampled}
-    if not reports:
+    if report is None:
         return _plain({"kind": "fill", **shared})
-    stats = jax.tree.map(lambda *x: np.stack(x), *(report.stats for report in reports)).reduce()
-    last = reports[-1]
+    stats = report.stats
     result = {
         "kind": "train",
         **shared,
         "reward/kept": kept,
         "policy/entropy": stats.mean("entropy"),
-        "ratio/variance": float(last.variance_last),
-        "ratio/variance_first": float(last.variance_first),
-        **({} if last.variance_after is None else {"ratio/variance_after": float(last.variance_after)}),
+        "ratio/variance": float(report.variance_last),
+        "ratio/variance_first": float(report.variance_first),
+        **({} if report.variance_after is None else {"ratio/variance_after": float(report.variance_after)}),
         "ratio/variance_mean": stats.mean("ratio_variance"),
         **ratio_stats.summarize(stats),
         "ratio/clamped": stats.mean("clamped"),
@@ -84,8 +98,8 @@ def row(
         "optimizer/grad_norm": stats.mean("grad_norm"),
         "optimizer/update_norm": stats.mean("update_norm"),
         "optimizer/learning_rate": learning_rate,
-        "optimizer/nonfinite_updates": int(sum(np.sum(report.skipped) for report in reports)),
-        **_optional(objective, stats, last, variance_coef, kl_coef),
+        "optimizer/nonfinite_updates": int(np.sum(report.skipped)),
+        **_optional(objective, report, variance_coef, kl_coef),
     }
     return _plain(result)
 
@@ -111,15 +125,13 @@ def _plain(result: dict) -> dict:
     return {k: v.item() if hasattr(v, "item") else v for k, v in result.items()}
 
 
-def _optional(
-    objective: ObjectiveConfig, stats: TrainStats, last: RolloutReport, variance_coef: float, kl_coef: float
-) -> dict:
+def _optional(objective: ObjectiveConfig, report: RolloutReport, variance_coef: float, kl_coef: float) -> dict:
     """What exists only with a multiplier, a KL divergence, a critic, or a correction."""
-    result = {}
+    result, stats = {}, report.stats
     if objective.has_multiplier:
-        result |= {"dual/variance_coef": variance_coef, "dual/signal": float(last.dual_signal)}
+        result |= {"dual/variance_coef": variance_coef, "dual/signal": float(report.dual_signal)}
     if objective.variance_budget is not None:
-        result["dual/constraint_violation"] = float(last.dual_signal) - objective.variance_budget
+        result["dual/constraint_violation"] = float(report.dual_signal) - objective.variance_budget
     if objective.has_kl:
         result |= {"kl/mean": stats.mean("kl"), "kl/coef": kl_coef}
     if objective.critic:

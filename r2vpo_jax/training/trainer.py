@@ -299,7 +299,7 @@ class _Run:
             config.objective,
             _of_sampled(config.objective, sampled, config.sampler.group_size),
             float(metrics.kept(made.drawn)) if made.drawn else 0.0,
-            made.reports,
+            sharding.to_host(metrics.merged(made.reports)) if made.reports else None,
             counters=counts,
             variance_coef=float(sharding.to_host(self.state.dual.variance_coef)),
             kl_coef=float(sharding.to_host(self.state.kl_coef)),
