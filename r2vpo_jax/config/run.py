@@ -221,6 +221,11 @@ class ModelConfig(ComputeConfig):
     """The base model and how to compute it."""
 
     param_dtype: str = option("float32", "dtype of the master weights: float32 or bfloat16")
+    matmul_precision: str = option(
+        "highest",
+        "of float32 matrix products on GPUs and TPUs: highest (float32), high (three passes) or default (TF32, bfloat16)",
+        when=lambda s: s.compute_dtype == "float32",
+    )
     remat: bool = option(False, "recompute activations in the backward pass")
     export_dtype: str = option(
         "stored", "dtype of the weights in hf/: float32, bfloat16 or float16; stored: the base model's"
@@ -230,6 +235,11 @@ class ModelConfig(ComputeConfig):
         super().__post_init__()
         dtypes = ("float32", "bfloat16")
         require(self.param_dtype in dtypes, f"model.param_dtype={self.param_dtype!r}; one of {', '.join(dtypes)}")
+        precisions = ("highest", "high", "default")
+        require(
+            self.matmul_precision in precisions,
+            f"model.matmul_precision={self.matmul_precision!r}; one of {', '.join(precisions)}",
+        )
         exports = ("stored", "float32", "bfloat16", "float16")
         require(self.export_dtype in exports, f"model.export_dtype={self.export_dtype!r}; one of {', '.join(exports)}")
 

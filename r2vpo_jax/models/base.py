@@ -59,6 +59,7 @@ def open_base_model(config: ModelConfig) -> BaseModel:
             scan_layers=config.scan_layers,
             remat=config.remat,
             attention_block_size=config.attention_block_size,
+            matmul_precision=config.matmul_precision,
             num_tokens=1 + max(tokenizer.get_vocab().values()),
         )
         eos_ids = end_of_text_ids(path, tokenizer)

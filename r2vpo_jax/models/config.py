@@ -76,6 +76,7 @@ class DecoderConfig:
     compute_dtype: Any = jnp.float32
     scan_layers: bool = False  # False: unrolled (faster on CPU); True: compiles one layer (large models)
     remat: bool = False  # recompute each layer in the backward pass
+    matmul_precision: str = "highest"  # of float32 products on TPUs and GPUs: highest, high, or default
     attention_block_size: int = 0  # queries at a time in attention over whole rows; 0: all, [B, heads, S, S] scores
 
     def __post_init__(self):

@@ -61,8 +61,8 @@ def init_cache(config: DecoderConfig, num_prompts: int, prompt_size: int, group_
 
 
 def _einsum(spec, x, y, config, **kwargs):
-    # float32 means float32: TPUs and TF32 GPUs would otherwise round the inputs.
-    precision = jax.lax.Precision.HIGHEST if config.compute_dtype == jnp.float32 else None
+    # By default float32 means float32: TPUs and TF32 GPUs would otherwise round the inputs.
+    precision = config.matmul_precision if config.compute_dtype == jnp.float32 else None
     return jnp.einsum(spec, x, y, precision=precision, **kwargs)
 
 

@@ -66,7 +66,8 @@ def read_model(path, *, param_dtype=None, compute_dtype=jnp.float32, **runtime) 
       path: directory with config.json (and, with `param_dtype` None, the weights: their header is read).
       param_dtype: dtype of the parameters, or its name; None keeps the checkpoint's.
       compute_dtype: dtype of activations and matrix products, or its name.
-      **runtime: other run-time fields of `DecoderConfig` (scan_layers, remat, num_tokens, attention_block_size).
+      **runtime: other run-time fields of `DecoderConfig` (scan_layers, remat, num_tokens, attention_block_size,
+        matmul_precision).
 
     Raises:
       FileNotFoundError: the directory or one of its files is missing.
