@@ -120,12 +120,12 @@ def key():
     return jax.random.key(_KEY_SEED)
 
 
-def evaluation_of(task, split: str, problems: Problems, outcome, lengths, truncated, shown) -> Evaluation:
+def evaluation_of(task, split: str, problems: Problems, level, outcome, lengths, truncated, shown) -> Evaluation:
     """What became of n samples on each of N problems of a split.
 
     Args:
-      task: judges levels and decodes.
-      split, problems: what was sampled for.
+      task: decodes.
+      split, problems, level: what was sampled for, and its labels.
       outcome: int32 [N, n] `Outcome`.
       lengths: int32 [N, n].
       truncated: bool [N, n].
@@ -137,7 +137,7 @@ def evaluation_of(task, split: str, problems: Problems, outcome, lengths, trunca
         right=outcome == Outcome.RIGHT,
         errors=int((outcome == Outcome.ERROR).sum()),
         timeouts=int((outcome == Outcome.TIMEOUT).sum()),
-        level=task.level(split, problems.index),
+        level=level,
         response_length=lengths,
         truncated=truncated,
         texts=tuple(task.decode(shown[i, : lengths[i, 0]]) for i in some),
@@ -189,4 +189,7 @@ def evaluate(
         mesh=mesh,
         batch_size=batch_size,
     )
-    return evaluation_of(task, split, problems, drawn.outcomes, drawn.lengths, drawn.truncated, drawn.tokens[:SHOWN, 0])
+    level = task.level(split, problems.index)
+    return evaluation_of(
+        task, split, problems, level, drawn.outcomes, drawn.lengths, drawn.truncated, drawn.tokens[:SHOWN, 0]
+    )

@@ -30,7 +30,7 @@ class Scorer:
     """
 
     def __init__(self, config: Config, task: Task):
-        self._config, self._task = config, task
+        self._config, self._task, self._splits = config, task, {}
         how = dataclasses.asdict(config.evaluation)
         batch_size = how.pop("batch_size")
         scorings = [validation.scoring_of(config, split) for split in ("validation", "test")]
@@ -100,6 +100,12 @@ class Scorer:
             return np.concatenate(rows)[:number]
 
         outcome, length, truncated, tokens = (whole(column) for column in zip(*parts, strict=True))
-        problems = self._task.problems(split, np.arange(number))
         shown = tokens[: validation.SHOWN, 0]
-        return validation.evaluation_of(self._task, split, problems, outcome, length, truncated, shown)
+        return validation.evaluation_of(self._task, split, *self._split(split), outcome, length, truncated, shown)
+
+    def _split(self, split: str):
+        """(problems, levels) of a split; for all runs they are the same, and so are made once."""
+        if split not in self._splits:
+            index = np.arange(validation.scoring_of(self._config, split).num_problems)
+            self._splits[split] = self._task.problems(split, index), self._task.level(split, index)
+        return self._splits[split]
