@@ -127,7 +127,7 @@ class Batch:
         progress.trained_tokens += int(measured.trained_tokens)
         if measured.dry or measured.collapsed:
             progress.error = (_DRY if measured.dry else _COLLAPSED).format(iteration)
-            progress.collapsed = bool(measured.collapsed)
+            progress.collapsed = not measured.dry  # what is learned from too few groups may be non-finite
             return
         report = None if iteration <= config.replay.lag else measured.report
         if report is not None and progress.noise_floor is None:

@@ -22,6 +22,7 @@ from tests.helpers.runs import snapshot
 
 SIZE = 3
 BOUNDARIES = (2, 4, 5)  # of chunks
+SPLITS = {"train": "word_problems", "validation": "word_problems", "test": "word_problems"}
 CLOCK = {"train_seconds"}
 
 
@@ -48,7 +49,7 @@ def configs(make):
             optimizer={"learning_rate": 2e-3},
             sampler={"temperature": 0.9},
         ),
-        "third": make(seed=2, optimizer={"weight_decay": 0.2}),
+        "third": make(seed=2, objective={"dual": {"coef": 2.0}}),
     }
 
 
@@ -301,7 +302,7 @@ def test_a_kill_while_results_are_written_is_made_good(whole, configs, tmp_path,
 @pytest.mark.parametrize(
     ("sections", "reason"),
     [
-        ({"task": {"name": "text"}}, r"problems and verdicts of task text are not JAX \(tasks/base.py, TraceableTask\)"),
+        ({"task": {"name": "text", "text": SPLITS}}, "problems and verdicts of task text are not JAX"),
         ({"objective": {"name": "dapo"}}, "objective.groups.zero_variance=resample samples until the host says"),
         ({"alarms": {"stop": True}}, "alarms.stop is the host's, which sees a run only between chunks"),
         ({"trainer": {"tensorboard": True}}, "trainer.tensorboard is the host's"),
