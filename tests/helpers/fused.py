@@ -17,6 +17,10 @@ from r2vpo_jax.sweeps import batch, fused, group
 from r2vpo_jax.sweeps.program import Measured, Program
 from r2vpo_jax.training import trainer
 
+# What is compared between programs must not hang on rounding. With a minibatch of groups without advantages, on fresh
+# data, the first gradient is nothing else, and Adam would make full steps of it if its epsilon were not above it.
+# Evaluation takes several calls of the sampler.
+STEADY = {"optimizer": {"epsilon": 1e-5}, "evaluation": {"batch_size": 32}}
 _COMPILED = ("abstract_runs", "start", "advance", "_respond")  # of a Group
 _compiled: dict = {}  # (structure, size) -> those of the first Group that had it
 

@@ -17,8 +17,9 @@ from r2vpo_jax.errors import Stopped
 from r2vpo_jax.run import checkpoints
 from r2vpo_jax.sweeps import batch, fused, group
 from r2vpo_jax.sweeps.group import Group
-from tests.helpers.fused import SharedGroup, assert_same, compilations, parted, side_by_side
+from tests.helpers.fused import STEADY, SharedGroup, assert_same, compilations, parted, side_by_side
 from tests.helpers.runs import snapshot
+from tests.helpers.trees import merged
 
 SIZE = 3
 BOUNDARIES = (2, 4, 5)  # of chunks
@@ -32,8 +33,8 @@ def make(tiny_config):
 
     def config(**sections):
         trainer = {"num_iterations": 5, "eval_every": 2, "eval_samples": 4, "test_samples": 8}
-        trainer |= sections.pop("trainer", {})
-        return tiny_config(trainer=trainer, evaluation={"batch_size": 32}, **sections)
+        trainer |= {"max_nonfinite_updates": 5} | sections.pop("trainer", {})
+        return tiny_config(trainer=trainer, **merged(STEADY, sections))
 
     return config
 
@@ -118,15 +119,18 @@ def test_runs_differ(whole):
 
 
 def test_a_run_that_collapses_is_a_result_and_harms_no_other(whole, configs, make, tmp_path):
-    lost = make(seed=2, optimizer={"learning_rate": 1e30})
+    lost = make(seed=2, optimizer={"learning_rate": 1e10})  # of four updates an iteration the first has a rate of 0
     runs = side_by_side(configs | {"third": lost}, tmp_path)
     for name in ("plain", "other"):
         assert left(tmp_path, name) == left(whole[0], name)
     assert left(tmp_path, "third").keys() == {"config.json", "metrics.jsonl", "failed.json"}
-    failure, rows = runs["third"].failure, runs["third"].rows
-    assert failure["collapsed"] is True
-    assert failure["error"].startswith("an update of iteration 1 had a non-finite loss or gradient")
-    assert [(row["kind"], row["iteration"]) for row in rows] == [("evaluation", 0), ("evaluation", 0)]
+    assert runs["third"].failure == {
+        "error": "an update of iteration 2 had a non-finite loss or gradient and was not applied, more often in a row than "
+        "trainer.max_nonfinite_updates allows",
+        "collapsed": True,
+    }
+    assert [row["iteration"] for row in runs["third"].rows] == [0, 0, 1], "of what comes after nothing is kept"
+    assert runs["third"].trained[0]["optimizer/nonfinite_updates"] in (2, 3)
 
 
 # ---- one program ----

@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.helpers.fused import assert_same, ordinary, side_by_side
+from tests.helpers.fused import STEADY, assert_same, ordinary, side_by_side
+from tests.helpers.trees import merged
 
 TRAINER = {"eval_samples": 4, "test_samples": 8, "checkpoint_every": 100}
 REFERENCE = {"name": "grpo", "kl": {"coef": 0.05}}
@@ -37,8 +38,8 @@ def pair(tiny_config, tmp_path_factory):
         trainer = TRAINER | {"num_iterations": num_iterations, "eval_every": eval_every}
         beside = {name: fields for name, fields in sections.items() if name in ("objective", "replay")}
         configs = {
-            "other": tiny_config(trainer=trainer, evaluation={"batch_size": 32}, **beside),
-            "this": tiny_config(trainer=trainer, evaluation={"batch_size": 32}, seed=seed, **sections),
+            "other": tiny_config(trainer=trainer, **merged(STEADY, beside)),
+            "this": tiny_config(trainer=trainer, seed=seed, **merged(STEADY, sections)),
         }
         workdir = tmp_path_factory.mktemp("pair")
         return side_by_side(configs, workdir)["this"], ordinary(configs["this"], workdir / "ordinary")
