@@ -151,15 +151,18 @@ def parted(ours: Run, theirs: Run) -> str | None:
     return None
 
 
-def assert_same(ours: Run, theirs: Run, tolerance=1e-5):
-    """The same draws and, to the tolerance, the same curves."""
+def assert_same(ours: Run, theirs: Run):
+    """The same draws, and curves that agree to 1e-5; a V that is large, of a few tokens that are rare, to 1e-4 of it."""
     flip = parted(ours, theirs)
     assert flip is None, flip
-    for name in ("reward/mean", "ratio/variance", "ratio/variance_first", "ratio/variance_mean"):
-        close([row[name] for row in ours.trained], [row[name] for row in theirs.trained], tolerance, name)
-    assert [row["iteration"] for row in ours.validated] == [row["iteration"] for row in theirs.validated]
-    close([row["pass_at_1"] for row in ours.validated], [row["pass_at_1"] for row in theirs.validated], tolerance, "")
-
-
-def close(actual, expected, tolerance, name):
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance, err_msg=name)
+    for name in (
+        "reward/mean",
+        "ratio/variance",
+        "ratio/variance_first",
+        "ratio/variance_mean",
+        "ratio/variance_after",
+    ):
+        curve, other = ([row.get(name, 0.0) for row in run.trained] for run in (ours, theirs))
+        np.testing.assert_allclose(curve, other, rtol=1e-4, atol=1e-5, err_msg=name)
+    scores, others = ([(row["iteration"], row["pass_at_1"]) for row in run.validated] for run in (ours, theirs))
+    assert scores == others

@@ -236,3 +236,20 @@ def test_the_normalizer_is_the_count_of_the_reduction_over_the_rows_kept():
     assert set(counts) == set(losses.REDUCTIONS)
     for reduction, count in counts.items():
         assert update.normalizer(batch, make_objective(loss={"reduction": reduction})) == count
+
+
+def test_the_multiplier_can_step_on_what_the_whole_batch_measures_afterwards(tiny_model, tiny_config, rollout, mesh):
+    """V of all tokens that count, in NumPy, from the parameters after four updates; two rows do not count."""
+    config = tiny_config(objective={"dual": {"measure": "after"}})
+    run = Learner(tiny_model[0], config, mesh)
+    keep = np.arange(len(rollout.keep)) % 8 != 3
+    batch = sharding.put_batch(rollout.replace(keep=keep), mesh)
+    after, report = run.train_on_rollout(run.init_state(tiny_model[1]), batch, KEY)
+    counts = rollout.response_mask & keep[:, None]
+    log_ratio = (np.asarray(run.score(after.params, batch)) - rollout.behavior_logp)[counts].astype(np.float64)
+    by_hand = np.mean(np.expm1(log_ratio) ** 2)
+    np.testing.assert_allclose(report.variance_after, by_hand, rtol=1e-5)
+    np.testing.assert_allclose(run.variance(after, batch), by_hand, rtol=1e-5)
+    assert abs(by_hand / float(report.variance_last) - 1) > 0.1, "another number than before the last update"
+    assert float(report.dual_signal) == float(report.variance_after)
+    np.testing.assert_allclose(after.dual.variance_coef, 1 + np.clip(0.1 * (by_hand / 0.01 - 1), -1, 1), rtol=1e-5)
