@@ -223,8 +223,7 @@ class ModelConfig(ComputeConfig):
     param_dtype: str = option("float32", "dtype of the master weights: float32 or bfloat16")
     matmul_precision: str = option(
         "highest",
-        "of float32 matrix products on GPUs and TPUs: highest (float32), high (three passes) or default (TF32, bfloat16)",
-        when=lambda s: s.compute_dtype == "float32",
+        "float32 matrix products on GPUs and TPUs: highest (float32), high (three passes) or default (TF32, bfloat16)",
     )
     remat: bool = option(False, "recompute activations in the backward pass")
     export_dtype: str = option(
