@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Measure and print everything.
 
     Args:
-      arguments: of `add_arguments`.
+      arguments: those of `add_arguments`.
     """
     if unknown := set(arguments.modes) - set(MODES):
         raise SystemExit(f"--modes: {', '.join(unknown)} is none of {', '.join(MODES)}")
@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace) -> None:
         for name, rate in rates.items():
             print(f"{name:32} {rate:10.0f}   x {rate / rates['processes']:.2f}")
     if arguments.sizes:
-        _by_size(plan.runs[0].config, arguments.sizes)
+        _by_size(plan.runs[0], arguments.sizes)
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -144,7 +144,8 @@ def _processes(all_runs, arguments, workdir: pathlib.Path) -> float:
     phases = [report.read_summary(workdir / "processes" / run.name)["phase_seconds"] for run in some]
     means = {name: np.mean([one.get(name, 0.0) for one in phases]) for name in phases[0]}
     _indented(f"{len(some)} runs in {seconds:.1f} s, the start of the processes included")
-    _indented(f"seconds of a run (compile: tracing, and reading the cache): {_phases(means)}")
+    means["other"] = seconds * min(arguments.processes, len(some)) / len(some) - sum(means.values())
+    _indented(f"seconds of a run (compile: tracing, and reading the cache; other: start, report, …): {_phases(means)}")
     return 3600 * len(some) / seconds
 
 
@@ -175,14 +176,14 @@ def _phases(seconds) -> str:
 # By the number of runs --------------------------------------------------------------------------------------------
 
 
-def _by_size(config, sizes) -> None:
-    """Cost and memory of one compiled program by the number of runs in it: runs like `config`, seeds 0, 1, …"""
+def _by_size(run: runs.Run, sizes) -> None:
+    """Cost and memory of one compiled program by the number of runs in it: seeds 0, 1, … of the cell of `run`."""
     devices = f"{jax.local_device_count()} x {jax.devices()[0].device_kind}"
-    print(f"\nruns side by side in one program, on {devices}; ms of a run: of one iteration, of one validation")
+    print(f"\nruns like {run.name} side by side in one program, on {devices}; milliseconds are those of one run")
     columns = ("runs", "ms/iteration", "ms/validation", "MiB/device", "MiB/run", "compile s")
     print("  ".join(f"{name:>13}" for name in columns))
     for size in sizes:
-        configs = {f"seed={seed}": dataclasses.replace(config, seed=seed) for seed in range(size)}
+        configs = {f"seed={seed}": dataclasses.replace(run.config, seed=seed) for seed in range(size)}
         with contextlib.closing(Group(configs, size, _quiet)) as group:
             training, validation = _seconds(group)
             memory = group.bytes_per_device / 2**20
@@ -190,7 +191,7 @@ def _by_size(config, sizes) -> None:
                 str(group.size),
                 f"{1000 * training / group.size:.1f}",
                 f"{1000 * validation / group.size:.1f}",
-                f"{memory:.0f}",
+                f"{memory:.1f}",
                 f"{memory * jax.local_device_count() / group.size:.1f}",
                 f"{group.timers.seconds['compile']:.1f}",
             )
