@@ -28,6 +28,7 @@ class Group:
       configs: name -> configuration; `config` is the first.
       task: of all runs.
       size: runs in a batch, a multiple of the devices.
+      bytes_per_device: what a batch needs of the memory of each device, as the compiler says.
       params: of the base model.
       chunk_size: most iterations in one call of `advance`.
       start, advance: compiled, as in `Program`.
@@ -53,10 +54,10 @@ class Group:
             self._program = Program(config, base.model, self.task, chunk_size=self.chunk_size)
             self._scorer = Scorer(config, self.task)
             with self.timers("start"):
-                needed = self._compile(runs_at_once)
+                self.bytes_per_device = self._compile(runs_at_once)
             say(
                 f"{self.size} runs at a time on {self._devices.size} x {jax.devices()[0].device_kind}, "
-                f"{needed / 2**20:.0f} MiB on each; compiled in {self.timers.seconds['compile']:.0f} s"
+                f"{self.bytes_per_device / 2**20:.0f} MiB on each; compiled in {self.timers.seconds['compile']:.0f} s"
             )
             with self.timers("evaluation"):
                 numbers, _ = self.traced(list(configs)[:1])
