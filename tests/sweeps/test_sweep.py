@@ -1,17 +1,16 @@
 """Sweeps: what is kept of each run, going on where it stopped, the two modes, and what is written at the end."""
 
 import json
-import sys
 import types
 
 import pyarrow.parquet
 import pytest
 
-import r2vpo_jax.training
 from r2vpo_jax import config
 from r2vpo_jax.config import SweepConfig, grid
 from r2vpo_jax.errors import NonFiniteUpdateError, Stopped, UsageError
 from r2vpo_jax.run import files
+from r2vpo_jax.sweeps import sweep as sweep_module
 from r2vpo_jax.sweeps.sweep import run_sweep
 from r2vpo_jax.training import trainer
 from tests.helpers.sweeps import leave_run
@@ -48,9 +47,8 @@ def training(monkeypatch):
 
 @pytest.fixture
 def fused(monkeypatch):
-    """A stand-in for training.fused: refuses the presets in `refused`; runs in `lost` collapse."""
-    state = types.ModuleType("fused")
-    state.refused, state.lost, state.calls, state.stop_after = (), (), [], None
+    """A stand-in for sweeps.fused: refuses the presets in `refused`; runs in `lost` collapse."""
+    state = types.SimpleNamespace(refused=(), lost=(), calls=[], stop_after=None)
     state.refusal = lambda run: "it is refused" if run.objective.name in state.refused else None
 
     def run(configs, folder, scratch, *, say, runs_at_once):
@@ -59,10 +57,10 @@ def fused(monkeypatch):
             if number == state.stop_after:
                 raise Stopped("stopped between chunks")
             leave_run(folder(name), run_config, collapsed_at=1 if name in state.lost else None)
+        return {"train": 1.0}
 
     state.run = run
-    monkeypatch.setitem(sys.modules, "r2vpo_jax.sweeps.fused", state)
-    monkeypatch.setattr(r2vpo_jax.training, "fused", state, raising=False)
+    monkeypatch.setattr(sweep_module, "fused", state)
     return state
 
 
@@ -97,9 +95,8 @@ def test_a_stopped_sweep_goes_on_and_failures_are_results(base, tmp_path, traini
         "finished", "collapsed", "failed", "finished", "finished", "finished",
     ]  # fmt: skip
     assert "boom" in rows[f"{CLIPPED}_seed=0"]["error"]
-    assert (
-        "test_sweeps" in json.loads((tmp_path / "runs" / f"{CLIPPED}_seed=0" / "failed.json").read_text())["traceback"]
-    )
+    failure = json.loads((tmp_path / "runs" / f"{CLIPPED}_seed=0" / "failed.json").read_text())
+    assert "test_sweep.py" in failure["traceback"]
     assert (tmp_path / "table.md").read_text() == table + "\n"
     # Seeds 0.9 and 0.7 -> mean 0.8, half-width t(1) * s / sqrt(2) = 12.706 * 0.1414 / 1.414 = 1.271; only the first
     # reached 0.8, after 300 rollouts.

@@ -42,10 +42,10 @@ class Recorder:
         made = Learner(*args, **kwargs)
         step = made.step_multipliers
 
-        def stepping(dual_state, kl_coef, all_stats):
+        def stepping(dual_state, kl_coef, all_stats, **measured):
             if "kl" in all_stats[-1].sums:
                 self.last_kl.append(float(all_stats[-1].mean("kl")))
-            return step(dual_state, kl_coef, all_stats)
+            return step(dual_state, kl_coef, all_stats, **measured)
 
         made.step_multipliers = stepping
         return made
