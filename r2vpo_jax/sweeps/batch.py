@@ -127,12 +127,12 @@ class Batch:
         progress.trained_tokens += int(measured.trained_tokens)
         if measured.dry or measured.collapsed:
             progress.error = (_DRY if measured.dry else _COLLAPSED).format(iteration)
-            progress.collapsed = bool(measured.collapsed)
+            progress.collapsed = not measured.dry  # what is learned from too few groups may be non-finite
             return
         report = None if iteration <= config.replay.lag else measured.report
         if report is not None and progress.noise_floor is None:
             progress.noise_floor = float(measured.variance_first)
-            noise_floor.refuse_if_noisy(progress.noise_floor, trainer.max_noise_floor)
+            noise_floor.refuse_if_noisy(progress.noise_floor, config.trainer.max_noise_floor)
         counters = {"iteration": iteration, "version": int(measured.version)}
         counters |= {"rollouts": progress.rollouts, "rollout_tokens": progress.rollout_tokens}
         if measured.replay:

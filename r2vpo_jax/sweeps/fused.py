@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Mapping
 
 from r2vpo_jax.config import Config, traced
+from r2vpo_jax.errors import Stopped
 from r2vpo_jax.run import console, files, report
 from r2vpo_jax.run.interrupts import graceful_stop
 from r2vpo_jax.sweeps.batch import Batch
@@ -55,12 +56,14 @@ def run(
         for number, names in enumerate(groups.values(), 1):
             if all(_is_done(folder(name)) for name in names):
                 continue
+            if stop.requested:
+                raise Stopped(f"stopped before program {number} of {len(groups)}; the same command goes on from there")
             say(f"program {number} of {len(groups)}: {len(names)} runs like {names[0]}")
             with contextlib.closing(Group({name: configs[name] for name in names}, runs_at_once, say)) as group:
                 for first in range(0, len(names), group.size):
                     batch = names[first : first + group.size]
                     if not all(_is_done(folder(name)) for name in batch):
-                        Batch(group, batch, folder, scratch / _identity(batch), stop).go()
+                        Batch(group, batch, folder, scratch / _identity(batch, group.size), stop).go()
             seconds.update(group.timers.seconds)
     shutil.rmtree(scratch, ignore_errors=True)
     return dict(seconds)
@@ -70,6 +73,6 @@ def _is_done(folder: pathlib.Path) -> bool:
     return report.is_finished(folder) or (folder / "failed.json").exists()
 
 
-def _identity(names: list[str]) -> str:
-    """A name for the directory of a batch of runs."""
-    return files.sha256_of("\n".join(names).encode())[:16]
+def _identity(names: list[str], size: int) -> str:
+    """A name for the directory of a batch of runs, whose states are filled up to `size`."""
+    return files.sha256_of("\n".join([*names, str(size)]).encode())[:16]

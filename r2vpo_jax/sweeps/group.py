@@ -105,7 +105,7 @@ class Group:
             needed, there = self._memory_needed(), _device_memory()
             if there is None or needed <= there or self.size == devices:
                 return needed
-            fit = max(int(self.size * there / needed), devices)
+            fit = max(int(self.size * there / needed) // devices, 1) * devices
             # Batches of equal size: as many as needed, none larger than needed.
             size = -(-len(self.configs) // -(-len(self.configs) // fit))
 

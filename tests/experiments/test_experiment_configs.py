@@ -9,6 +9,7 @@ import pytest
 
 from experiments.configs import math_reasoning
 from r2vpo_jax import config
+from r2vpo_jax.sweeps import runs
 
 CHOICES = [f"{method}{size}" for method in math_reasoning.METHODS for size in ("", ",smoke")]
 
@@ -33,18 +34,18 @@ def test_small_runs(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "choice", "cells", "runs"),
+    ("name", "choice", "cells", "number"),
     [
         ("sweep_variance", (), {"r2vpo_fixed": 4, "r2vpo": 4, "ppo_clip": 4}, 36),
         ("sweep_variance", ("smoke",), {"r2vpo_fixed": 2, "r2vpo": 2, "ppo_clip": 2}, 24),
         ("sweep_presets", (), dict.fromkeys(config.PRESETS, 1), len(config.PRESETS)),
     ],
 )
-def test_sweeps(name, choice, cells, runs):
+def test_sweeps(name, choice, cells, number):
     values = importlib.import_module(f"experiments.configs.{name}").get_config(*choice)
     plan = runs.plan(values.base.to_dict(), config.SweepConfig(**values.sweep.to_dict()))
     assert collections.Counter(cell.objective for cell in plan.cells) == cells
-    assert len(plan.runs) == runs
+    assert len(plan.runs) == number
 
 
 @pytest.mark.parametrize("choice", CHOICES)
