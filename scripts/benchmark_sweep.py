@@ -211,6 +211,6 @@ def _seconds(group: Group) -> tuple[float, float]:
         done += count
     for _ in range(1 + ROUNDS):
         start = time.perf_counter()
-        group.scores(state, "validation")
+        group.evaluate(state, "validation")
         validation.append(time.perf_counter() - start)
     return float(np.median(training[1:])), float(np.median(validation[1:]))
