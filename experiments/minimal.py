@@ -5,6 +5,8 @@
 No files, no resume, no report: experiments/train.py has those, and comes to the same numbers.
 """
 
+import functools
+
 import jax
 import numpy as np
 
@@ -26,8 +28,8 @@ def main(num_iterations: int = NUM_ITERATIONS) -> list[dict]:
     sampling = sampler.Sampling(group_size=GROUP, max_response_length=task.max_response_length, eos_ids=task.eos_ids)
     mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
     state = update.init_state(base.load_params(), model, optimizers, settings)
-    minibatch = jax.jit(lambda rollout, key, n: update.take_minibatch(rollout, key, n, settings))
-    step = jax.jit(lambda state, batch: update.update(state, batch, model, optimizers, settings), donate_argnums=0)
+    functions = update.UpdateFunctions(model, optimizers, settings)
+    learn = jax.jit(functools.partial(update.train_on_rollout, functions=functions), donate_argnums=0)
 
     rows = []
     for iteration in range(num_iterations):
@@ -40,16 +42,11 @@ def main(num_iterations: int = NUM_ITERATIONS) -> list[dict]:
         index = np.repeat(problems.index, GROUP)
         reward = task.verify("train", index, rollout.response_tokens, rollout.response_length).reward
         rollout = rollout.replace(reward=reward, advantage=advantages.group_relative(reward, GROUP))
-        all_stats = []
-        for number in range(settings.num_updates):
-            state, stats = step(state, minibatch(rollout, jax.random.fold_in(key, 1), number))
-            all_stats.append(stats)
-        dual, kl_coef, report = update.step_multipliers(state.dual, state.kl_coef, all_stats, settings)
-        state = state.replace(dual=dual, kl_coef=kl_coef)
+        state, report = learn(state, rollout, jax.random.fold_in(key, 1))
         row = {
             "reward/mean": reward.mean(),
             "ratio/variance": report.variance_last,
-            "dual/variance_coef": dual.variance_coef,
+            "dual/variance_coef": state.dual.variance_coef,
         }
         rows.append({name: float(value) for name, value in row.items()})
         print(iteration, rows[-1])

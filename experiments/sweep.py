@@ -2,8 +2,15 @@
 
     python -m experiments.sweep --config=experiments/configs/sweep_variance.py:smoke --workdir=runs/sweep
 
-The same command continues a sweep that was stopped. The grid is in the config file (docs/extending.md, "A grid of your
-own"); flags set its seeds, --config.sweep.seeds="(0, 1)", and what all runs share, --config.base.trainer.num_iterations=20.
+Runs that differ in numbers and seeds alone are trained side by side in one compiled program (mode fused), where the task
+allows it; otherwise each is a run of the ordinary trainer (mode processes). Both leave the same results. The same command
+continues a sweep that was stopped: fused after the last chunk of at most ten iterations, processes where each run was.
+
+A run whose updates became non-finite has collapsed. It is a result, is counted apart from runs that failed otherwise, and
+does not touch the others.
+
+The grid is in the config file (docs/extending.md, "A grid of your own"); flags set its seeds,
+--config.sweep.seeds="(0, 1)", and what all runs share, --config.base.trainer.num_iterations=20.
 """
 
 from absl import flags

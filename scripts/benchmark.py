@@ -1,11 +1,13 @@
-"""Speed of the shipped run's parts on this machine, as ratios within one run.
+"""Speed of the shipped run's parts, or of sweeps, on this machine, as ratios within one run.
 
-    python scripts/benchmark.py
+    python scripts/benchmark.py          # rollout, update and verifiers
+    python scripts/benchmark.py sweep    # both modes of a sweep; --help lists what can be chosen
 
 Absolute numbers depend on the machine and on what else it does; the ratios compare two programs measured in
-turn, so they carry over better. Each line is the median of several rounds, after compilation.
+turn, so they carry over better. Each line of the parts is the median of several rounds, after compilation.
 """
 
+import argparse
 import sys
 import time
 from pathlib import Path
@@ -14,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 
 import dataclasses
 
+import benchmark_sweep
 import benchmark_verifiers
 import jax
 import jax.numpy as jnp
@@ -39,6 +42,19 @@ def median_seconds(function) -> float:
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command")
+    summary = benchmark_sweep.__doc__.splitlines()[0]
+    benchmark_sweep.add_arguments(commands.add_parser("sweep", help=summary, description=summary))
+    arguments = parser.parse_args()
+    if arguments.command == "sweep":
+        benchmark_sweep.run(arguments)
+    else:
+        parts()
+
+
+def parts() -> None:
+    """Prints the speed of rollout, update and verifiers of the shipped run."""
     config = config_lib.from_flags(arithmetic.get_config())
     task, mesh = tasks.make(config.task), sharding.make_mesh((-1, 1, 1))
     base = open_base_model(config.model)

@@ -94,6 +94,7 @@ EVERYTHING = (
     "--config.objective.advantage.estimator=gae",
     "--config.objective.kl.coef=0.01",
     "--config.objective.correction.mode=truncate",
+    "--config.objective.dual.measure=after",
     "--config.replay.lag=1",
 )
 OF_TEXT_TASKS = {"reward/correct", "reward/format", "reward/function"}
@@ -125,6 +126,39 @@ task = tasks.make(made.task, tokenizer=None, eos_ids=(1,))
 print(made.objective.loss.options["strength"], task._parity)
 """
     assert run(workplace, "-c", program).split() == ["0.5", "1"]
+
+
+def test_the_task_that_can_be_fused_is_the_same_task(workplace):
+    program = """
+import jax
+import numpy as np
+from r2vpo_jax import config, tasks
+from r2vpo_jax.models.base import open_base_model
+from r2vpo_jax.sweeps import fused
+base = open_base_model(config.ModelConfig())
+section = {"name": "my_fused_task:FusedToy", "options": {"parity": 1}}
+task = tasks.make(config.from_flags(config.make(task=section)).task, base.tokenizer, base.eos_ids)
+index = np.array([0, 1, 1234, 2999, 3000])
+for split in ("train", "validation", "test"):
+    tokens, length = jax.jit(lambda index: task.traced_problems(split, index))(index)
+    problems = task.problems(split, index)
+    np.testing.assert_array_equal(tokens, problems.tokens)
+    np.testing.assert_array_equal(length, problems.length)
+rows = np.random.default_rng(0).integers(0, len(base.tokenizer), (4000, task.max_response_length))
+lengths = np.random.default_rng(1).integers(1, task.max_response_length + 1, 4000)
+ended = np.arange(4000) % 2 == 0
+rows[ended, lengths[ended] - 1] = base.eos_ids[0]
+index = np.zeros(4000, np.int32)
+reward, outcome = jax.jit(lambda *x: task.traced_verify("train", *x))(index, rows, lengths)
+verdicts = task.verify("train", index, rows, lengths)
+np.testing.assert_array_equal(reward, verdicts.reward)
+np.testing.assert_array_equal(outcome, verdicts.outcome)
+print(0.1 < verdicts.reward.mean() < 0.9, fused.refusal(config.from_flags(config.make(task=section))))
+print(fused.refusal(config.from_flags(config.make(task={"name": "my_tasks:Toy"}))))
+"""
+    same, refusal = run(workplace, "-c", program).splitlines()
+    assert same == "True None"
+    assert "my_tasks:Toy are not JAX" in refusal
 
 
 def test_the_verifier_judges_in_its_own_process(workplace):

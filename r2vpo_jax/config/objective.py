@@ -41,13 +41,13 @@ class DualConfig:
     rule: str = option("projected", "projected or multiplicative", when=lambda s: s.adaptive)
     signal: str = option(
         "auto",
-        "absolute (V of the last minibatch), excess (less V of the first), or auto: excess with stale data",
+        "absolute (V at the end of the batch), excess (less V at its start), or auto: excess with stale data",
         when=lambda s: s.adaptive,
     )
     measure: str = option(
         "before",
-        "V of the last minibatch before its update; after the last of N updates: corrected (that times (N/(N-1))^2), "
-        "pooled (fitted to all minibatches) or after (of the batch scored again)",
+        "which V is at the end of the batch: before (of the last minibatch, before its update), or after the last of N "
+        "updates: corrected (before times (N/(N-1))^2), pooled (fitted to all minibatches), after (of the batch scored again)",
         when=lambda s: s.adaptive,
     )
     smoothing: float = option(

@@ -15,7 +15,8 @@ _SEQUENCE_MEAN = {"reduction": "sequence_mean"}
 _CONSTANT_LENGTH = {"reduction": "constant_length"}
 
 PRESETS: dict[str, Tree] = {
-    "r2vpo": {"loss": {"name": "r2vpo"}, "dual": {"adaptive": True, "coef": 1.0}},
+    "r2vpo": {"loss": {"name": "r2vpo"}, "dual": {"adaptive": True, "coef": 1.0, "measure": "after", "carry": 4.0}},
+    "r2vpo_before": {"loss": {"name": "r2vpo"}, "dual": {"adaptive": True, "coef": 1.0}},
     "r2vpo_fixed": {"loss": {"name": "r2vpo"}, "dual": {"coef": 2.5}},
     "policy_gradient": {"loss": {"name": "policy_gradient"}},
     "ppo_clip": {"loss": {"name": "ppo_clip"}},

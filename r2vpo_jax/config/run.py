@@ -224,7 +224,6 @@ class ModelConfig(ComputeConfig):
     matmul_precision: str = option(
         "highest",
         "float32 matrix products on GPUs and TPUs: highest (float32), high (three passes) or default (TF32, bfloat16)",
-        when=lambda s: s.compute_dtype == "float32",
     )
     remat: bool = option(False, "recompute activations in the backward pass")
     export_dtype: str = option(

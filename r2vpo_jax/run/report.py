@@ -78,7 +78,7 @@ def summarize(config: Config, rows, *, base, final, progress, train_seconds, pha
         "final_variance_coef": float(train[-1].get("dual/variance_coef", 0.0)),
         "max_variance_coef": config.objective.dual.max_coef,
         "final_ratio_second_moment": float(train[-1]["ratio/variance"]),
-        "ratio_variance_second_half": mean("ratio/variance", second_half),
+        "ratio_variance_second_half": float(np.mean([held_variance(r) for r in second_half])),
         "second_half_variance_coef": mean("dual/variance_coef", second_half)
         if config.objective.has_multiplier
         else 0.0,
@@ -93,6 +93,11 @@ def summarize(config: Config, rows, *, base, final, progress, train_seconds, pha
         "samples_before": base["samples"],
         "samples_after": final["samples"],
     }
+
+
+def held_variance(row: dict) -> float:
+    """V of a training row of metrics.jsonl as the budget bounds it: what lambda is given, if there is a lambda."""
+    return float(row.get("dual/signal", row["ratio/variance"]))
 
 
 def table(summary: dict) -> str:
@@ -255,7 +260,7 @@ def _draw_summary(figure, summary, rows) -> None:
         ylim=(0, 1.02),
     )
 
-    x, variance = _series(train, "iteration"), np.maximum(_series(train, "ratio/variance"), _TINY)
+    x, variance = _series(train, "iteration"), np.maximum([held_variance(r) for r in train], _TINY)
     right.semilogy(x, variance, color="C0", lw=0.8, alpha=0.45, label="V of each iteration")
     window = min(_SMOOTHED_OVER, len(x))
     smooth = np.convolve(variance, np.ones(window) / window, mode="valid")
@@ -296,7 +301,7 @@ def _draw_curves(figure, summary, rows) -> None:
     ax.legend(loc="lower right", fontsize=8)
 
     ax = axes[0, 1]
-    ax.semilogy(x, np.maximum(series("ratio/variance"), _TINY), color="C0", lw=1, label="last minibatch (λ sees it)")
+    ax.semilogy(x, np.maximum(series("ratio/variance"), _TINY), color="C0", lw=1, label="last minibatch")
     ax.semilogy(
         x, np.maximum(series("ratio/variance_mean"), _TINY), color="0.7", lw=1, label="mean over all minibatches"
     )

@@ -70,7 +70,7 @@ class Batch:
                         self._write_iterations(measured, iteration, count)
                     iteration += count
                     if iteration == boundary:
-                        self._validate(runs, iteration)
+                        self._write_scores(self._evaluate(runs, "validation"), iteration)
                     with group.timers("checkpoint"):
                         self._save(checkpointer, iteration, runs, seconds + time.perf_counter() - start)
                     bar.update(iteration, self._text(measured, count))
@@ -91,8 +91,8 @@ class Batch:
         if last is None:
             checkpointer.discard_after(None)
             self._rows = files.JsonlWriter(self._scratch / "rows.jsonl", 0)
-            for scores in group.base_scores:
-                self._write_scores([scores] * len(self._names), 0)
+            for evaluation in group.base:
+                self._write_scores([(evaluation, self._scores(evaluation))] * len(self._names), 0)
             return 0, 0.0, group.start(group.params, self._numbers)
         shardings = jax.tree.map(lambda _: group.by_run, group.abstract_runs)
         runs, saved = checkpointer.restore(last, group.abstract_runs, shardings)
@@ -150,24 +150,27 @@ class Batch:
         )
         self._rows.write({"run": name, **row})
 
-    def _write_scores(self, evaluations, iteration: int) -> None:
+    def _scores(self, evaluation: validation.Evaluation) -> dict:
+        """What the ordinary trainer says of an evaluation of that split."""
+        if evaluation.split == "validation":
+            return {"pass_at_1": evaluation.average_at(self._trainer.eval_samples)}
+        return evaluation.scores(validation.average_over(self._group.config))
+
+    def _evaluate(self, runs, split: str) -> list[tuple[validation.Evaluation, dict]]:
+        """The evaluation of each run, and its scores."""
+        evaluations = self._group.evaluate(runs, split)[: len(self._names)]
+        return [(evaluation, self._scores(evaluation)) for evaluation in evaluations]
+
+    def _write_scores(self, evaluated, iteration: int) -> None:
         """The rows of one evaluation of each run."""
-        over = validation.average_over(self._group.config)
-        for name, progress, result in zip(self._names, self._progress, evaluations, strict=False):
+        for name, progress, (evaluation, scores) in zip(self._names, self._progress, evaluated, strict=True):
             if progress.error is not None:
                 continue
-            if result.split == "validation":
-                score = result.average_at(self._trainer.eval_samples)
-                scores = {"pass_at_1": score}
-                progress.last_validation = score
-                progress.best_validation = max(progress.best_validation, score)
-            else:
-                scores = result.scores(over)
+            if evaluation.split == "validation":
+                progress.last_validation = scores["pass_at_1"]
+                progress.best_validation = max(progress.best_validation, scores["pass_at_1"])
             counts = {"iteration": iteration, "rollouts": progress.rollouts}
-            self._rows.write({"run": name, "kind": "evaluation", **counts, **result.row(scores)})
-
-    def _validate(self, runs, iteration: int) -> None:
-        self._write_scores(self._group.scores(runs, "validation"), iteration)
+            self._rows.write({"run": name, "kind": "evaluation", **counts, **evaluation.row(scores)})
 
     def _text(self, measured: Measured, count: int) -> str:
         going = [i for i, progress in enumerate(self._progress) if progress.error is None]
@@ -180,16 +183,18 @@ class Batch:
 
     def _finish(self, runs, iteration: int, seconds: float) -> None:
         """The test scores, and the results of each run in its folder."""
-        final = self._group.scores(runs, "test")
-        self._write_scores(final, iteration)
+        evaluated = self._evaluate(runs, "test")
+        self._write_scores(evaluated, iteration)
+        base = self._scores(self._group.base[0])
         self._rows.position()
         rows: dict = {name: [] for name in self._names}
         for row in files.read_jsonl(self._scratch / "rows.jsonl"):
             rows[row.pop("run")].append(row)
         for i, name in enumerate(self._names):
-            self._write_run(name, self._progress[i], rows[name], final[i], seconds / len(self._names))
+            scores = {"base": base, "final": evaluated[i][1]}
+            self._write_run(name, self._progress[i], rows[name], scores, seconds / len(self._names))
 
-    def _write_run(self, name: str, progress: Progress, rows, final: validation.Evaluation, seconds: float) -> None:
+    def _write_run(self, name: str, progress: Progress, rows, scores: dict, seconds: float) -> None:
         config, folder = self._group.configs[name], self._folder(name)
         directory.claim(folder, config)
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -198,12 +203,10 @@ class Batch:
             failure = {"error": progress.error, "collapsed": progress.collapsed}
             files.write_atomically(folder / "failed.json", json.dumps(failure, indent=2) + "\n")
             return
-        over = validation.average_over(config)
         summary = report.summarize(
             config,
             rows,
-            base=self._group.base_scores[0].scores(over),
-            final=final.scores(over),
+            **scores,
             progress=dataclasses.asdict(progress),
             train_seconds=seconds,
             phases={},

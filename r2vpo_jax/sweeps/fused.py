@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from r2vpo_jax.config import Config, traced
 from r2vpo_jax.errors import Stopped
 from r2vpo_jax.run import console, files, report
+from r2vpo_jax.run.instruments import code_identity
 from r2vpo_jax.run.interrupts import graceful_stop
 from r2vpo_jax.sweeps.batch import Batch
 from r2vpo_jax.sweeps.group import Group
@@ -74,5 +75,5 @@ def _is_done(folder: pathlib.Path) -> bool:
 
 
 def _identity(names: list[str], size: int) -> str:
-    """A name for the directory of a batch of runs, whose states are filled up to `size`."""
-    return files.sha256_of("\n".join([*names, str(size)]).encode())[:16]
+    """A name for the directory of a batch of runs: states belong to their number, and to the code that made them."""
+    return files.sha256_of("\n".join([*names, str(size), code_identity()]).encode())[:16]

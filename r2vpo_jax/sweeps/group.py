@@ -28,10 +28,11 @@ class Group:
       configs: name -> configuration; `config` is the first.
       task: of all runs.
       size: runs in a batch, a multiple of the devices.
+      bytes_per_device: what a batch needs of the memory of each device, as the compiler says.
       params: of the base model.
       chunk_size: most iterations in one call of `advance`.
       start, advance: compiled, as in `Program`.
-      base_scores: (on the test split, on the validation split) before training.
+      base: evaluations before training, on the test and on the validation split.
       by_run: where the arrays of runs live.
       timers: seconds by phase.
     """
@@ -43,25 +44,25 @@ class Group:
         self._everywhere = NamedSharding(self._devices, PartitionSpec())
         self.by_run = NamedSharding(self._devices, PartitionSpec("devices"))
         with usage_errors():
-            base = open_base_model(config.model)
-            self.task = tasks.make(config.task, base.tokenizer, base.eos_ids)
+            opened = open_base_model(config.model)
+            self.task = tasks.make(config.task, opened.tokenizer, opened.eos_ids)
         try:
             with usage_errors():
-                base.check_length(self.task.max_prompt_length + self.task.max_response_length)
-            self.params = jax.device_put(base.load_params(), self._everywhere)
+                opened.check_length(self.task.max_prompt_length + self.task.max_response_length)
+            self.params = jax.device_put(opened.load_params(), self._everywhere)
             self.chunk_size = min(config.trainer.eval_every, config.trainer.num_iterations, _LONGEST_CHUNK)
-            self._program = Program(config, base.model, self.task, chunk_size=self.chunk_size)
+            self._program = Program(config, opened.model, self.task, chunk_size=self.chunk_size)
             self._scorer = Scorer(config, self.task)
             with self.timers("start"):
-                needed = self._compile(runs_at_once)
+                self.bytes_per_device = self._compile(runs_at_once)
             say(
                 f"{self.size} runs at a time on {self._devices.size} x {jax.devices()[0].device_kind}, "
-                f"{needed / 2**20:.0f} MiB on each; compiled in {self.timers.seconds['compile']:.0f} s"
+                f"{self.bytes_per_device / 2**20:.0f} MiB on each; compiled in {self.timers.seconds['compile']:.0f} s"
             )
             with self.timers("evaluation"):
                 numbers, _ = self.traced(list(configs)[:1])
                 params = self.start(self.params, numbers).learner.params
-                self.base_scores = [
+                self.base = [
                     self._scorer.of_one(self._respond, params, split, self.size) for split in ("test", "validation")
                 ]
         except BaseException:
@@ -83,7 +84,7 @@ class Group:
         numbers = {path: np.asarray([value[path] for value in values], np.float32) for path in values[0]}
         return numbers, np.asarray([config.seed for config in configs], np.int32)
 
-    def scores(self, runs: RunState, split: str) -> list[validation.Evaluation]:
+    def evaluate(self, runs: RunState, split: str) -> list[validation.Evaluation]:
         """What became of the responses of each run to a split."""
         with self.timers("evaluation"):
             return self._scorer.of_runs(self._respond, runs.learner.params, split, self.size)

@@ -13,12 +13,17 @@ from typing import Any
 import numpy as np
 
 from r2vpo_jax.evaluation import estimators
+from r2vpo_jax.run import report
 from r2vpo_jax.sweeps.runs import Axis, Cell, Plan, value_text
 
 _COLUMNS = 4  # of panels
 _LONGEST_LEGEND = 10  # lines; more would hide the panel
 _DPI = 110
-CURVES = ("iteration", "reward/mean", "ratio/variance")  # what `curves` needs of metrics.jsonl
+CURVES = {  # what `curves` needs of a training row of metrics.jsonl
+    "iteration": lambda row: float(row["iteration"]),
+    "reward": lambda row: float(row["reward/mean"]),
+    "variance": report.held_variance,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,13 +119,13 @@ def curves(
         return on
 
     def reward(ax, panel):
-        draw("reward/mean", lambda cell: 1.0)(ax, panel)
+        draw("reward", lambda cell: 1.0)(ax, panel)
         ax.set(ylim=(0, 1.02))
 
     def variance(ax, panel):
         budgets = {cell.name: cell.config.objective.variance_budget for cell in panel.cells}
         relative = all(budgets.values())
-        means = draw("ratio/variance", lambda cell: budgets[cell.name] if relative else 1.0)(ax, panel)
+        means = draw("variance", lambda cell: budgets[cell.name] if relative else 1.0)(ax, panel)
         ax.set_yscale("log", nonpositive="clip")
         if np.any(means > 0):  # few seeds have intervals down to 0, which a logarithm would draw without end
             ax.set_ylim(means[means > 0].min() / 3, means.max() * 3)

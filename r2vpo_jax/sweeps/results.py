@@ -85,7 +85,7 @@ def write(plan: Plan, folder: Callable[[str], pathlib.Path], workdir) -> list[di
         scores = [line for line in lines if line["kind"] == "evaluation"] or [{"split": None}]
         evaluations.append(_columns(scores, without="kind"))
         trained = [line for line in lines if line["kind"] == "train"]
-        drawn[run.name] = {name: [float(line[name]) for line in trained] for name in pictures.CURVES}
+        drawn[run.name] = {name: [of(line) for line in trained] for name, of in pictures.CURVES.items()}
         iterations.append(_columns([line for line in lines if line["kind"] != "evaluation"]))
     who = [
         {"run": run.name, "cell": run.cell.name, "seed": run.seed, "status": row["status"], **run.cell.settings}

@@ -9,6 +9,7 @@ import numpy as np
 from r2vpo_jax import ratio_stats
 from r2vpo_jax.config.objective import ObjectiveConfig
 from r2vpo_jax.rollout import Rollout
+from r2vpo_jax.run.report import held_variance
 from r2vpo_jax.tasks.base import Outcome, Task
 from r2vpo_jax.training import credit, critic
 from r2vpo_jax.training.update import RolloutReport
@@ -189,6 +190,6 @@ def progress_text(row: dict, *, validation: float, budget: float | None, seconds
     bound = "" if budget is None else f"/{budget:g}"
     coef = f"lambda {row['dual/variance_coef']:.2f}  " if "dual/variance_coef" in row else ""
     return text + (
-        f"val {validation:.3f}  V {row['ratio/variance']:.4f}{bound}  {coef}"
+        f"val {validation:.3f}  V {held_variance(row):.4f}{bound}  {coef}"
         f"entropy {row['policy/entropy']:.3f}  {row['rollout_tokens'] / max(seconds, 1e-9):.0f} tok/s"
     )

@@ -5,9 +5,8 @@
     state, report = train_on_rollout(state, rollout, key, UpdateFunctions(model, optimizers, settings))
 
 Everything here can be called under jit, vmap and scan, on any devices; `Learner` places and jits it. The multipliers
-(lambda of the ratio variance, beta of an adaptive KL) step once per rollout batch, on what the *last* minibatch measured
-before its own update: on fresh data the first minibatch has r = 1 by construction, and stepping on it would bias them
-low. On stale data lambda sees what the updates added: V of the last minibatch less V of the first (ours).
+(lambda of the ratio variance, beta of an adaptive KL) step once per rollout batch: beta on what the *last* minibatch
+measured before its own update, lambda on that or on the whole batch after the last update (objective.dual.measure).
 """
 
 import dataclasses
@@ -75,6 +74,14 @@ class UpdateSettings:
     def num_updates(self) -> int:
         """Updates per rollout batch."""
         return self.num_minibatches * self.num_epochs
+
+    @property
+    def excess(self) -> bool:
+        """Whether lambda sees what the updates added to V rather than V itself (objective.dual.signal).
+
+        Stale data starts at V > 0 whatever this batch's updates do: that must not wind the multiplier up (ours).
+        """
+        return {"auto": self.stale, "excess": True, "absolute": False}[self.objective.dual.signal]
 
 
 def init_state(params, model, optimizers: Optimizers, settings: UpdateSettings) -> LearnerState:
@@ -360,6 +367,7 @@ def step_multipliers(
     stats: TrainStats | Sequence[TrainStats],
     settings: UpdateSettings,
     *,
+    variance_before=None,
     variance_after=None,
 ) -> tuple[dual.DualState, jax.Array, RolloutReport]:
     """The multipliers after a rollout batch, and what its updates measured.
@@ -368,10 +376,11 @@ def step_multipliers(
       dual_state, kl_coef: of the state.
       stats: of each update, in order: one after the other, or stacked along axis 0.
       settings: of the run.
-      variance_after: f32 [], V of the batch after its last update, for objective.dual.measure=after.
+      variance_before, variance_after: f32 [], V of the batch before its first and after its last update, for
+        objective.dual.measure=after; the first is needed with stale data only (`UpdateSettings.excess`).
 
     Raises:
-      ValueError: objective.dual.measure=after without variance_after, or corrected or pooled with a single update.
+      ValueError: objective.dual.measure=after without these, or corrected or pooled with a single update.
     """
     objective = settings.objective
     if not isinstance(stats, TrainStats):
@@ -380,19 +389,17 @@ def step_multipliers(
     first, last = first_stats.mean("ratio_variance"), last_stats.mean("ratio_variance")
     # A minibatch that was skipped as non-finite (and counted), or in which nothing counts, measures nothing.
     measured = jnp.isfinite(last) & (last_stats.sums["ratio_variance"][1] > 0)
-    # Stale data starts at V > 0 whatever this batch's updates do: that must not wind the multiplier up (ours).
-    excess = {"auto": settings.stale, "excess": True, "absolute": False}[objective.dual.signal]
     measure = objective.dual.measure if objective.dual.adaptive else "before"
-    if measure == "after" and variance_after is None:
-        raise ValueError("objective.dual.measure=after needs variance_after")
-    end = variance_after if measure == "after" else last
-    signal = end - first if excess else end
+    if measure == "after" and (variance_after is None or (settings.excess and variance_before is None)):
+        raise ValueError("objective.dual.measure=after needs variance_after, and variance_before with stale data")
+    start, end = (variance_before, variance_after) if measure == "after" else (first, last)
+    signal = end - start if settings.excess else end
     if measure == "corrected":
         signal = dual.end_of_batch_variance(signal, settings.num_updates)
     if measure == "pooled":
         sums, counts = stats.sums["ratio_variance"]
         added = sums / jnp.where(counts == 0, 1.0, counts) - first
-        signal = dual.pooled_variance(added, counts) + (0.0 if excess else first)
+        signal = dual.pooled_variance(added, counts) + (0.0 if settings.excess else first)
     if objective.dual.adaptive:
         stepped = dual.update(
             dual_state,
@@ -463,7 +470,11 @@ def train_on_rollout(state: LearnerState, rollout: Rollout, key, functions) -> t
     def step(state, number):
         return functions.update(state, functions.minibatch(rollout, key, number))
 
+    settings = functions.settings
+    after, before = settings.objective.measures_after, None
+    if after and settings.excess:
+        before = functions.variance(state, rollout)
     state, stats = functions.each_update(step, state)
-    after = functions.variance(state, rollout) if functions.settings.objective.measures_after else None
-    dual_state, kl_coef, report = functions.step_multipliers(state.dual, state.kl_coef, stats, variance_after=after)
+    measured = {"variance_before": before, "variance_after": functions.variance(state, rollout) if after else None}
+    dual_state, kl_coef, report = functions.step_multipliers(state.dual, state.kl_coef, stats, **measured)
     return state.replace(dual=dual_state, kl_coef=kl_coef), report

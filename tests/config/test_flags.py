@@ -191,7 +191,6 @@ CONDITIONAL = [
             "objective.advantage.value_clip": 0.0,
         },
     ),
-    ({"model.compute_dtype": "float32"}, {"model.matmul_precision": "default"}),
     ({"objective.groups.zero_variance": "resample"}, {"objective.groups.max_resamples": 3}),
     ({"objective.groups.overlong_penalty": 0.5}, {"objective.groups.overlong_buffer": 0.5}),
     (
@@ -218,8 +217,6 @@ PLAIN = {
     "objective.name": "ppo_clip",
     "objective.advantage.estimator": "leave_one_out",
     "task.name": "tests.helpers.own_tasks:Echo",
-    "model.compute_dtype": "bfloat16",
-    "trainer.max_noise_floor": 0.1,  # whose default else depends on the budget
 }
 
 

@@ -54,7 +54,12 @@ CONSTANT_LENGTH = {"loss": {"reduction": "constant_length"}}
 
 # preset: (loss, its constants in force, what else differs from COMMON)
 EXPECTED = {
-    "r2vpo": ("r2vpo", {"penalty_scope": "token"}, {"dual": {"adaptive": True, "coef": 1.0}}),
+    "r2vpo": (
+        "r2vpo",
+        {"penalty_scope": "token"},
+        {"dual": {"adaptive": True, "coef": 1.0, "measure": "after", "carry": 4.0}},
+    ),
+    "r2vpo_before": ("r2vpo", {"penalty_scope": "token"}, {"dual": {"adaptive": True, "coef": 1.0}}),
     # 1 / (2 sqrt(0.04)), the multiplier of a budget of 0.04 with advantages of unit deviation.
     "r2vpo_fixed": ("r2vpo", {"penalty_scope": "token"}, {"dual": {"coef": 2.5}}),
     "policy_gradient": ("policy_gradient", {}, {}),
@@ -163,8 +168,8 @@ def test_what_a_preset_needs(name):
     objective = make_objective(name)
     assert objective.critic == (name == "ppo")
     assert objective.needs_reference == (name in ("grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"))
-    assert objective.has_multiplier == (name in ("r2vpo", "r2vpo_fixed"))
-    assert objective.variance_budget == (0.04 if name == "r2vpo" else None)
+    assert objective.has_multiplier == name.startswith("r2vpo")
+    assert objective.variance_budget == (0.04 if name in ("r2vpo", "r2vpo_before") else None)
 
 
 def test_a_critic_and_a_reference_come_with_what_needs_them():

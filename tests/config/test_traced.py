@@ -22,7 +22,14 @@ OPTIMIZER = {
 CLIP = {"loss.options.clip_low": 0.2, "loss.options.clip_high": 0.2}
 CRITIC = {"discount": 1.0, "trace_decay": 0.95, "value_coef": 0.5, "value_clip": 0.2}
 OBJECTIVES = {
-    "r2vpo": {"dual.coef": 1.0, "dual.budget": 0.04, "dual.step": 0.5, "dual.max_step": 1.0, "dual.max_coef": 50.0},
+    "r2vpo": {
+        "dual.coef": 1.0,
+        "dual.budget": 0.04,
+        "dual.step": 0.5,
+        "dual.max_step": 1.0,
+        "dual.max_coef": 50.0,
+        "dual.carry": 4.0,
+    },
     "r2vpo_fixed": {"dual.coef": 2.5},
     "policy_gradient": {},
     "ppo_clip": CLIP,
