@@ -323,6 +323,7 @@ def test_what_can_be_done_is_not_refused(make):
     assert fused.refusal(make(objective={"name": "ppo"}, replay={"capacity": 3, "draw": "priority"})) is None
 
 
+@pytest.mark.slow
 def test_a_replay_buffer_that_runs_dry_is_a_failure_and_no_collapse(make, tmp_path):
     """Every group may be used once, and two batches an iteration use them twice."""
     replay = {"capacity": 2, "batches_per_iteration": 2, "max_uses": 1}

@@ -24,7 +24,6 @@ SECTIONS = {
 REFERENCE = {"name": "grpo", "kl": {"coef": 0.05}}
 SHORT = {
     "adaptive on stale data": {
-        "objective": {"dual": {"measure": "after"}},
         "replay": {"lag": 2},
         "optimizer": {"learning_rate": 5e-4},
         "sampler": {"temperature": 0.9},
@@ -40,7 +39,7 @@ LONG = {
     "lag 2": {"replay": {"lag": 2}},
     "replay": {"replay": {"capacity": 3, "draw": "mixed", "batches_per_iteration": 2}},
     "critic": {"objective": {"name": "ppo"}},
-    "after": {"objective": {"dual": {"measure": "after"}}},
+    "old rule": {"objective": {"name": "r2vpo_before"}},
 }
 WHERE = ("kind", "iteration", "rollouts")
 
