@@ -288,7 +288,7 @@ def stepped(dual_options, first, last, **given):
         ({"measure": "pooled", "signal": "excess"}, {}, 0.08, 1.5),  # 4 * (.03 - .01)
         ({"measure": "pooled"}, {}, 0.09, 1.625),  # and the .01 that were there before
         ({"measure": "after"}, {"variance_after": 0.06}, 0.06, 1.25),
-        ({"measure": "after", "signal": "excess"}, {"variance_after": 0.06}, 0.05, 1.125),
+        ({"measure": "after", "signal": "excess"}, {"variance_before": 0.02, "variance_after": 0.06}, 0.04, 1.0),
         ({"proportional": 1.0}, {}, 0.03, 0.625),
         ({"smoothing": 0.5}, {}, 0.03, 0.875),
         ({"carry": 1.0, "max_step": 0.1}, {}, 0.03, 0.9),

@@ -31,7 +31,7 @@ def get_config(size: str = "full"):
         )
     elif size == "smoke":
         sweep = config.SweepConfig(cells=cells((0.3, 3.0), (0.001, 0.01), (0.1, 0.3)), seeds=range(4))
-        base.trainer.update(num_iterations=6, eval_every=2, eval_problems=64, test_problems=64, test_samples=8)
+        base.trainer.update(num_iterations=4, eval_every=2, eval_problems=64, test_problems=64, test_samples=8)
     else:
         raise ValueError(f"sweep_variance.py:{size}: the sizes are full and smoke")
     return config_dict.ConfigDict({"base": base, "sweep": config.to_config_dict(sweep)})
