@@ -268,7 +268,7 @@ def test_pooled_variance(added, counts, expected):
 
 def stepped(dual_options, first, last, **given):
     """(state, signal) after a batch of two updates that measured V = first and last."""
-    objective = make_objective("r2vpo", dual={"budget": 0.04, "coef": 1.0, "step": 0.5} | dual_options)
+    objective = make_objective("r2vpo_before", dual={"budget": 0.04, "coef": 1.0, "step": 0.5} | dual_options)
     run = update.UpdateSettings(objective, group_size=2, num_minibatches=2)
     one = jnp.float32(1)
     all_stats = [
