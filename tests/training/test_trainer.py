@@ -41,7 +41,7 @@ def test_the_summary_has_what_comparisons_need(finished_run, tiny_config):
     assert watched.floors[0] < 1e-6  # 0 where sampling and scoring round alike
     assert summary["ratio_variance_second_half"] > 1e-5
     train_rows = [row for row in rows(workdir) if row["kind"] == "train"]
-    mean = np.mean([row["ratio/variance"] for row in train_rows[2:]])
+    mean = np.mean([row["ratio/variance_after"] for row in train_rows[2:]])
     np.testing.assert_allclose(summary["ratio_variance_second_half"], mean)
     assert summary["final_variance_coef"] == train_rows[-1]["dual/variance_coef"]
     assert summary["num_rollout_tokens"] == train_rows[-1]["rollout_tokens"]
@@ -83,7 +83,8 @@ def test_metrics_have_fixed_names_and_are_numbers(finished_run):
     assert all(row["ratio/variance_first"] < 1e-6 < row["ratio/variance"] for row in train_rows)
     assert len({row["dual/variance_coef"] for row in train_rows}) == NUM_ITERATIONS, "the multiplier moves"
     for row in train_rows:
-        assert row["dual/constraint_violation"] == row["ratio/variance"] - 0.01
+        assert row["dual/signal"] == row["ratio/variance_after"] != row["ratio/variance"]
+        assert row["dual/constraint_violation"] == row["dual/signal"] - 0.01
 
 
 def test_samples_are_readable(finished_run, task):

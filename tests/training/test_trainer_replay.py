@@ -20,6 +20,7 @@ QUICK = {
     "test_samples": 4,
 }
 SCORES = {"batch_size": 64}
+BEFORE = {"name": "r2vpo_before"}  # what the multiplier is given can be read off the row
 DRAWS = ("uniform", "mixed", "priority")
 
 
@@ -106,7 +107,7 @@ def test_train_metrics_of_replay_are_documented(run):
 
 def test_train_dual_signal_is_what_the_updates_added(run):
     """On stale data V of the last minibatch less V of the first; on fresh data V of the last."""
-    lagged = run(6, lag=2)
+    lagged = run(6, BEFORE, lag=2)
     budget = lagged.config.objective.dual.budget
     coef = lagged.config.objective.dual.coef
     for row in lagged.trained:
@@ -120,7 +121,7 @@ def test_train_dual_signal_is_what_the_updates_added(run):
     for row in lagged.trained[1:]:
         assert row["ratio/variance_first"] > 1e-4
     # V of the first minibatch is that of noise of 0.01: large enough that subtracting it would show.
-    fresh = run(1, noise=0.01)
+    fresh = run(1, BEFORE, noise=0.01)
     assert [row["dual/signal"] for row in fresh.trained] == [row["ratio/variance"] for row in fresh.trained]
     np.testing.assert_allclose(fresh.trained[0]["ratio/variance_first"], 1e-4, rtol=0.05)
     assert not any(name.startswith("replay/") for name in fresh.trained[0])
@@ -128,7 +129,7 @@ def test_train_dual_signal_is_what_the_updates_added(run):
 
 
 def test_train_dual_signal_can_be_absolute_on_stale_data(run):
-    absolute = run(4, {"dual": {"signal": "absolute"}}, lag=2)
+    absolute = run(4, BEFORE | {"dual": {"signal": "absolute"}}, lag=2)
     assert [row["dual/signal"] for row in absolute.trained] == [row["ratio/variance"] for row in absolute.trained]
     assert absolute.trained[1]["ratio/variance_first"] > 1e-4
 

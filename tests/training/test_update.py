@@ -15,8 +15,8 @@ from tests.helpers.rollouts import empty
 
 @pytest.fixture(scope="module")
 def run(tiny_model, tiny_config, mesh):
-    """The learner of the tiny run, as the trainer makes it."""
-    return Learner(tiny_model[0], tiny_config(), mesh)
+    """The learner of a tiny run, as the trainer makes it."""
+    return Learner(tiny_model[0], tiny_config(objective={"name": "r2vpo_before"}), mesh)
 
 
 @pytest.fixture(scope="module")
@@ -138,9 +138,10 @@ def test_the_multiplier_survives_a_non_finite_update(run, tiny_model, rollout, m
 # ---- the functions without a learner ----
 
 
-def test_the_functions_by_hand_are_the_learner(run, tiny_model, tiny_config, rollout, device_rollout):
+def test_the_functions_by_hand_are_the_learner(tiny_model, tiny_config, rollout, device_rollout, mesh):
     """As in the docstring of the module, jitted in one piece or called as a scan over minibatches."""
     model, params = tiny_model
+    run = Learner(model, tiny_config(), mesh)
     settings = settings_of(tiny_config())
     assert settings == UpdateSettings(
         tiny_config().objective, 4, 2, num_epochs=2, micro_batch_size=4, scoring_chunk_size=5
@@ -156,7 +157,10 @@ def test_the_functions_by_hand_are_the_learner(run, tiny_model, tiny_config, rol
         state = update.init_state(params, model, optimizers, settings)
         state, stacked = jax.lax.scan(one, state, np.arange(settings.num_updates))
         all_stats = [jax.tree.map(lambda x: x[i], stacked) for i in range(settings.num_updates)]  # noqa: B023
-        dual, kl_coef, report = update.step_multipliers(state.dual, state.kl_coef, all_stats, settings)
+        after = update.variance(state, rollout, model, settings)
+        dual, kl_coef, report = update.step_multipliers(
+            state.dual, state.kl_coef, all_stats, settings, variance_after=after
+        )
         return state.replace(dual=dual, kl_coef=kl_coef), report
 
     state, report = jax.jit(whole)(params, rollout, KEY)

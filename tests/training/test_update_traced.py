@@ -23,7 +23,7 @@ MUCH = {
         "correction": {"mode": "mask", "max_weight": 1.5, "min_weight": 0.8},
     },
     "multiplier": {
-        "name": "r2vpo",
+        "name": "r2vpo_before",
         "loss": {"entropy_coef": 0.5},
         "kl": {"coef": 0.5, "to": "behavior"},
         "correction": {"mode": "truncate", "max_weight": 1.2},
