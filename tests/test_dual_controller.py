@@ -288,7 +288,7 @@ def stepped(dual_options, first, last, **given):
         ({"measure": "pooled", "signal": "excess"}, {}, 0.08, 1.5),  # 4 * (.03 - .01)
         ({"measure": "pooled"}, {}, 0.09, 1.625),  # and the .01 that were there before
         ({"measure": "after"}, {"variance_after": 0.06}, 0.06, 1.25),
-        ({"measure": "after", "signal": "excess"}, {"variance_before": 0.02, "variance_after": 0.06}, 0.04, 1.0),
+        ({"measure": "after", "signal": "excess"}, {"variance_after": 0.06, "variance_before": 0.015}, 0.045, 1.0625),
         ({"proportional": 1.0}, {}, 0.03, 0.625),
         ({"smoothing": 0.5}, {}, 0.03, 0.875),
         ({"carry": 1.0, "max_step": 0.1}, {}, 0.03, 0.9),
@@ -313,3 +313,5 @@ def test_what_was_not_measured_leaves_all_of_the_controller_alone(last, given):
 def test_v_after_the_last_update_has_to_be_given():
     with pytest.raises(ValueError, match="objective.dual.measure=after needs variance_after"):
         stepped({"measure": "after"}, 0.01, 0.03)
+    with pytest.raises(ValueError, match="and variance_before with stale data"):
+        stepped({"measure": "after", "signal": "excess"}, 0.01, 0.03, variance_after=jnp.float32(0.06))

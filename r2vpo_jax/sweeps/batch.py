@@ -15,6 +15,7 @@ from r2vpo_jax.errors import Stopped
 from r2vpo_jax.evaluation import validation
 from r2vpo_jax.run import console, directory, files, report
 from r2vpo_jax.run.checkpoints import Checkpointer
+from r2vpo_jax.sweeps import workers
 from r2vpo_jax.sweeps.group import Group
 from r2vpo_jax.sweeps.program import Measured
 from r2vpo_jax.training import metrics, noise_floor
@@ -200,8 +201,7 @@ class Batch:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         files.write_atomically(folder / "metrics.jsonl", lines)
         if progress.error is not None:
-            failure = {"error": progress.error, "collapsed": progress.collapsed}
-            files.write_atomically(folder / "failed.json", json.dumps(failure, indent=2) + "\n")
+            workers.write_failure(folder, progress.error, collapsed=progress.collapsed)
             return
         summary = report.summarize(
             config,

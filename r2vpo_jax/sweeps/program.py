@@ -80,6 +80,8 @@ def refusal(config: Config) -> str | None:
             return f"{name} is the host's, which sees a run only between chunks"
     if config.objective.groups.zero_variance == "resample":
         return "objective.groups.zero_variance=resample samples until the host says that it is enough"
+    if config.seed >= 2**31:
+        return f"seed={config.seed}: seeds are int32 there, below {2**31}"
     return ring.refusal(config.replay)
 
 
