@@ -111,7 +111,7 @@ def _mode(plan: Plan, mode: str, processes: int | None, runs_at_once: int | None
 
 
 def _refusal(plan: Plan) -> str | None:
-    refusals = ((cell.name, fused.refusal(cell.config)) for cell in plan.cells)
+    refusals = ((run.name, fused.refusal(run.config)) for run in plan.runs)
     return next((f"{name}: {reason}" for name, reason in refusals if reason), None)
 
 
