@@ -240,7 +240,7 @@ def test_both_modes_give_the_same_results(base, tmp_path, training, fused):
 def test_auto_is_processes_where_a_run_cannot_be_fused_and_says_why(base, tmp_path, training, fused):
     fused.refused, said = ("ppo_clip",), []
     run_sweep(base, GRID, tmp_path, say=said.append)
-    assert f"the runs are made one by one, not fused: {CLIPPED}: it is refused" in said
+    assert f"the runs are made one by one, not fused: {CLIPPED}_seed=0: it is refused" in said
     assert len(training.calls) == 6
     assert fused.calls == []
 
@@ -248,7 +248,7 @@ def test_auto_is_processes_where_a_run_cannot_be_fused_and_says_why(base, tmp_pa
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"mode": "fused"}, f"--mode=fused: {CLIPPED}: it is refused"),
+        ({"mode": "fused"}, f"--mode=fused: {CLIPPED}_seed=0: it is refused"),
         ({"mode": "fused", "processes": 2}, "--processes is for"),
         ({"mode": "processes", "runs_at_once": 2}, "--runs_at_once is for"),
         ({"mode": "auto", "processes": 2, "runs_at_once": 2}, "--runs_at_once is for"),
