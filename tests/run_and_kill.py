@@ -83,12 +83,12 @@ def _jitted(name, iteration, call):
     def arm(die):
         make, calls = Learner.__init__, [0]
 
-        def counted(function, *args):
+        def counted(function, *args, **kwargs):
             if _done + 1 == iteration:
                 calls[0] += 1
                 if calls[0] == call:
                     die()
-            return function(*args)
+            return function(*args, **kwargs)
 
         def made(learner, *args, **kwargs):
             make(learner, *args, **kwargs)

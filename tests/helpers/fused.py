@@ -103,6 +103,12 @@ class SharedGroup(group.Group):
         vars(self).update(_compiled[key])
 
 
+def forget() -> None:
+    """Drop all compiled programs of this process: those of runs side by side are large."""
+    _compiled.clear()
+    jax.clear_caches()
+
+
 @struct.dataclass
 class _Seen(Measured):
     drawn: tuple

@@ -4,9 +4,10 @@ Batches are large enough that each minibatch has groups whose rewards differ. Wi
 on fresh data, which Adam makes full steps of, and two programs need not agree on noise.
 """
 
+import jax
 import pytest
 
-from tests.helpers.fused import assert_same, ordinary, side_by_side
+from tests.helpers.fused import assert_same, forget, ordinary, side_by_side
 from tests.helpers.trees import merged
 
 SECTIONS = {
@@ -77,7 +78,18 @@ def test_a_few_iterations(pair, name):
     same_names(ours, theirs)
 
 
+@pytest.fixture
+def once():
+    """Programs that no other test needs are neither written to the disk nor kept."""
+    written = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
+    yield
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", written)
+    forget()
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("once")
 @pytest.mark.parametrize("name", LONG)
 def test_twenty_iterations(pair, name):
     ours, theirs = pair(20, 5, seed=0, **LONG[name])
