@@ -105,19 +105,19 @@ def row(
     return _plain(result)
 
 
-def of_time(sampled_tokens: float, trained_tokens: float, spent: dict) -> dict:
+def of_time(sampled_tokens: float, trained_tokens: float | None, spent: dict) -> dict:
     """What is reported of the time that an iteration took.
 
     Args:
       sampled_tokens: sampled in this iteration.
-      trained_tokens: trained on in this iteration, each epoch counted; 0 while the queue fills.
+      trained_tokens: trained on in this iteration, each epoch counted; None while the queue fills.
       spent: seconds of this iteration by phase.
     """
     result = {
         "throughput/rollout_tokens_per_second": sampled_tokens / max(spent["rollout"], 1e-9),
         **{f"time/{phase}": spent.get(phase, 0.0) for phase in ("rollout", "verify", "update", "compile")},
     }
-    if trained_tokens:
+    if trained_tokens is not None:
         result["throughput/update_tokens_per_second"] = trained_tokens / max(spent["update"], 1e-9)
     return result
 

@@ -305,7 +305,7 @@ class _Run:
             kl_coef=float(sharding.to_host(self.state.kl_coef)),
             learning_rate=float(self.learner.schedule(max(version - 1, 0))),
         )
-        row |= metrics.of_time(float(sampled.response_length.sum()), trained_tokens, spent)
+        row |= metrics.of_time(float(sampled.response_length.sum()), trained_tokens if made.drawn else None, spent)
         row |= {f"reward/{name}": value for name, value in made.collected.terms.items()}
         self.life.files.metrics(row)
         if made.collected.reasons:
