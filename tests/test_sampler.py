@@ -11,6 +11,7 @@ import scipy.stats
 from r2vpo_jax import sampler, scoring
 from r2vpo_jax.models import Decoder, DecoderConfig
 from r2vpo_jax.sampler import Sampling
+from tests.helpers.compilations import compilations
 from tests.helpers.params import random_params
 
 NUM_TOKENS, EOS, PAD = 17, 16, 0
@@ -374,9 +375,10 @@ def test_an_end_of_text_outside_of_the_vocabulary_raises(eos, draw):
 
 def test_temperature_and_truncation_do_not_recompile(draw):
     draw()
-    before = sampler._sample._cache_size()
-    draw(settings=sampling(temperature=0.3, top_k=2, top_p=0.9), key=jax.random.key(5))
-    assert sampler._sample._cache_size() == before
+    key = jax.random.key(5)
+    with compilations() as compiled:
+        draw(settings=sampling(temperature=0.3, top_k=2, top_p=0.9), key=key)
+    assert not compiled
 
 
 def test_sampling_out_of_range_is_refused(tiny_model, task, mesh):

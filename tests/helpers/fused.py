@@ -129,20 +129,6 @@ def _drawn(rollout):
     return rollout.response_tokens, rollout.response_length, rollout.behavior_logp
 
 
-@contextlib.contextmanager
-def compilations():
-    """A list that grows by an item whenever something is compiled."""
-    seen, on = [], True
-
-    def listener(event, _, **__):
-        if on and event == "/jax/core/compile/backend_compile_duration":
-            seen.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listener)
-    yield seen
-    on = False
-
-
 def parted(ours: Run, theirs: Run) -> str | None:
     """Where two runs first drew another token, and how probable each was; None if they drew the same."""
     for iteration, (mine, other) in enumerate(zip(ours.drawn, theirs.drawn, strict=True), 1):

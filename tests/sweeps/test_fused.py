@@ -17,7 +17,8 @@ from r2vpo_jax.errors import Stopped
 from r2vpo_jax.run import checkpoints
 from r2vpo_jax.sweeps import batch, fused, group
 from r2vpo_jax.sweeps.group import Group
-from tests.helpers.fused import STEADY, SharedGroup, assert_same, compilations, parted, side_by_side
+from tests.helpers.compilations import compilations
+from tests.helpers.fused import STEADY, SharedGroup, assert_same, parted, side_by_side
 from tests.helpers.runs import snapshot
 from tests.helpers.trees import merged
 

@@ -1,49 +1,42 @@
 """A run from start to end, watched."""
 
-import jax
 import pytest
 
 from r2vpo_jax.training import noise_floor, trainer
 from r2vpo_jax.training.collector import Collector
-from r2vpo_jax.training.learner import Learner
+from tests.helpers.compilations import compilations
 
 
 class Watched:
-    """Counts compilations in each iteration while it is entered; keeps the learner and the noise floors."""
+    """Names what is compiled in each iteration while it is entered; keeps the noise floors."""
 
     def __init__(self):
-        self.by_iteration, self.floors, self.learner = [], [], None
+        self.by_iteration, self.floors = [], []
 
     def __enter__(self):
-        self._patch, self._count, self._seen = pytest.MonkeyPatch(), 0, 0
+        self._patch, self._seen = pytest.MonkeyPatch(), 0
+        self._counting = compilations()
+        self._compiled = self._counting.__enter__()
         measure, collect = noise_floor.measure, Collector.collect
 
-        def listener(event, _, **__):
-            self._count += event == "/jax/core/compile/backend_compile_duration"
-
         def collecting(*args, **kwargs):
-            self._seen = self._count  # an iteration begins
+            self._seen = len(self._compiled)  # an iteration begins
             return collect(*args, **kwargs)
 
         def measured(*args):
             self.floors.append(measure(*args)[0])
             return measure(*args)
 
-        def learner(*args, **kwargs):
-            self.learner = Learner(*args, **kwargs)
-            return self.learner
-
-        jax.monitoring.register_event_duration_secs_listener(listener)
         self._patch.setattr(noise_floor, "measure", measured)
-        self._patch.setattr(trainer, "Learner", learner)
         self._patch.setattr(Collector, "collect", collecting)
         return self
 
     def on_iteration(self, _):
-        self.by_iteration.append(self._count - self._seen)
+        self.by_iteration.append(self._compiled[self._seen :])
 
-    def __exit__(self, *_):
+    def __exit__(self, *problem):
         self._patch.undo()
+        self._counting.__exit__(*problem)
 
 
 @pytest.fixture(scope="package")

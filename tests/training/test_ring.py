@@ -11,6 +11,7 @@ import pytest
 from r2vpo_jax.config import ReplayConfig
 from r2vpo_jax.training import replay, replay_rules, ring
 from r2vpo_jax.training.replay import ReplayBuffer, ReplayError
+from tests.helpers.compilations import compilations
 from tests.helpers.rollouts import GROUP, GROUPS, KEY, RESPONSE, ROWS, assert_equal, groups_of, make
 
 ITERATIONS, AGE = 8, 3  # updates an iteration
@@ -201,12 +202,10 @@ def test_the_newest_batch_is_a_slice():
 
 def test_the_buffer_compiles_once_while_it_fills(tmp_path):
     config = ReplayConfig(draw="priority", capacity=5, lag=1, max_age=4)
-    functions = (replay._choose, replay._priorities, replay._draw_key)
-    before = [function._cache_size() for function in functions]
-    on_host(tmp_path, config, batches())
-    after = [function._cache_size() for function in functions]
-    assert all(new - old <= 1 for new, old in zip(after, before, strict=True))
-    assert after[0] == before[0] + 1
+    with compilations() as compiled:
+        on_host(tmp_path, config, batches())
+    assert compiled.count("jit(_choose)") == 1, "no other test has this capacity"
+    assert all(compiled.count(name) <= 1 for name in ("jit(_priorities)", "jit(_draw_key)"))
 
 
 # ---- the laws ----
