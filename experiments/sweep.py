@@ -50,6 +50,7 @@ def main():
         mode=_MODE.value,
         processes=_PROCESSES.value,
         runs_at_once=_RUNS_AT_ONCE.value,
+        all_cores=True,
     )
     print(table)
 

@@ -26,6 +26,7 @@ from r2vpo_jax.config import grid
 from r2vpo_jax.run import report
 from r2vpo_jax.sweeps import fused, results, runs, workers
 from r2vpo_jax.sweeps.group import Group
+from r2vpo_jax.sweeps.sharing import Family
 
 MODES = ("fused", "processes")
 ROUNDS = 3  # calls of a program whose median is taken
@@ -158,7 +159,9 @@ def _fused(all_runs, arguments, workdir: pathlib.Path) -> dict[str, float]:
 
     start = time.perf_counter()
     configs = {run.name: run.config for run in all_runs}
-    phases = fused.run(configs, folder, workdir / "fused", say=_indented, runs_at_once=arguments.runs_at_once)
+    phases = fused.run(
+        configs, folder, workdir / "fused", say=_indented, runs_at_once=arguments.runs_at_once, all_cores=True
+    )
     seconds = time.perf_counter() - start
     _refuse_failures(all_runs, folder)
     iterations = len(all_runs) * all_runs[0].config.trainer.num_iterations
@@ -184,7 +187,7 @@ def _by_size(run: runs.Run, sizes) -> None:
     print("  ".join(f"{name:>13}" for name in columns))
     for size in sizes:
         configs = {f"seed={seed}": dataclasses.replace(run.config, seed=seed) for seed in range(size)}
-        with contextlib.closing(Group(configs, size, _quiet)) as group:
+        with contextlib.closing(Group(Family(configs), size, _quiet)) as group:
             training, validation = _seconds(group)
             memory = group.bytes_per_device / 2**20
             cells = (

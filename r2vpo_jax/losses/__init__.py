@@ -28,6 +28,7 @@ hyper-parameters are the keyword arguments of its signature: `hyperparameters` r
 this package needs none of this: `get("module:function")` takes it as it is.
 """
 
+from r2vpo_jax.losses.alternatives import SEPARATOR, Alternatives
 from r2vpo_jax.losses.arrays import LOG_RATIO_CLAMP
 from r2vpo_jax.losses.clipped import (
     aspo_loss,
@@ -56,6 +57,8 @@ __all__ = [
     "LOG_RATIO_CLAMP",
     "PENALTY_SCOPES",
     "REDUCTIONS",
+    "SEPARATOR",
+    "Alternatives",
     "Loss",
     "Statistics",
     "aspo_loss",

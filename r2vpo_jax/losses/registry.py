@@ -50,7 +50,7 @@ def names() -> tuple[str, ...]:
 
 
 def get(name: str) -> Callable[..., Loss]:
-    """The objective of that name, or a function of your own as "module:function".
+    """The objective of that name, or a function of your own as "module:function"; `Alternatives` are given back.
 
     Every argument beyond the arrays has a default, except `variance_coef` where an objective has that one. An
     objective of your own takes the arguments that all objectives take, by their names, and may take
@@ -80,6 +80,8 @@ def hyperparameters(name: str) -> dict[str, Any]:
       ValueError: as `get`.
     """
     row = _row(name)
+    if not isinstance(name, str):
+        return name.hyperparameters()
     taken = inspect.signature(row.function).parameters
     return {k: p.default for k, p in taken.items() if k not in (*_COMMON, *row.computed)}
 
@@ -116,6 +118,8 @@ def _same_kind(value, default):
 
 
 def _row(name):
+    if not isinstance(name, str):  # Alternatives
+        return _Row(name, name.computed())
     if name in _LOSSES:
         return _LOSSES[name]
     if ":" in name:

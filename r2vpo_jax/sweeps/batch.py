@@ -122,7 +122,7 @@ class Batch:
 
     def _write_iteration(self, i: int, measured: Measured, iteration: int) -> None:
         name, progress, trainer = self._names[i], self._progress[i], self._trainer
-        config = self._group.configs[name]
+        config, measured = self._group.family.configs[name], self._group.family.own(name, measured)
         progress.rollouts += trainer.prompts_per_rollout * config.sampler.group_size
         progress.rollout_tokens += int(measured.tokens)
         progress.trained_tokens += int(measured.trained_tokens)
@@ -196,7 +196,7 @@ class Batch:
             self._write_run(name, self._progress[i], rows[name], scores, seconds / len(self._names))
 
     def _write_run(self, name: str, progress: Progress, rows, scores: dict, seconds: float) -> None:
-        config, folder = self._group.configs[name], self._folder(name)
+        config, folder = self._group.family.configs[name], self._folder(name)
         directory.claim(folder, config)
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         files.write_atomically(folder / "metrics.jsonl", lines)

@@ -1,4 +1,4 @@
-"""Runs of one structure: what they share, and the programs that are compiled for them."""
+"""Runs that share programs: what is compiled for them, and the scores before training."""
 
 import functools
 import os
@@ -9,23 +9,23 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from r2vpo_jax import tasks
-from r2vpo_jax.config import Config, traced
 from r2vpo_jax.errors import usage_errors
 from r2vpo_jax.evaluation import validation
 from r2vpo_jax.models.base import open_base_model
 from r2vpo_jax.run.instruments import Timers
 from r2vpo_jax.sweeps.program import Program, RunState
 from r2vpo_jax.sweeps.scorer import Scorer
+from r2vpo_jax.sweeps.sharing import Family
 
 _LONGEST_CHUNK = 10  # iterations
 _MEMORY_SHARE = 0.85  # of what a device has; the rest is for what the compiler does not know of
 
 
 class Group:
-    """Runs of one structure: the model, the compiled programs, and the scores before training, which all share.
+    """Runs of one family: the model, the compiled programs, and the scores before training, which all share.
 
     Attributes:
-      configs: name -> configuration; `config` is the first.
+      family: the runs; `config` is what the programs are made of.
       task: of all runs.
       size: runs in a batch, a multiple of the devices.
       bytes_per_device: what a batch needs of the memory of each device, as the compiler says.
@@ -37,9 +37,9 @@ class Group:
       timers: seconds by phase.
     """
 
-    def __init__(self, configs: dict[str, Config], runs_at_once: int | None, say):
-        self.configs, self.timers = configs, Timers()
-        self.config = config = next(iter(configs.values()))
+    def __init__(self, family: Family, runs_at_once: int | None, say):
+        self.family, self.timers = family, Timers()
+        self.config = config = family.config
         self._devices = Mesh(np.asarray(jax.local_devices()), ("devices",))
         self._everywhere = NamedSharding(self._devices, PartitionSpec())
         self.by_run = NamedSharding(self._devices, PartitionSpec("devices"))
@@ -51,7 +51,9 @@ class Group:
                 opened.check_length(self.task.max_prompt_length + self.task.max_response_length)
             self.params = jax.device_put(opened.load_params(), self._everywhere)
             self.chunk_size = min(config.trainer.eval_every, config.trainer.num_iterations, _LONGEST_CHUNK)
-            self._program = Program(config, opened.model, self.task, chunk_size=self.chunk_size)
+            self._program = Program(
+                config, opened.model, self.task, chunk_size=self.chunk_size, lockstep=_in_lockstep()
+            )
             self._scorer = Scorer(config, self.task)
             with self.timers("start"):
                 self.bytes_per_device = self._compile(runs_at_once)
@@ -60,7 +62,7 @@ class Group:
                 f"{self.bytes_per_device / 2**20:.0f} MiB on each; compiled in {self.timers.seconds['compile']:.0f} s"
             )
             with self.timers("evaluation"):
-                numbers, _ = self.traced(list(configs)[:1])
+                numbers, _ = self.traced(list(family.configs)[:1])
                 params = self.start(self.params, numbers).learner.params
                 self.base = [
                     self._scorer.of_one(self._respond, params, split, self.size) for split in ("test", "validation")
@@ -78,11 +80,10 @@ class Group:
         return jax.device_put(self._traced(names, self.size), self.by_run)
 
     def _traced(self, names: list[str], size: int):
-        configs = [self.configs[name] for name in names]
-        configs += configs[-1:] * (size - len(configs))
-        values = [traced.numbers(config) for config in configs]
+        names = names + names[-1:] * (size - len(names))
+        values = [self.family.numbers(name) for name in names]
         numbers = {path: np.asarray([value[path] for value in values], np.float32) for path in values[0]}
-        return numbers, np.asarray([config.seed for config in configs], np.int32)
+        return numbers, np.asarray([self.family.configs[name].seed for name in names], np.int32)
 
     def evaluate(self, runs: RunState, split: str) -> list[validation.Evaluation]:
         """What became of the responses of each run to a split."""
@@ -98,7 +99,8 @@ class Group:
           Bytes needed on each device.
         """
         devices = self._devices.size
-        size = min(len(self.configs), runs_at_once or len(self.configs))
+        number = len(self.family.configs)
+        size = min(number, runs_at_once or number)
         while True:
             self.size = -(-size // devices) * devices
             self._compile_for(self.size)
@@ -107,7 +109,7 @@ class Group:
                 return needed
             fit = max(int(self.size * there / needed) // devices, 1) * devices
             # Batches of equal size: as many as needed, none larger than needed.
-            size = -(-len(self.configs) // -(-len(self.configs) // fit))
+            size = -(-number // -(-number // fit))
 
     def _compile_for(self, size: int) -> None:
         program, by_run, fixed = self._program, PartitionSpec("devices"), PartitionSpec()
@@ -120,7 +122,7 @@ class Group:
             return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=where), tree)
 
         params = abstract(self.params, self._everywhere)
-        numbers, seeds = abstract(self._traced(list(self.configs)[:1], size), self.by_run)
+        numbers, seeds = abstract(self._traced(list(self.family.configs)[:1], size), self.by_run)
         runs = jax.eval_shape(program.start, params, numbers)
         self.abstract_runs = runs = abstract(runs, self.by_run)
         count = jax.ShapeDtypeStruct((), jnp.int32, sharding=self._everywhere)
@@ -149,6 +151,11 @@ class Group:
             return used - said.alias_size_in_bytes
 
         return max(needed(program) for program in (self.advance, self._respond))
+
+
+def _in_lockstep() -> bool:
+    """Whether the runs of a device do each step together (`Program`): not on processors."""
+    return jax.default_backend() != "cpu"
 
 
 def _device_memory() -> int | None:

@@ -93,12 +93,24 @@ class Program:
       model: the decoder.
       task: whose problems and verdicts are JAX.
       chunk_size: most iterations in one call of `advance`.
+      lockstep: whether all runs of a device do each step together (vmap): it fills an accelerator, with products of
+        matrices in batches. Otherwise they take turns (a loop over runs), for a processor core that is filled by one:
+        batches of small products are half as fast there, and whoever is done early waits for nobody.
       observe: (Made) -> pytree of arrays that `advance` also returns, of each iteration.
     """
 
-    def __init__(self, config: Config, model, task: TraceableTask, *, chunk_size: int, observe=None):
+    def __init__(
+        self, config: Config, model, task: TraceableTask, *, chunk_size: int, lockstep: bool = True, observe=None
+    ):
         self.config, self.model, self.task = config, model, task
         self.chunk_size, self._observe = chunk_size, observe
+        self.axis_name = _AXIS if lockstep else None
+
+    def _for_each_run(self, function, *arguments):
+        """`function` of each run's part of the arguments, whose axis 0 is the run."""
+        if self.axis_name is None:
+            return jax.lax.map(lambda run: function(*run), arguments)
+        return jax.vmap(function, axis_name=self.axis_name)(*arguments)
 
     def start(self, params, numbers) -> RunState:
         """The state of each run before its first iteration.
@@ -118,7 +130,7 @@ class Program:
                 dry=jnp.zeros((), bool),
             )
 
-        return jax.vmap(one, axis_name=_AXIS)(numbers)
+        return self._for_each_run(one, numbers)
 
     def advance(self, runs: RunState, numbers, seeds, params, first, count) -> tuple[RunState, Measured, dict]:
         """`count` iterations of each run.
@@ -150,7 +162,7 @@ class Program:
             state, (measured, observed) = jax.lax.fori_loop(0, count, body, (state, outputs))
             return state, measured, observed
 
-        return jax.vmap(one, axis_name=_AXIS)(runs, numbers, seeds)
+        return self._for_each_run(one, runs, numbers, seeds)
 
     def respond(self, params, tokens, lengths, index, first_sample, *, sampling) -> Responses:
         """Responses for scores: a draw depends on the problem and the number of the sample alone.
@@ -172,12 +184,12 @@ class Program:
                 sampling,
                 problem_ids=index,
                 first_sample=first_sample,
-                axis_name=_AXIS,
+                axis_name=self.axis_name,
             )
             columns = rollout.response_tokens, rollout.response_length, rollout.truncated
             return Responses(*(x.reshape(len(index), sampling.group_size, *x.shape[1:]) for x in columns))
 
-        return jax.vmap(one, axis_name=_AXIS)(params, tokens, lengths, index, first_sample)
+        return self._for_each_run(one, params, tokens, lengths, index, first_sample)
 
     def _cast(self, params):
         """The parameters in the compute dtype, for the sampler."""
@@ -270,7 +282,7 @@ class _Run:
             sampling,
             problem_ids=index,
             version=learner.version,
-            axis_name=_AXIS,
+            axis_name=self.program.axis_name,
         )
         rows = jnp.repeat(index, sampling.group_size)
         reward, outcome = task.traced_verify("train", rows, rollout.response_tokens, rollout.response_length)

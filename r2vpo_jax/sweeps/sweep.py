@@ -29,6 +29,7 @@ def run_sweep(
     mode: str = "auto",
     processes: int | None = None,
     runs_at_once: int | None = None,
+    all_cores: bool = False,
     say: Callable[[str], None] = console.say,
 ) -> str:
     """Make the runs that have not ended yet, then write results and pictures.
@@ -41,6 +42,7 @@ def run_sweep(
       mode: fused, processes, or auto: fused where every run can be, unless `processes` is given.
       processes: runs at a time of the mode processes, each in a process of its own; 1 (the default): in this one.
       runs_at_once: runs in one program of the mode fused; by default as many as the device's memory holds.
+      all_cores: mode fused on processors: make a device of each core (`fused.run`).
       say: where progress lines go.
 
     Returns:
@@ -66,7 +68,7 @@ def run_sweep(
     if mode == "fused" and todo:
         # All of them, so that those left are in the same batches as before.
         configs = {run.name: run.config for run in plan.runs}
-        seconds = fused.run(configs, folder, workdir / "fused", say=say, runs_at_once=runs_at_once)
+        seconds = fused.run(configs, folder, workdir / "fused", say=say, runs_at_once=runs_at_once, all_cores=all_cores)
         say("seconds: " + ", ".join(f"{phase} {spent:.0f}" for phase, spent in seconds.items()))
     elif todo:
         jobs = [workers.Job(run.name, run.config, folder(run.name)) for run in todo]

@@ -1,7 +1,6 @@
 """Fused runs as tests make them: a program is compiled once for each structure and size, and what was drawn is kept."""
 
 import collections
-import contextlib
 import json
 import pathlib
 import signal
@@ -56,13 +55,14 @@ def ordinary(config, workdir) -> Run:
     return Run(workdir, drawn)
 
 
-def side_by_side(configs, workdir, *, runs_at_once=None, stop_after=None) -> dict[str, Run]:
+def side_by_side(configs, workdir, *, runs_at_once=None, stop_after=None, lockstep=False) -> dict[str, Run]:
     """These runs by the fused mode; those that have ended.
 
     Args:
       configs: name -> configuration.
       workdir: where runs/NAME and scratch are.
       runs_at_once: as for `fused.run`.
+      lockstep: as on an accelerator.
       stop_after: chunks; then a signal is sent, as Ctrl-C sends it, and `fused.run` raises Stopped.
     """
     drawn, chunks = collections.defaultdict(list), 0
@@ -86,6 +86,7 @@ def side_by_side(configs, workdir, *, runs_at_once=None, stop_after=None) -> dic
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused, "Group", SharedGroup)
         patch.setattr(group, "Program", _Observed)
+        patch.setattr(group, "_in_lockstep", lambda: lockstep)
         patch.setattr(batch.Batch, "_write_iteration", writing)
         patch.setattr(console.ProgressBar, "update", showing)
         fused.run(configs, folder, workdir / "fused", say=lambda _: None, runs_at_once=runs_at_once)
@@ -93,10 +94,10 @@ def side_by_side(configs, workdir, *, runs_at_once=None, stop_after=None) -> dic
 
 
 class SharedGroup(group.Group):
-    """A Group that takes the programs of another one of the same structure and size, if there was one."""
+    """A Group that takes the programs of another one of the same family and size, if there was one."""
 
     def _compile_for(self, size):
-        key = structure(self.config), size
+        key = structure(self.config), size, self._program.axis_name
         if key not in _compiled:
             super()._compile_for(size)
             _compiled[key] = {name: getattr(self, name) for name in _COMPILED}

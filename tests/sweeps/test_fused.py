@@ -15,7 +15,7 @@ import pytest
 
 from r2vpo_jax.errors import Stopped
 from r2vpo_jax.run import checkpoints
-from r2vpo_jax.sweeps import batch, fused, group
+from r2vpo_jax.sweeps import batch, fused, group, sharing
 from r2vpo_jax.sweeps.group import Group
 from tests.helpers.compilations import compilations
 from tests.helpers.fused import STEADY, SharedGroup, assert_same, parted, side_by_side
@@ -202,7 +202,7 @@ def test_batches_are_as_large_as_memory_allows_and_equal(number, devices, there,
     monkeypatch.setattr(Group, "_memory_needed", lambda _: 100 * sizes[-1] // devices)
     monkeypatch.setattr(group, "_device_memory", lambda: there)
     made = object.__new__(Group)
-    made.configs, made._devices = dict.fromkeys(range(number)), types.SimpleNamespace(size=devices)
+    made.family, made._devices = types.SimpleNamespace(configs=range(number)), types.SimpleNamespace(size=devices)
     assert made._compile(None) == 100 * tried[-1] // devices
     assert sizes == tried
     assert made.size == tried[-1]
@@ -214,7 +214,7 @@ def test_batches_are_as_large_as_memory_allows_and_equal(number, devices, there,
 @pytest.mark.slow
 def test_runs_that_do_not_fit_into_memory_are_cut_into_batches(whole, configs, make, tmp_path, monkeypatch, advanced):
     """By what the compiler says that the programs need."""
-    with contextlib.closing(SharedGroup(configs, None, lambda _: None)) as three:
+    with contextlib.closing(SharedGroup(sharing.Family(configs), None, lambda _: None)) as three:
         needed = three._memory_needed()
     monkeypatch.setattr(group, "_device_memory", lambda: int(1.2 * needed))
     more = {f"more {seed}": make(seed=seed) for seed in (3, 4, 5)}

@@ -7,6 +7,7 @@ on fresh data, which Adam makes full steps of, and two programs need not agree o
 import jax
 import pytest
 
+from r2vpo_jax.sweeps.sharing import families
 from tests.helpers.fused import assert_same, forget, ordinary, side_by_side
 from tests.helpers.trees import merged
 
@@ -31,12 +32,14 @@ SHORT = {
     },
     "reference": {"objective": REFERENCE},
 }
-LONG = {
-    "adaptive": {},
+SHARED = {
+    "adaptive": {"objective": {"name": "r2vpo"}},
     "fixed": {"objective": {"name": "r2vpo_fixed"}},
     "ppo_clip": {"objective": {"name": "ppo_clip"}},
-    "reference": {"objective": REFERENCE},
     "cispo": {"objective": {"name": "cispo"}},
+}
+LONG = {
+    "reference": {"objective": REFERENCE},
     "lag 2": {"replay": {"lag": 2}},
     "replay": {"replay": {"capacity": 3, "draw": "mixed", "batches_per_iteration": 2}},
     "critic": {"objective": {"name": "ppo"}},
@@ -49,7 +52,7 @@ WHERE = ("kind", "iteration", "rollouts")
 def pair(tiny_config, tmp_path_factory):
     """(fused, ordinary) run of a configuration; the fused one is beside another that is given first."""
 
-    def make(num_iterations, eval_every, seed=1, **sections):
+    def make(num_iterations, eval_every, seed=1, lockstep=False, **sections):
         length = {"trainer": {"num_iterations": num_iterations, "eval_every": eval_every}}
         structure = {name: fields for name, fields in sections.items() if name in ("objective", "replay")}
         configs = {
@@ -57,7 +60,9 @@ def pair(tiny_config, tmp_path_factory):
             "this": tiny_config(seed=seed, **merged(merged(SECTIONS, length), sections)),
         }
         workdir = tmp_path_factory.mktemp("pair")
-        return side_by_side(configs, workdir)["this"], ordinary(configs["this"], workdir / "ordinary")
+        return side_by_side(configs, workdir, lockstep=lockstep)["this"], ordinary(
+            configs["this"], workdir / "ordinary"
+        )
 
     return make
 
@@ -78,6 +83,13 @@ def test_a_few_iterations(pair, name):
     same_names(ours, theirs)
 
 
+def test_a_few_iterations_in_lockstep(pair):
+    """As on an accelerator: here in batches of small products, which the compiler multiplies in another way."""
+    ours, theirs = pair(6, 3, lockstep=True, **SHORT["adaptive on stale data"])
+    assert_same(ours, theirs)
+    same_names(ours, theirs)
+
+
 @pytest.fixture
 def once():
     """Programs that no other test needs are neither written to the disk nor kept."""
@@ -86,6 +98,26 @@ def once():
     yield
     jax.config.update("jax_persistent_cache_min_compile_time_secs", written)
     forget()
+
+
+@pytest.fixture(scope="module")
+def shared(tiny_config, tmp_path_factory):
+    """(workdir, configurations, fused runs) of several objectives in one program."""
+    length = {"trainer": {"num_iterations": 20, "eval_every": 5}}
+    configs = {name: tiny_config(**merged(merged(SECTIONS, length), own)) for name, own in SHARED.items()}
+    assert len(families(configs)) == 1
+    workdir = tmp_path_factory.mktemp("shared")
+    yield workdir, configs, side_by_side(configs, workdir)
+    forget()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHARED)
+def test_twenty_iterations_beside_other_objectives(shared, name):
+    workdir, configs, runs = shared
+    theirs = ordinary(configs[name], workdir / f"ordinary {name}")
+    assert_same(runs[name], theirs)
+    same_names(runs[name], theirs)
 
 
 @pytest.mark.slow
