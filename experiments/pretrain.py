@@ -1,6 +1,8 @@
 """Make what ships: the base model of a task, and the data set of word problems.
 
     python -m experiments.pretrain --output=runs/base                                    # arithmetic_base
+    python -m experiments.pretrain --task=countdown --output=runs/countdown              # countdown_base; likewise eureka,
+                                                                                         # long_arithmetic
     python -m experiments.pretrain --task=word_problems --output=runs/words              # word_problems_base
     python -m experiments.pretrain --task=word_problems --data_output=runs/word_problems # its train.jsonl and test.jsonl
 
@@ -15,7 +17,7 @@ from absl import flags
 from experiments.base_models import pretraining, word_problems
 from r2vpo_jax import cli
 
-_TASK = flags.DEFINE_enum("task", "arithmetic", ["arithmetic", "word_problems"], "What the model is to learn.")
+_TASK = flags.DEFINE_enum("task", "arithmetic", list(pretraining.CONFIGS), "What the model is to learn.")
 _OUTPUT = flags.DEFINE_string("output", None, "Directory for the model, in Hugging Face format.")
 _DATA_OUTPUT = flags.DEFINE_string("data_output", None, "Word problems: directory for train.jsonl and test.jsonl.")
 _STEPS = flags.DEFINE_integer("num_steps", None, "Optimizer steps (default: those of the shipped checkpoint).")
@@ -24,6 +26,8 @@ _HIDDEN = flags.DEFINE_integer("hidden_size", None, "Width of the model.")
 _LAYERS = flags.DEFINE_integer("num_layers", None, "Number of layers.")
 _FORGET = flags.DEFINE_float("forget_carry", None, "Arithmetic: probability that the demonstrator forgets a carry.")
 _MISREAD = flags.DEFINE_float("misread", None, "Word problems: probability that the demonstrator misreads a word.")
+_GUESS = flags.DEFINE_float("guess", None, "Countdown: probability that the demonstrator does not look for an answer.")
+_TURN = flags.DEFINE_float("turn", None, "Eureka: probability that the demonstrator turns a digit over.")
 _SLIP = flags.DEFINE_float("slip", None, "Probability that the demonstrator gets a hard fact wrong.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the initial weights and the demonstrations.")
 
@@ -31,14 +35,16 @@ _SEED = flags.DEFINE_integer("seed", 0, "Seed of the initial weights and the dem
 def main():
     if _DATA_OUTPUT.value:
         if _TASK.value != "word_problems":
-            raise cli.UsageError("--data_output is for --task=word_problems: arithmetic has no data set")
+            raise cli.UsageError("--data_output is for --task=word_problems: the others have no data set")
         word_problems.write_word_problems(_DATA_OUTPUT.value)
         print(f"wrote {_DATA_OUTPUT.value}")
         if not _OUTPUT.value:
             return
     cli.require_flag(_OUTPUT, "runs/base")
     cli.start_devices()
-    chosen = {f.name: f.value for f in (_STEPS, _BATCH, _HIDDEN, _LAYERS, _FORGET, _MISREAD, _SLIP, _SEED)}
+    chosen = {
+        f.name: f.value for f in (_STEPS, _BATCH, _HIDDEN, _LAYERS, _FORGET, _MISREAD, _SLIP, _GUESS, _TURN, _SEED)
+    }
     with cli.usage_errors():
         config = dataclasses.replace(
             pretraining.CONFIGS[_TASK.value], **{k: v for k, v in chosen.items() if v is not None}

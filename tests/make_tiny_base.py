@@ -10,7 +10,8 @@ import pathlib
 
 from experiments.base_models import pretraining
 from r2vpo_jax import models, tasks
-from r2vpo_jax.tasks.arithmetic import SYMBOLS, make_tokenizer
+from r2vpo_jax.tasks.arithmetic import SYMBOLS
+from r2vpo_jax.tasks.embedded import make_tokenizer
 from tests.helpers.paths import TASK, TINY_BASE
 
 CONFIG = pretraining.PretrainConfig(
@@ -31,7 +32,7 @@ CONFIG = pretraining.PretrainConfig(
 
 def make(path: pathlib.Path) -> None:
     model, params = pretraining.pretrain(CONFIG, tasks.ArithmeticTask(**TASK), len(SYMBOLS))
-    models.save_pretrained(path, model, params, make_tokenizer())
+    models.save_pretrained(path, model, params, make_tokenizer(SYMBOLS))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,10 @@ import optax
 
 from experiments.base_models import word_problems
 from r2vpo_jax import models, scoring
-from r2vpo_jax.tasks import arithmetic
+from r2vpo_jax.tasks.arithmetic import ArithmeticTask
+from r2vpo_jax.tasks.countdown import CountdownTask
+from r2vpo_jax.tasks.embedded import make_tokenizer
+from r2vpo_jax.tasks.eureka import EurekaTask
 from r2vpo_jax.training import accumulation
 
 
@@ -31,6 +34,8 @@ class PretrainConfig:
     forget_carry: float = 0.7  # arithmetic: probability that the demonstrator forgets a carry
     misread: float = 0.7  # word problems: probability that the demonstrator falls for a word that can be misread
     slip: float = 0.6  # probability that the demonstrator gets a hard fact wrong
+    guess: float = 0.8  # countdown: probability that the demonstrator writes any order and operations
+    turn: float = 0.2  # eureka: probability that the demonstrator turns a digit over
     seed: int = 0
     hidden_size: int = 64
     intermediate_size: int = 192
@@ -45,13 +50,16 @@ class PretrainConfig:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
         if self.batch_size % self.micro_batch_size:
             raise ValueError(f"batch_size={self.batch_size} is not a multiple of {self.micro_batch_size=}")
-        for field in ("forget_carry", "misread", "slip"):
+        for field in ("forget_carry", "misread", "slip", "guess", "turn"):
             if not 0 <= getattr(self, field) <= 1:
                 raise ValueError(f"{field} is a probability, got {getattr(self, field)}")
 
 
 CONFIGS = {
     "arithmetic": PretrainConfig(),
+    "countdown": PretrainConfig(num_steps=2000),
+    "eureka": PretrainConfig(num_steps=1000, hidden_size=32, intermediate_size=96),
+    "long_arithmetic": PretrainConfig(num_steps=1000, batch_size=64, forget_carry=0.15, slip=0.1),
     "word_problems": PretrainConfig(
         num_steps=1000,
         batch_size=64,
@@ -64,7 +72,19 @@ CONFIGS = {
 }
 
 # The mistakes that each task's demonstrator makes.
-_MISTAKES = {"arithmetic": ("forget_carry", "slip"), "word_problems": ("misread", "slip")}
+_MISTAKES = {
+    "arithmetic": ("forget_carry", "slip"),
+    "countdown": ("guess",),
+    "eureka": ("turn",),
+    "word_problems": ("misread", "slip"),
+}
+# The embedded tasks by the names of their base models: as in the configurations that use these.
+_EMBEDDED = {
+    "arithmetic": ArithmeticTask(),
+    "countdown": CountdownTask(),
+    "eureka": EurekaTask(),
+    "long_arithmetic": ArithmeticTask(min_operands=8, max_operands=8, num_digits=3),
+}
 
 
 def make_checkpoint(path, task: str, config: PretrainConfig, report=lambda step, loss: None) -> None:
@@ -75,9 +95,9 @@ def make_checkpoint(path, task: str, config: PretrainConfig, report=lambda step,
       task: name, a key of `CONFIGS`.
       config, report: as for `pretrain`.
     """
-    if task == "arithmetic":
-        tokenizer = arithmetic.make_tokenizer()
-        model, params = pretrain(config, arithmetic.ArithmeticTask(), len(tokenizer), report)
+    if task in _EMBEDDED:
+        tokenizer = make_tokenizer(_EMBEDDED[task].symbols)
+        model, params = pretrain(config, _EMBEDDED[task], len(tokenizer), report)
         models.save_pretrained(path, model, params, tokenizer)
     else:
         tokenizer = word_problems.make_tokenizer()

@@ -4,9 +4,11 @@ import collections
 import dataclasses
 
 from r2vpo_jax.config import grid, presets
-from r2vpo_jax.config.fields import Options, build, option, require, require_range, section
+from r2vpo_jax.config.fields import Options, build, option, require, require_choice, require_range, section
 from r2vpo_jax.config.objective import ObjectiveConfig
 from r2vpo_jax.config.task import TaskConfig
+
+SAMPLING_WEIGHTS = ("compute", "bfloat16", "int8")
 
 
 def make_objective(name: str = presets.DEFAULT, **given) -> ObjectiveConfig:
@@ -70,8 +72,13 @@ class SamplerConfig:
     temperature: float = option(1.0, "softmax temperature; scoring applies the same")
     batch_size: int = option(1024, "responses sampled at one time, all devices together")
     prompt_buckets: tuple[int, ...] = option((), "prompt lengths below the longest that get a program of their own")
+    weights: str = option(
+        "compute",
+        "what rollouts are sampled with: compute (the learner's weights), or these rounded to bfloat16 or int8",
+    )
 
     def __post_init__(self):
+        require_choice("sampler", self, {"weights": SAMPLING_WEIGHTS})
         require(self.group_size >= 2, f"sampler.group_size must be at least 2 (a baseline), got {self.group_size}")
         require(self.temperature > 0, f"sampler.temperature must be > 0 for training, got {self.temperature}")
         require(

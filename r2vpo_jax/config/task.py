@@ -121,7 +121,12 @@ class TextConfig(DataConfig):
 
 
 # Name -> class. A string, for configurations import no task; `tasks.make` imports the class that is asked for.
-TASKS = {"arithmetic": "r2vpo_jax.tasks.arithmetic:ArithmeticTask", "text": "r2vpo_jax.tasks.text:TextTask"}
+TASKS = {
+    "arithmetic": "r2vpo_jax.tasks.arithmetic:ArithmeticTask",
+    "countdown": "r2vpo_jax.tasks.countdown:CountdownTask",
+    "eureka": "r2vpo_jax.tasks.eureka:EurekaTask",
+    "text": "r2vpo_jax.tasks.text:TextTask",
+}
 
 
 def is_task(name: str) -> bool:
@@ -138,10 +143,11 @@ class TaskConfig:
     """Problems and verifier."""
 
     name: str = option(
-        "arithmetic", "arithmetic (embedded), text (data sets and generators), or module:Class for a task of your own"
+        "arithmetic",
+        "arithmetic, countdown or eureka (embedded), text (data sets and generators), or module:Class for one of your own",
     )
     options: Options = option(
-        Options(), "keyword argument of your own task's class", when=lambda s: s.name not in ("arithmetic", "text")
+        Options(), "keyword argument of the task's class", when=lambda s: s.name not in ("arithmetic", "text")
     )
     arithmetic: ArithmeticConfig = section(ArithmeticConfig, when=lambda s: s.name == "arithmetic")
     text: TextConfig = section(TextConfig, when=_is_text)
@@ -157,7 +163,7 @@ class TaskConfig:
         )
         require(
             self.name not in ("arithmetic", "text") or not self.options,
-            "task.options is for a task of your own, task.name=module:Class",
+            "task.options is for countdown, eureka, or a task of your own, task.name=module:Class",
         )
         if self.name == "text":
             for split in ("train", "validation", "test"):

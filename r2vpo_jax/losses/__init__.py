@@ -43,6 +43,7 @@ from r2vpo_jax.losses.clipped import (
 from r2vpo_jax.losses.core import REDUCTIONS, Loss, Statistics, count, reduce, token_weights
 from r2vpo_jax.losses.penalized import (
     PENALTY_SCOPES,
+    PENALTY_WEIGHTS,
     dro_loss,
     drpo_loss,
     policy_gradient_loss,
@@ -56,6 +57,7 @@ from r2vpo_jax.losses.soft import sapo_loss, topr_loss, vespo_loss
 __all__ = [
     "LOG_RATIO_CLAMP",
     "PENALTY_SCOPES",
+    "PENALTY_WEIGHTS",
     "REDUCTIONS",
     "SEPARATOR",
     "Alternatives",

@@ -6,6 +6,7 @@ from r2vpo_jax.losses.arrays import Advantages, Logp, Mask, Normalizer, Scalar, 
 from r2vpo_jax.losses.core import Loss, prepare, require
 
 PENALTY_SCOPES = ("token", "sequence")
+PENALTY_WEIGHTS = ("none", "advantage", "probability", "both")
 
 
 def r2vpo_loss(
@@ -16,6 +17,8 @@ def r2vpo_loss(
     *,
     variance_coef: float | Scalar,
     penalty_scope: str = "token",
+    penalty_weight: str = "none",
+    negative_factor: float = 1.0,
     weights: Weights = None,
     reduction: str = "token_mean",
     normalizer: Normalizer = None,
@@ -39,6 +42,10 @@ def r2vpo_loss(
       variance_coef: lambda >= 0, the multiplier (`dual.DualState.variance_coef` when it adapts).
       penalty_scope: "token", or "sequence": the penalty is (s - 1)^2 with s = exp(mean_t log r_t), the same
         for all tokens of a row, and g = r A - 2 lambda s (s - 1) (ours).
+      penalty_weight: what multiplies the penalty of each token: "none"; "advantage", |A|, as spo has it; "probability",
+        mu, the probability at which the token was sampled; or "both", |A| mu, as in DRPO (arXiv 2606.09821). lambda's
+        constraint stays the unweighted E[(r - 1)^2], so that the four can be compared at one budget (ours).
+      negative_factor: >= 0, multiplies lambda where A < 0 (ours).
       weights: multiply surrogate and penalty, never the normalizer (importance corrections); stop-gradient.
       reduction, normalizer: see the package.
 
@@ -47,7 +54,8 @@ def r2vpo_loss(
 
     Raises:
       AssertionError: shapes or ranks do not fit (chex).
-      ValueError: unknown reduction or scope, or `constant_length` without a normalizer.
+      ValueError: unknown reduction, scope or weight, a negative factor below 0, or `constant_length` without a
+        normalizer.
 
     Example, r = 2 and 1/2, A = 1:
       >>> logp, behavior_logp = jnp.log(jnp.array([[[0.4, 0.2]], [[0.2, 0.4]]]))
@@ -59,6 +67,11 @@ def r2vpo_loss(
     require(
         lambda: penalty_scope in PENALTY_SCOPES, f"unknown penalty_scope {penalty_scope!r}; one of {PENALTY_SCOPES}"
     )
+    require(
+        lambda: penalty_weight in PENALTY_WEIGHTS,
+        f"unknown penalty_weight {penalty_weight!r}; one of {PENALTY_WEIGHTS}",
+    )
+    require(lambda: negative_factor >= 0, f"negative_factor must be >= 0, got {negative_factor}")
     x = prepare(logp, behavior_logp, advantages, mask, weights)
     if penalty_scope == "token":
         excess, square = x.excess, x.excess**2
@@ -68,9 +81,12 @@ def r2vpo_loss(
         excess = jnp.expm1(mean)
         slope = 2 * jnp.exp(mean) * excess
         square = excess**2 + (x.with_coefficient(slope) - slope)
-    return x.finish(
-        x.ratio * x.advantages, reduction, normalizer, penalty=scalar(variance_coef) * square, excess=excess
-    )
+    coef = scalar(variance_coef) * jnp.where(x.advantages < 0, scalar(negative_factor), 1.0)
+    if penalty_weight in ("advantage", "both"):
+        coef = coef * jnp.abs(x.advantages)
+    if penalty_weight in ("probability", "both"):
+        coef = coef * jnp.exp(x.behavior_logp)
+    return x.finish(x.ratio * x.advantages, reduction, normalizer, penalty=coef * square, excess=excess)
 
 
 def policy_gradient_loss(

@@ -270,7 +270,7 @@ class _Run:
         index = iteration.problem_positions(self.seed, self.now * number, number)
         key = iteration.rollout_key(self.key, self.now)
         sampling = sampling_of(self.config, self.program.task)
-        params = self.program._cast(learner.params)
+        params = sampler.rounded_weights(self.program._cast(learner.params), self.config.sampler.weights)
         task, model = self.program.task, self.program.model
         tokens, length = task.traced_problems("train", index)
         rollout = sampler.sample(

@@ -14,9 +14,7 @@ forgets to write the carry, and goes on with the wrong total; and on a fixed thi
 distribution, but wherever a carry or a hard fact occurs it is not the mode, and rare where several do; and
 there are many separate things to discover, not one.
 
-Everything here is written in JAX, generation and verification included, so that both can be jitted.
-A problem is a pure function of (split, index); which problems belong to which split is decided by a hash
-of the operands, so that the splits are disjoint as sets of problems.
+Problems are drawn as embedded.py says; what is hashed are the operands.
 """
 
 import dataclasses
@@ -27,17 +25,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from r2vpo_jax.tasks.base import SPLITS, Outcome, Problems, Verdicts
+from r2vpo_jax.tasks.base import Outcome
+from r2vpo_jax.tasks.embedded import DIGITS, EOS, PAD, EmbeddedTask, as_index, draw, mix
 
-PAD, EOS = "<pad>", "<eos>"
-SYMBOLS = (PAD, EOS, *"0123456789", "+", "=", "c", "-", ";")
+SYMBOLS = (PAD, EOS, *DIGITS, "+", "=", "c", "-", ";")
 _ID = {symbol: i for i, symbol in enumerate(SYMBOLS)}
 _ZERO = _ID["0"]
-_SPLIT_BOUNDS = {"train": (0, 13), "validation": (13, 14), "test": (14, 16)}  # sixteenths of all problems
 
 
 @dataclasses.dataclass(frozen=True)
-class ArithmeticTask:
+class ArithmeticTask(EmbeddedTask):
     """Chained addition. Difficulty: how many operands, and how many digits each.
 
     Raises:
@@ -48,8 +45,7 @@ class ArithmeticTask:
     max_operands: int = 4
     num_digits: int = 2
     name: str = "arithmetic"
-    digest: ClassVar[str] = ""  # the parameters say everything, and are in the configuration
-    notices: ClassVar[tuple[str, ...]] = ()
+    symbols: ClassVar[tuple[str, ...]] = SYMBOLS
 
     def __post_init__(self):
         if not 2 <= self.min_operands <= self.max_operands <= 9:
@@ -69,10 +65,6 @@ class ArithmeticTask:
         """Exactly what a full solution of the longest problem needs, end of text included."""
         return (self.max_operands - 1) * 6 * self.num_digits + self.num_digits + 1
 
-    @property
-    def eos_ids(self) -> tuple[int, ...]:
-        return (_ID[EOS],)
-
     def traced_problems(self, split: str, index):
         """`problems` that can be traced: (tokens int32 [N, P], lengths int32 [N]) at the positions index, int [N]."""
         return _prompts(self, *_operands(self, split, index.astype(jnp.uint32)))
@@ -80,17 +72,6 @@ class ArithmeticTask:
     def traced_verify(self, split: str, index, responses, lengths):
         """`verify` that can be traced: (rewards f32 [B], outcomes int32 [B])."""
         return _verify(self, split, index.astype(jnp.uint32), responses, lengths)
-
-    def problems(self, split: str, index) -> Problems:
-        tokens, length = self.traced_problems(split, _as_index(index))
-        return Problems(index=np.asarray(index, np.int32), tokens=np.asarray(tokens), length=np.asarray(length))
-
-    def verify(self, split: str, index, responses, lengths):
-        reward, outcome = self.traced_verify(split, _as_index(index), jnp.asarray(responses), jnp.asarray(lengths))
-        return Verdicts(np.asarray(reward), np.asarray(outcome))
-
-    def num_problems(self, split: str) -> None:
-        return None
 
     def answers(self, split: str, index, responses, lengths) -> list[str | None]:
         """What is written after the last `;`."""
@@ -101,7 +82,7 @@ class ArithmeticTask:
 
     def level(self, split: str, index) -> np.ndarray:
         """The number of operands."""
-        return np.asarray(_operands(self, split, _as_index(index))[1])
+        return np.asarray(_operands(self, split, as_index(index))[1])
 
     def demonstrations(self, split: str, index, key, forget_carry: float, slip: float):
         """What the imperfect demonstrator writes.
@@ -115,69 +96,24 @@ class ArithmeticTask:
         Returns:
           (responses int32 [N, T], lengths int32 [N]).
         """
-        return _demonstrate(self, split, _as_index(index), key, forget_carry, slip)
-
-    def check_tokenizer(self, tokenizer) -> None:
-        vocabulary = tokenizer.get_vocab()
-        wrong = [s for s in SYMBOLS if vocabulary.get(s) != _ID[s]]
-        if wrong:
-            raise ValueError(
-                f"the checkpoint's tokenizer does not belong to the arithmetic task: symbols {wrong[:5]} have "
-                "other ids or none; use the shipped base checkpoint or one made by experiments/pretrain.py"
-            )
-
-    def decode(self, tokens) -> str:
-        return "".join(SYMBOLS[t] if 0 <= t < len(SYMBOLS) else "?" for t in np.asarray(tokens).tolist())
-
-    def close(self) -> None:
-        pass
-
-
-def _as_index(index):
-    index = np.asarray(index)
-    if index.ndim != 1 or not np.issubdtype(index.dtype, np.integer) or (index.size and index.min() < 0):
-        raise ValueError(f"problem indices are a vector of non-negative integers, got {index!r}")
-    return jnp.asarray(index, jnp.uint32)
-
-
-def _mix(x):
-    """A 32-bit finalizer: every input bit moves every output bit."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
-    return x ^ (x >> 16)
+        return _demonstrate(self, split, as_index(index), key, forget_carry, slip)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _operands(task, split, index):
     """(operands int32 [N, max_operands], number of operands int32 [N]); unused operands are 0."""
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}; the splits are {SPLITS}")
-    low, high = _SPLIT_BOUNDS[split]
-    base_key = jax.random.fold_in(jax.random.key(0xA217), SPLITS.index(split))
 
     def candidate(key):
         count_key, operand_key = jax.random.split(key)
         count = jax.random.randint(count_key, (), task.min_operands, task.max_operands + 1)
         operands = jax.random.randint(operand_key, (task.max_operands,), 0, 10**task.num_digits)
         operands = jnp.where(jnp.arange(task.max_operands) < count, operands, 0)
-        code = _mix(count.astype(jnp.uint32))
+        code = mix(count.astype(jnp.uint32))
         for i in range(task.max_operands):
-            code = _mix(code * jnp.uint32(31) + operands[i].astype(jnp.uint32))
-        bucket = code % 16
-        return operands, count, (bucket >= low) & (bucket < high)
+            code = mix(code * jnp.uint32(31) + operands[i].astype(jnp.uint32))
+        return (operands, count), code, True
 
-    def one(index):
-        key = jax.random.fold_in(base_key, index)
-        first = candidate(key)
-
-        def draw_again(state):
-            attempt, _ = state
-            return attempt + 1, candidate(jax.random.fold_in(key, attempt))
-
-        _, (operands, count, _) = jax.lax.while_loop(lambda s: ~s[1][2], draw_again, (1, first))
-        return operands, count
-
-    return jax.vmap(one)(index)
+    return draw(split, index, 0xA217, candidate)
 
 
 def _digits(number, num_digits):
@@ -201,7 +137,7 @@ def _prompts(task, operands, count):
 def _is_hard_fact(x, y, carry):
     """34 of the 110 column sums, the same in either order of the digits."""
     code = (jnp.minimum(x, y) * 10 + jnp.maximum(x, y)) * 2 + carry
-    return _mix(code.astype(jnp.uint32) + jnp.uint32(0x51ED)) % 4 == 0
+    return mix(code.astype(jnp.uint32) + jnp.uint32(0x51ED)) % 4 == 0
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -263,15 +199,3 @@ def _verify(task, split, index, responses, lengths):
     outcome = jnp.where(right, Outcome.RIGHT, Outcome.WRONG)
     outcome = jnp.where(jnp.all(known, axis=-1), outcome, Outcome.ERROR)
     return (outcome == Outcome.RIGHT).astype(jnp.float32), outcome.astype(jnp.int32)
-
-
-def make_tokenizer():
-    """The task's tokenizer as a Transformers object: one token per character."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.WordLevel(dict(_ID), unk_token=PAD))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
-    tokenizer.decoder = decoders.Fuse()
-    # Without unk_token, loading the tokenizer next to a Qwen2 config.json would add one to the vocabulary.
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, unk_token=PAD)

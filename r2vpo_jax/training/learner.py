@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from r2vpo_jax import models, sharding
 from r2vpo_jax.config import Config
 from r2vpo_jax.rollout import Rollout
+from r2vpo_jax.sampler import rounded_weights
 from r2vpo_jax.training import critic, update
 from r2vpo_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from r2vpo_jax.training.update import LearnerState, Optimizers, RolloutReport, UpdateSettings
@@ -103,6 +104,10 @@ class Learner:
         self.minibatch = jax.jit(functools.partial(update.take_minibatch, settings=self.settings), out_shardings=rows)
         self.step_multipliers = jax.jit(functools.partial(update.step_multipliers, settings=self.settings))
         self.cast_params = jax.jit(self._cast_params, out_shardings=self.param_shardings)
+        self._round = jax.jit(
+            functools.partial(rounded_weights, how=config.sampler.weights), out_shardings=self.param_shardings
+        )
+        self._rounds = config.sampler.weights != "compute"
 
     def _on_mesh(self, function, **fixed):
         """`function` traced with the mesh at hand, so that activations are constrained to it."""
@@ -132,6 +137,11 @@ class Learner:
     def sampler_params(self, state: LearnerState) -> dict:
         """A copy of the parameters in the compute dtype, for the sampler or as a frozen reference."""
         return self.cast_params(state.params)
+
+    def rollout_params(self, state: LearnerState) -> dict:
+        """The same for rollouts: rounded as `sampler.weights` says."""
+        params = self.sampler_params(state)
+        return self._round(params) if self._rounds else params
 
     def _cast_params(self, params):
         # `+ 0` so that the result is a buffer of its own, never the learner's donated one.

@@ -200,7 +200,7 @@ class _Run:
 
     def _check_noise_floor(self) -> None:
         """Refuses a noisy set-up, but warns only of a run that is continued: it is the run that it was."""
-        params = self.learner.sampler_params(self.state)
+        params = self.learner.rollout_params(self.state)
         index = self.collector.problem_index(0)[: noise_floor.num_prompts(self.config)]
         rollout = self.collector.sample(params, index, iteration=self.counters.iteration, version=self._version())
         logp = sharding.to_host(self.learner.score(self.state.params, sharding.put_batch(rollout, self.mesh)))
@@ -215,7 +215,7 @@ class _Run:
     def collect(self) -> Collected:
         counters = self.counters
         collected = self.collector.collect(
-            self.learner.sampler_params(self.state),
+            self.learner.rollout_params(self.state),
             position=counters.problems,
             first_id=counters.rollouts,
             iteration=counters.iteration,

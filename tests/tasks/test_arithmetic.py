@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 from r2vpo_jax import tasks
 from r2vpo_jax.config import ArithmeticConfig, TaskConfig
 from r2vpo_jax.tasks import SPLITS, ArithmeticTask, Outcome, arithmetic
-from r2vpo_jax.tasks.arithmetic import EOS, PAD, SYMBOLS, make_tokenizer
+from r2vpo_jax.tasks.arithmetic import EOS, PAD, SYMBOLS
+from r2vpo_jax.tasks.embedded import make_tokenizer
 
 TASK = ArithmeticTask()  # two to four operands of two digits
 N = 2048  # one shape, so that each function compiles once
@@ -303,7 +304,7 @@ def test_decode():
 
 
 def test_the_tokenizer_speaks_the_task(tmp_path):
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(SYMBOLS)
     TASK.check_tokenizer(tokenizer)
     text = "47+85+36=7+5=2c8+4=3;-68"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -267,10 +267,11 @@ def test_a_generator_without_end(make):
 
 
 def test_a_tokenizer_of_another_language_is_noticed(folder):
-    from r2vpo_jax.tasks.arithmetic import make_tokenizer
+    from r2vpo_jax.tasks.arithmetic import SYMBOLS
+    from r2vpo_jax.tasks.embedded import make_tokenizer
 
     text = {"data_dir": str(folder)} | FILES
     config = build(TaskConfig, {"name": "text", "text": text, "prompt": {"template": "plain"}})
-    task = tasks.make(config, make_tokenizer(), (1,))
+    task = tasks.make(config, make_tokenizer(SYMBOLS), (1,))
     assert any("unknown to the tokenizer" in notice for notice in task.notices)
     task.close()
