@@ -6,9 +6,11 @@ g = d(-loss)/d(logp) * count.
 
 import math
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from r2vpo_jax import losses
 from tests.helpers.losses import (
     COLUMNS,
     NAMES,
@@ -40,6 +42,9 @@ ORACLES = {
         # A response of one token has s = r.
         ({"variance_coef": 2.5, "penalty_scope": "sequence"}, 1.0, 1.3, -1.075, -0.65),
         ({"variance_coef": 0.5, "penalty_scope": "sequence"}, 1.0, 2.0, -1.5, 0.0),
+        ({"variance_coef": 2.5, "penalty_weight": "advantage"}, -2.0, 0.8, 1.8, 0.0),  # 1.6 + 5 * .04    r* = 1 - 1 / 5
+        ({"variance_coef": 2.5, "negative_factor": 4.0}, -1.0, 0.8, 1.2, 2.4),  # .8 + 10 * .04    .8 (-1 + 20 * .2)
+        ({"variance_coef": 2.5, "negative_factor": 4.0}, 1.0, 1.3, -1.075, -0.65),  # as with 1
     ],
     "policy_gradient": [
         # loss = -rA         g = rA
@@ -382,3 +387,18 @@ def test_the_batch_of_these_cases_reaches_the_clip_on_both_sides():
     assert all(
         stats[f"{k}_fraction{side}"][0] > 0 for k, side in (("clip", "_low"), ("clip", "_high"), ("dual_clip", ""))
     )
+
+
+@pytest.mark.parametrize(
+    ("weight", "penalties"),
+    # lambda 2, r - 1 = 1 and -1/2, |A| = 3, mu = 1/4 and 1/2
+    [("none", (2.0, 0.5)), ("advantage", (6.0, 1.5)), ("probability", (0.5, 0.25)), ("both", (1.5, 0.75))],
+)
+def test_what_weighs_the_penalty_of_a_token(weight, penalties):
+    """The constrained quantity stays E[(r - 1)^2] whatever the weight."""
+    logp, behavior_logp = jnp.log(jnp.array([[[0.5, 0.25]], [[0.25, 0.5]]]))
+    _, stats = losses.r2vpo_loss(
+        logp, behavior_logp, jnp.array([-3.0]), jnp.ones((1, 2)), variance_coef=2.0, penalty_weight=weight
+    )
+    np.testing.assert_allclose(stats["penalty"][0], sum(penalties), rtol=1e-6)
+    np.testing.assert_allclose(stats["ratio_variance"][0], 1.25, rtol=1e-6)

@@ -96,7 +96,12 @@ DUAL_CLIPS = [("dual_clip", 1.0), ("dual_clip", 0.5), ("dual_clip", NAN)]
 POSITIVE = (0.0, -1.0, NAN)
 NOT_NEGATIVE = (-0.1, NAN)
 OUT_OF_RANGE = {
-    "r2vpo": [("penalty_scope", "response"), ("penalty_scope", None)],
+    "r2vpo": [
+        ("penalty_scope", "response"),
+        ("penalty_scope", None),
+        ("penalty_weight", "mu"),
+        ("negative_factor", -1.0),
+    ],
     "policy_gradient": [],
     "ppo_clip": CLIPS + DUAL_CLIPS,
     "cispo": [("min_ratio", -0.1), ("min_ratio", 1.1), ("min_ratio", NAN), ("max_ratio", 0.9), ("max_ratio", NAN)],

@@ -24,7 +24,11 @@ def test_names():
 
 
 def test_hyperparameters_are_what_a_user_sets_with_its_default():
-    assert losses.hyperparameters("r2vpo") == {"penalty_scope": "token"}
+    assert losses.hyperparameters("r2vpo") == {
+        "penalty_scope": "token",
+        "penalty_weight": "none",
+        "negative_factor": 1.0,
+    }
     assert losses.hyperparameters("policy_gradient") == {}
     assert losses.hyperparameters("m2po") == {"budget": 0.04}
     gppo = {"clip_low": 0.2, "clip_high": 0.28, "keep_low": 1.0, "keep_high": 1.0, "dual_clip": 3.0}

@@ -18,7 +18,7 @@ class Alternatives:
     """An objective that is any of these; `losses.get(Alternatives(...))` takes it like a name.
 
     It takes `which`, the place of the objective from 1, and the hyper-parameters of all of them as `{place}__{name}`.
-    All are computed, which is cheap beside the model, and their slopes by logp are selected rather than their values
+    In a vmap over `which` all are computed, otherwise one is. Their slopes by logp are selected rather than their values
     differentiated: no infinity of one reaches another. Loss and gradient are those of the picked objective. Statistics
     are those that any of them reports; one that the picked objective does not report is 0.
 
@@ -59,28 +59,29 @@ class Alternatives:
         shared = {"weights": weights, "reduction": reduction, "normalizer": normalizer}
         logp = unmasked(logp, jnp.asarray(mask).astype(bool))
         here = jax.lax.stop_gradient(logp)
-        picked = [jnp.asarray(which, jnp.float32) == place for place in range(1, len(self.names) + 1)]
-        found = []
+        branches = []
         for place, (name, fixed) in enumerate(zip(self.names, self.constants, strict=True), 1):
             prefix = f"{place}{SEPARATOR}"
             own = {key.removeprefix(prefix): value for key, value in options.items() if key.startswith(prefix)}
             own |= dict(fixed) | {key: options[key] for key in registry.computed(name)}
-            function = registry.get(name)
 
-            def of(x, function=function, own=own):
-                return function(x, behavior_logp, advantages, mask, **shared, **own)
+            def of(x, name=name, own=own):
+                return registry.get(name)(x, behavior_logp, advantages, mask, **shared, **own)
 
-            found.append(jax.value_and_grad(of, has_aux=True)(here))
+            branches.append(jax.value_and_grad(of, has_aux=True))
 
-        def select(values):
-            return jnp.select(picked, values)
+        reported = dict.fromkeys(key for branch in branches for key in jax.eval_shape(branch, here)[0][1])
 
-        value, slope = select([value for (value, _), _ in found]), select([slope for _, slope in found])
-        reported = dict.fromkeys(key for (_, stats), _ in found for key in stats)
-        nothing = jnp.float32(0), jnp.float32(1)
-        stats = {
-            key: tuple(select([stats.get(key, nothing)[i] for (_, stats), _ in found]) for i in (0, 1))
-            for key in reported
-        }
+        def with_all(branch):
+            def complete(x):
+                (value, stats), slope = branch(x)
+                stats = {key: stats.get(key, (0.0, 1.0)) for key in reported}
+                return value, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), stats), slope
+
+            return complete
+
+        place = jnp.asarray(which, jnp.int32) - 1
+        value, stats, slope = jax.lax.switch(place, [with_all(branch) for branch in branches], here)
+        value, slope = jax.lax.stop_gradient((value, slope))
         # `here` cancels: the loss has the value picked, and the slope picked.
         return value + jnp.sum(jnp.where(slope == 0, 0.0, slope * (logp - here))), stats

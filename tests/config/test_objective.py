@@ -40,7 +40,13 @@ def test_a_hyper_parameter_that_the_loss_does_not_take_is_refused(loss):
 
 @pytest.mark.parametrize("loss", [loss for loss in losses.names() if HYPER[loss]])
 def test_each_hyper_parameter_reaches_its_loss(loss):
-    values = {"penalty_scope": "sequence", "dual_clip": 1.5, "max_ratio": 1.25, "power_positive": 1.0}
+    values = {
+        "penalty_scope": "sequence",
+        "penalty_weight": "both",
+        "dual_clip": 1.5,
+        "max_ratio": 1.25,
+        "power_positive": 1.0,
+    }
     given = {name: values.get(name, 0.125) for name in HYPER[loss]}
     plain = make_objective("policy_gradient", loss={"name": loss})
     made = make_objective("policy_gradient", loss={"name": loss, "options": given})

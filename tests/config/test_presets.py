@@ -8,6 +8,7 @@ from r2vpo_jax import config, losses
 from r2vpo_jax.config import PRESETS, make_objective
 from tests.helpers.paths import ROOT
 
+R2VPO = {"penalty_scope": "token", "penalty_weight": "none", "negative_factor": 1.0}
 # What a preset has unless its row below says otherwise.
 COMMON = {
     "loss": {"reduction": "token_mean", "entropy_coef": 0.0},
@@ -56,12 +57,12 @@ CONSTANT_LENGTH = {"loss": {"reduction": "constant_length"}}
 EXPECTED = {
     "r2vpo": (
         "r2vpo",
-        {"penalty_scope": "token"},
+        R2VPO,
         {"dual": {"adaptive": True, "coef": 1.0, "measure": "after", "carry": 4.0}},
     ),
-    "r2vpo_before": ("r2vpo", {"penalty_scope": "token"}, {"dual": {"adaptive": True, "coef": 1.0}}),
+    "r2vpo_before": ("r2vpo", R2VPO, {"dual": {"adaptive": True, "coef": 1.0}}),
     # 1 / (2 sqrt(0.04)), the multiplier of a budget of 0.04 with advantages of unit deviation.
-    "r2vpo_fixed": ("r2vpo", {"penalty_scope": "token"}, {"dual": {"coef": 2.5}}),
+    "r2vpo_fixed": ("r2vpo", R2VPO, {"dual": {"coef": 2.5}}),
     "policy_gradient": ("policy_gradient", {}, {}),
     "ppo_clip": ("ppo_clip", PPO, {}),
     # arXiv 2402.03300: 1 / |o_i| in each response, KL k3 in the loss, beta 0.04 (section 4.2).
@@ -182,7 +183,7 @@ def test_a_critic_and_a_reference_come_with_what_needs_them():
 def test_another_loss_on_top_of_a_preset_leaves_its_foreign_constants_behind():
     """DAPO's sampling with R2VPO's loss: its clip has no meaning there; what is given stays refused."""
     objective = make_objective("dapo", loss={"name": "r2vpo"}, dual={"adaptive": True})
-    assert objective.loss.options == {"penalty_scope": "token"}
+    assert objective.loss.options == R2VPO
     assert (objective.groups.zero_variance, objective.groups.overlong_penalty) == ("resample", 1.0)
     assert make_objective("m2po", loss={"name": "ppo_clip"}).loss.options == PPO
     assert make_objective("ppo_clip", loss={"name": "m2po"}).loss.options == {"budget": 0.04}

@@ -20,9 +20,11 @@ OPTIMIZER = {
     "optimizer.value_learning_rate": 1e-2,
 }
 CLIP = {"loss.options.clip_low": 0.2, "loss.options.clip_high": 0.2}
+R2VPO = {"loss.options.negative_factor": 1.0}
 CRITIC = {"discount": 1.0, "trace_decay": 0.95, "value_coef": 0.5, "value_clip": 0.2}
 OBJECTIVES = {
-    "r2vpo": {
+    "r2vpo": R2VPO
+    | {
         "dual.coef": 1.0,
         "dual.budget": 0.04,
         "dual.step": 0.5,
@@ -30,7 +32,7 @@ OBJECTIVES = {
         "dual.max_coef": 50.0,
         "dual.carry": 4.0,
     },
-    "r2vpo_fixed": {"dual.coef": 2.5},
+    "r2vpo_fixed": R2VPO | {"dual.coef": 2.5},
     "policy_gradient": {},
     "ppo_clip": CLIP,
     "grpo": CLIP | {"kl.coef": 0.04},
