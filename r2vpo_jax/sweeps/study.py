@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from r2vpo_jax.config import SweepConfig
+from r2vpo_jax.errors import UsageError
 from r2vpo_jax.run import report
 from r2vpo_jax.sweeps import pictures, runs
 from r2vpo_jax.sweeps.runs import Axis, Cell, Plan
@@ -120,18 +121,19 @@ def value_of(group: Group, axis: Axis):
 
 
 def is_sweep(workdir) -> bool:
-    """Whether the directory is a sweep's that has ended."""
-    return all((pathlib.Path(workdir) / name).exists() for name in ("sweep.json", "results.json"))
+    """Whether the directory is a sweep's."""
+    return (pathlib.Path(workdir) / "sweep.json").exists()
 
 
 def read(workdir) -> Study:
     """The study in a sweep's directory.
 
     Raises:
-      OSError: a file is missing.
-      UsageError: sweep.json is not of this version.
+      UsageError: the sweep has not ended, or its sweep.json is not of this version.
     """
     workdir = pathlib.Path(workdir)
+    if not (workdir / "results.json").exists():
+        raise UsageError(f"{workdir} holds a sweep that has not ended (no results.json); its command goes on with it")
     identity = json.loads((workdir / "sweep.json").read_text())
     grid = SweepConfig(cells=tuple(identity["sweep"]["cells"].values()), seeds=tuple(identity["sweep"]["seeds"]))
     plan = runs.plan(identity["base"], grid)

@@ -13,7 +13,7 @@ import numpy as np
 from r2vpo_jax.sweeps import statistics
 from r2vpo_jax.sweeps.pictures import is_number, label_of, over_runs
 from r2vpo_jax.sweeps.runs import Axis, value_text
-from r2vpo_jax.sweeps.study import Group, Study, value_of
+from r2vpo_jax.sweeps.study import Group, Outcome, Study, value_of
 
 # Okabe and Ito, "Color universal design" (2008); yellow, which is faint on paper, is left out.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -23,6 +23,7 @@ _ACROSS = 3  # panels; at 3.2 inches each, print keeps the text legible
 _DPI = 160
 _FONT = {"font.size": 9, "axes.titlesize": 9, "legend.fontsize": 8, "xtick.labelsize": 8, "ytick.labelsize": 8}
 _ROLLOUTS = "thousands of rollouts (responses sampled)"
+_SMOOTHED_OVER = 10  # iterations: V of single ones is heavy-tailed
 _FINAL = "final pass@1 (test)"
 _VARIANCE = "ratio variance V = E[(r − 1)²]"
 
@@ -39,7 +40,6 @@ class Picture:
 
 def draw(study: Study) -> Iterator[Picture]:
     """All pictures for which there is data."""
-    bars = "Bars" if study.seeds > 1 else "One seed, no bars"
     intervals = "are 95 % intervals over seeds (Student's t)"
     tuned = " The cell of each method is the best on validation." if len(study.chosen) < len(study.groups) else ""
     found = [
@@ -52,20 +52,21 @@ def draw(study: Study) -> Iterator[Picture]:
         (
             "sensitivity",
             "How wide is the good region of each method's own coefficient",
-            f"Dots are seeds, lines their means; {bars.lower()} {intervals}. Panels share the vertical axis.",
+            f"Lines are means over seeds; bars {intervals}. Panels share the vertical axis.",
             _sensitivity(study),
         ),
         (
             "constraint",
             "The ratio variance and its budget δ (dashed), and the multiplier λ",
-            f"Mean over the runs that finished; V is what the budget bounds.{tuned}",
+            f"V is what the budget bounds, as a running mean of up to {_SMOOTHED_OVER} iterations; geometric mean over the "
+            f"runs that finished, bands {intervals} of its logarithm.{tuned}",
             _constraint(study),
         ),
         *(
             (
                 f"over_{axis.name.replace('.', '_')}",
                 f"Accuracy, entropy and effective sample size over {axis.name}",
-                f"{bars} {intervals}. Entropy is that of the last iteration, the effective sample size a mean over "
+                f"Bars {intervals}. Entropy is that of the last iteration, the effective sample size a mean over "
                 f"iterations.{tuned}",
                 _over(study, axis),
             )
@@ -81,7 +82,7 @@ def draw(study: Study) -> Iterator[Picture]:
         (
             "displacement",
             "Accuracy against the measured displacement",
-            "Faint dots are runs, full markers the means of cells, joined in the order of V. All cells, tuned or not.",
+            "Small markers are runs, large ones the means of cells. All cells, tuned or not.",
             _displacement(study),
         ),
     ]
@@ -96,13 +97,16 @@ def _validation(study: Study) -> bytes | None:
         for group in _tuned(study, setting):
             curves = [outcome.validation for outcome in group.finished]
             _band(ax, study, group, *over_runs(curves, "pass_at_1", at="rollouts"))
-        ax.set(title=setting, xlabel=_ROLLOUTS, ylabel="validation pass@1")
+        _say_who_is_lost(ax, study, setting)
+        ax.set(xlabel=_ROLLOUTS, ylabel="validation pass@1")
 
     shown = [s for s in study.settings if any(len(o.validation["rollouts"]) > 1 for o in _runs(study, s))]
-    return _figure([[(panel, setting)] for setting in shown], study)
+    return _figure([[(panel, setting)] for setting in shown], share="all")
 
 
 def _sensitivity(study: Study) -> bytes | None:
+    from matplotlib import colormaps
+
     axes = study.axes(of_objective=True)
 
     def panel(ax, method):
@@ -114,55 +118,49 @@ def _sensitivity(study: Study) -> bytes | None:
             told = [part for part in (label_of(_varied(others, groups), group.cell), group.setting) if part]
             lines.setdefault(", ".join(told), []).append(group)
         for number, (label, cells) in enumerate(lines.items()):
-            style = _style(study, method) if len(lines) == 1 else _numbered(number)
+            style = _style(study, method)
+            if len(lines) > 1:  # settings have an order, so they have shades
+                shade = colormaps["viridis"](0.85 * number / (len(lines) - 1))
+                style |= {"color": shade, "mfc": shade, "marker": _MARKERS[number % len(_MARKERS)]}
             points = [(place(value_of(group, first)), [o.final for o in group.finished]) for group in cells]
-            _dots(ax, points, style, label)
+            _dots(ax, points, style, label if len(lines) > 1 else None, seeds=len(lines) == 1)
         _say_lost(ax, [(place(value_of(group, first)), group) for group in groups])
-        ax.set(title=method, xlabel=first.name, ylabel=_FINAL)
-        if len(lines) > 1:
-            ax.legend(frameon=False)
+        ax.set(xlabel=first.name, ylabel=_FINAL)
 
     methods = [m for m in study.methods if _varied(axes, [g for g in study.groups if g.method == m])]
     shown = [method for method in methods if any(g.finished for g in study.groups if g.method == method)]
-    return _figure([[(panel, method)] for method in shown], study, same_height=True, legend=False)
+    return _figure([[(panel, method)] for method in shown], share="all")
 
 
 def _constraint(study: Study) -> bytes | None:
     def variance(ax, setting):
-        least, most = np.inf, 0.0
         for group in _tuned(study, setting):
-            x, mean, half = over_runs([o.training for o in group.finished], "variance", at="rollouts")
-            _band(ax, study, group, x, mean, half)
-            positive = mean[mean > 0]
-            least, most = min([least, *positive]), max([most, *positive])
+            x, center, half = over_runs([_log_variance(o) for o in group.finished], "log", at="rollouts")
+            _band(ax, study, group, x, np.exp(center), np.exp(center - half), np.exp(center + half))
             budget = group.cell.config.objective.variance_budget
             if budget is not None:
                 ax.axhline(budget, color=_style(study, group.method)["color"], ls="--", lw=1)
                 ax.annotate(" δ", (1, budget), xycoords=ax.get_yaxis_transform(), va="center")
-                least, most = min(least, budget), max(most, budget)
-        ax.set(title=setting, xlabel=_ROLLOUTS, ylabel=_VARIANCE, yscale="log")
-        if most > 0:  # few seeds have intervals down to 0, which a logarithm would draw without end
-            ax.set_ylim(least / 3, most * 3)
+        ax.set(xlabel=_ROLLOUTS, ylabel=_VARIANCE, yscale="log")
 
     def multiplier(ax, setting):
         for group in _tuned(study, setting):
-            _band(
-                ax, study, group, *over_runs([o.training for o in group.finished], "dual/variance_coef", at="rollouts")
-            )
-        ax.set(title=setting, xlabel=_ROLLOUTS, ylabel="multiplier λ")
+            priced = [o.training for o in group.finished]
+            _band(ax, study, group, *over_runs(priced, "dual/variance_coef", at="rollouts"))
+        ax.set(xlabel=_ROLLOUTS, ylabel="multiplier λ")
 
     shown = [
         setting for setting in study.settings if any(len(o.training["rollouts"]) > 1 for o in _runs(study, setting))
     ]
     price = any(np.isfinite(o.training["dual/variance_coef"]).any() for s in shown for o in _runs(study, s))
-    return _figure([[(variance, s), *([(multiplier, s)] if price else [])] for s in shown], study)
+    return _figure([[(variance, s), *([(multiplier, s)] if price else [])] for s in shown])
 
 
 def _over(study: Study, axis: Axis) -> bytes | None:
     measures = (
         (_FINAL, lambda run: run.final),
-        ("policy entropy at the end (nats per token)", lambda run: run.last("policy/entropy")),
-        ("effective sample size (share of tokens)", lambda run: run.mean("ratio/effective_sample_size")),
+        ("policy entropy at the end\n(nats per token)", lambda run: run.last("policy/entropy")),
+        ("effective sample size\n(share of tokens)", lambda run: run.mean("ratio/effective_sample_size")),
     )
     panels: dict[str, list[Group]] = {}
     for group in study.chosen.values():
@@ -180,13 +178,12 @@ def _over(study: Study, axis: Axis) -> bytes | None:
                 _dots(ax, points, _style(study, method), method, seeds=False)
             if not number:
                 _say_lost(ax, [(place(value_of(group, axis)), group) for group in groups])
-            ax.set(title=label, xlabel=axis.name, ylabel=name)
+            ax.set(xlabel=axis.name, ylabel=name)
 
         return panel
 
-    return _figure(
-        [[(panel_of(i, *measure), label) for i, measure in enumerate(measures)] for label in shown], study, across=True
-    )
+    rows = [[(panel_of(i, *measure), label) for i, measure in enumerate(measures)] for label in shown]
+    return _figure(rows, across=True, share="none")
 
 
 def _dead_zone(study: Study) -> bytes | None:
@@ -209,7 +206,7 @@ def _dead_zone(study: Study) -> bytes | None:
             for mark in marks:
                 ax.axvline(mark, color="0.6", lw=0.8, ls=":")
             ax.set_yticks(range(len(groups)), [group.method for group in groups])
-            ax.set(title=setting, xlabel=name, ylim=(len(groups) - 0.5, -0.5))
+            ax.set(xlabel=name, ylim=(len(groups) - 0.5, -0.5))
 
         return panel
 
@@ -217,7 +214,7 @@ def _dead_zone(study: Study) -> bytes | None:
         return any(np.isfinite(o.mean("keeps/retained")) for g in _tuned(study, setting) for o in g.finished)
 
     shown = [setting for setting in study.settings if seen(setting)]
-    return _figure([[(panel_of(*m), setting) for m in measures] for setting in shown], study, across=True, legend=False)
+    return _figure([[(panel_of(*m), setting) for m in measures] for setting in shown], across=True, share="row")
 
 
 def _displacement(study: Study) -> bytes | None:
@@ -236,13 +233,14 @@ def _displacement(study: Study) -> bytes | None:
             if not cells:
                 continue
             ax.plot(*np.concatenate(cells).T, **style | {"ls": "none", "ms": 4, "alpha": 0.35, "mec": "none"})
+            edge = "black" if style["mfc"] == style["color"] else style["color"]
             # V is heavy-tailed: cells are placed at its geometric mean.
-            means = sorted((np.exp(np.log(points[:, 0]).mean()), points[:, 1].mean()) for points in cells)
-            ax.plot(*np.array(means).T, label=method, **style)
-        ax.set(title=label, xlabel=f"{_VARIANCE}, mean of the run", ylabel=_FINAL, xscale="log")
+            means = [(np.exp(np.log(points[:, 0]).mean()), points[:, 1].mean()) for points in cells]
+            ax.plot(*np.array(means).T, label=method, **style | {"ls": "none", "ms": 7, "mec": edge, "mew": 0.6})
+        ax.set(xlabel=f"{_VARIANCE}, mean of the run", ylabel=_FINAL, xscale="log")
 
     shown = [label for label, groups in panels.items() if any(cell_points(group) for group in groups)]
-    return _figure([[(panel, label)] for label in shown], study)
+    return _figure([[(panel, label)] for label in shown], share="all")
 
 
 # What they share --------------------------------------------------------------------------------------------------
@@ -268,32 +266,40 @@ def _setting_without(study: Study, group: Group, axes: Sequence[Axis]) -> str:
     return label_of([axis for axis in others if value_of(group, axis) is not None], group.cell)
 
 
-def _numbered(number: int) -> dict:
+def _style(study: Study, method: str) -> dict:
+    number = study.methods.index(method)
+    again = number // len(COLORS)  # the same colors, told apart by line and hollow markers
+    color = COLORS[number % len(COLORS)]
     return {
-        "color": COLORS[number % len(COLORS)],
+        "color": color,
         "marker": _MARKERS[number % len(_MARKERS)],
-        "ls": _LINES[number // len(COLORS) % len(_LINES)],
+        "mfc": "white" if again else color,
+        "ls": _LINES[again % len(_LINES)],
         "ms": 4,
         "lw": 1.4,
     }
 
 
-def _style(study: Study, method: str) -> dict:
-    return _numbered(study.methods.index(method))
-
-
-def _band(ax, study: Study, group: Group, x, mean, half) -> None:
+def _band(ax, study: Study, group: Group, x, center, low, high=None) -> None:
+    """A line and its interval: `low` and `high` are its ends, or `low` alone is half of its width."""
     if not len(x):
         return
+    low, high = (center - low, center + low) if high is None else (low, high)
     style = _style(study, group.method)
-    lost = len(group.outcomes) - len(group.finished)
-    label = group.method + (f" ({lost} of {len(group.outcomes)} lost)" if lost else "")
     marks = style["marker"] if len(x) <= 12 else None  # beyond that, they would hide the line
-    ax.plot(x / 1000, mean, label=label, **style | {"marker": marks})
-    ax.fill_between(x / 1000, mean - half, mean + half, color=style["color"], alpha=0.18, lw=0)
+    ax.plot(x / 1000, center, label=group.method, **style | {"marker": marks})
+    ax.fill_between(x / 1000, low, high, color=style["color"], alpha=0.18, lw=0)
 
 
-def _dots(ax, points, style: dict, label: str, seeds: bool = True) -> None:
+def _log_variance(run: Outcome) -> dict[str, np.ndarray]:
+    """The logarithm of the running mean of V; nan where it is not positive."""
+    values, rollouts = run.training["variance"], run.training["rollouts"]
+    window = max(1, min(_SMOOTHED_OVER, len(values) // 4))
+    smooth = np.convolve(values, np.ones(window) / window, mode="valid")
+    return {"rollouts": rollouts[window - 1 :], "log": np.log(np.where(smooth > 0, smooth, np.nan))}
+
+
+def _dots(ax, points, style: dict, label: str | None, seeds: bool = True) -> None:
     """The mean at each place with its interval, joined; with the values of the seeds as faint dots."""
     found = []
     for x, values in sorted(points, key=lambda point: point[0]):
@@ -312,13 +318,13 @@ def _dots(ax, points, style: dict, label: str, seeds: bool = True) -> None:
 def _places(ax, values):
     """Sets up the horizontal axis; returns where a value is: logarithmic where values are positive and far apart."""
     ticks = sorted(set(values))
+    ax.margins(x=0.1)
     if len(ticks) > 1 and ticks[0] > 0 and ticks[-1] / ticks[0] >= 8:
         ax.set_xscale("log")
         ax.set_xticks(ticks, [value_text(tick) for tick in ticks])
         ax.minorticks_off()
         return float
     ax.set_xticks(range(len(ticks)), [value_text(tick) for tick in ticks])
-    ax.margins(x=0.12)
     return ticks.index
 
 
@@ -328,21 +334,26 @@ def _say_lost(ax, places) -> None:
         lost[x] = lost.get(x, 0) + len(group.outcomes) - len(group.finished)
     for x, count in lost.items():
         if count:
+            ax.margins(y=0.12)
             place = ax.get_xaxis_transform()  # x in data, y in parts of the axes
             ax.annotate(f"{count} lost", (x, 0.02), xycoords=place, ha="center", color="#D55E00", fontsize=7)
 
 
-def _figure(
-    panels: list[list], study: Study, *, across: bool = False, same_height: bool = False, legend: bool = True
-) -> bytes | None:
-    """A PNG of panels.
+def _say_who_is_lost(ax, study: Study, setting: str) -> None:
+    lost = [group for group in _tuned(study, setting) if len(group.finished) < len(group.outcomes)]
+    for line, group in enumerate(reversed(lost)):
+        text = f"{group.method}: {len(group.outcomes) - len(group.finished)} of {len(group.outcomes)} runs lost"
+        place = {"xy": (0.98, 0.03 + 0.07 * line), "xycoords": "axes fraction", "ha": "right"}
+        ax.annotate(text, color=_style(study, group.method)["color"], fontsize=7, **place)
+
+
+def _figure(panels: list[list], *, across: bool = False, share: str = "row") -> bytes | None:
+    """A PNG of panels, with one legend for all of them.
 
     Args:
       panels: for each setting (or whatever panels are for) its panels, (function of axes and label, label).
-      study: whose methods the legend lists.
       across: panels of a setting stand beside each other, settings below each other; otherwise the other way around.
-      same_height: all panels share the vertical axis.
-      legend: one for all panels.
+      share: which panels share the vertical axis: none, row or all.
     """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -358,23 +369,25 @@ def _figure(
     columns = max(len(row) for row in grid)
     with matplotlib.rc_context(_FONT):
         width = 3.2 * columns if columns > 1 else 4.8
-        figure = Figure(figsize=(width, 2.7 * len(grid) + (0.5 if legend else 0)), layout="constrained")
+        figure = Figure(figsize=(width, 2.7 * len(grid) + 0.4), layout="constrained")
         FigureCanvasAgg(figure)
-        axes = figure.subplots(len(grid), columns, squeeze=False, sharey=same_height)
+        axes = figure.subplots(len(grid), columns, squeeze=False, sharey=share)
         named = {}
-        for row, line in zip(axes, grid, strict=True):
-            for ax, (draw_panel, label) in zip(row, line, strict=False):
+        for row, (row_axes, line) in enumerate(zip(axes, grid, strict=True)):
+            for column, (ax, (draw_panel, label)) in enumerate(zip(row_axes, line, strict=False)):
                 draw_panel(ax, label)
                 ax.grid(alpha=0.25, lw=0.6)
                 ax.spines[["top", "right"]].set_visible(False)
-                named |= {text: handle for handle, text in zip(*ax.get_legend_handles_labels(), strict=True)}
-                if same_height and ax is not row[0]:
+                if column == 0 if across else row % len(panels[0]) == 0:
+                    ax.set_title(label)
+                if column and share != "none":
                     ax.set_ylabel("")
-            for ax in row[len(line) :]:
+                named |= {text: handle for handle, text in zip(*ax.get_legend_handles_labels(), strict=True)}
+            for ax in row_axes[len(line) :]:
                 ax.set_visible(False)
-        if legend and named:
-            columns = min(len(named), max(2, int(width / 1.5)))
-            figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=columns, frameon=False)
+        if named:
+            beside = min(len(named), max(2, int(width / 1.5)))
+            figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=beside, frameon=False)
         content = io.BytesIO()
         figure.savefig(content, dpi=_DPI, format="png")
     return content.getvalue()

@@ -28,7 +28,7 @@ def write(workdir, *, reference: str | None = None, target: float = results.TARG
       The page.
 
     Raises:
-      UsageError: the sweep has no such objective.
+      UsageError: the sweep has not ended, or has no such objective.
     """
     workdir = pathlib.Path(workdir)
     study = study_lib.read(workdir)

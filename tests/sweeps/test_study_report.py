@@ -145,6 +145,9 @@ def test_other_references_and_targets(workdir):
     assert "rollouts to 0.6" in speed[0]
     with pytest.raises(UsageError, match="--reference=grpo is not in this sweep; it has r2vpo, ppo_clip"):
         study_report.write(workdir, reference="grpo")
+    (workdir / "results.json").unlink()
+    with pytest.raises(UsageError, match="has not ended"):
+        study_report.write(workdir)
 
 
 def test_only_sections_for_which_there_is_data(tmp_path, base):
