@@ -72,7 +72,7 @@ def page(study: Study, pictures: Sequence[study_pictures.Picture], reference: st
         _table(study, _speed_columns(study, reference, target)),
         f"<p>Rollouts to {target:g} on validation: median by Kaplan and Meier, in which runs that did not reach it, "
         "or were lost, count as censored. Times fewer: geometric mean of paired ratios; a run that did not reach it is taken at the "
-        "end, which makes the ratio a bound (none if both were). A and C_mid: R0 + (A − R0) / (1 + (C_mid / C)^B), fitted to each run; means "
+        "end, which makes the ratio a bound, or none if runs of both sides were cut off. A and C_mid: R0 + (A − R0) / (1 + (C_mid / C)^B), fitted to each run; means "
         "over the fits that are identified.</p>",
         *(
             f"<h2>{html.escape(picture.title)}</h2>{report.html_picture(picture.png, picture.title)}"
@@ -183,8 +183,9 @@ def _speed_columns(study: Study, reference: str, target: float) -> _Columns:
         if not np.isfinite(pairs).any() or np.any(pairs == 0):  # nobody gets there, or the base model is there
             return _NONE
         found = statistics.speedup(*pairs.T, horizon)
-        bound = {"exact": "", "unknown": "no bound: "}.get(found.bound, f"{found.bound} ")
-        return bound + _interval(found[:3], 2)
+        if found.bound == "unknown":  # its interval would be narrow for the wrong reason
+            return f"{found.ratio:.2f}, no bound"
+        return ("" if found.bound == "exact" else f"{found.bound} ") + _interval(found[:3], 2)
 
     def fits(group: Group) -> list[statistics.SigmoidFit]:
         fitted = [statistics.fit_sigmoid(*_curve(run)) for run in group.finished if _has_curve(run)]
