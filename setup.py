@@ -28,6 +28,7 @@ setup(
         "orbax-checkpoint>=0.12,<0.13",
         "pyarrow>=20,<27",
         "safetensors>=0.5,<0.9",
+        "scipy>=1.13,<2",
         "tensorboardX>=2.6,<3",
         "tokenizers>=0.22,<0.24",
         "tqdm>=4.66,<5",
@@ -43,7 +44,7 @@ setup(
             "tensorflow-datasets>=4.9.10,<5",
         ],
         "libtpu": ["libtpu>=0.0.42,<0.0.43"],
-        "dev": ["hypothesis>=6.100,<7", "pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff==0.17.6", "scipy>=1.13,<2"],
+        "dev": ["hypothesis>=6.100,<7", "pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff==0.17.6"],
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",

@@ -1,8 +1,9 @@
-"""Estimates and intervals from repeated samples. NumPy only; everything is deterministic."""
+"""Estimates and intervals from repeated samples. NumPy and SciPy; everything is deterministic."""
 
 import collections
 
 import numpy as np
+from scipy import special
 
 
 def pass_at_k(num_samples, num_right, k: int) -> np.ndarray:
@@ -85,17 +86,12 @@ def bootstrap_interval(values, *, confidence=0.95, resamples=2000, seed=0) -> tu
     return float(low), float(high)
 
 
-# Two-sided 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom.
-_T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-
-
-def mean_interval(values) -> tuple[float, float]:
-    """(mean, half-width of its 95 % interval by Student's t) over seeds; half-width NaN for one value."""
+def mean_interval(values, confidence=0.95) -> tuple[float, float]:
+    """(mean, half-width of its interval by Student's t) over seeds; half-width NaN for one value."""
     values = np.asarray(values, np.float64)
     if not len(values):
         raise ValueError("a mean needs at least one value")
     if len(values) == 1:
         return float(values[0]), float("nan")
-    freedom = len(values) - 1
-    quantile = _T_975[freedom - 1] if freedom <= len(_T_975) else 1.96 + 2.4 / freedom
+    quantile = special.stdtrit(len(values) - 1, (1 + confidence) / 2)
     return float(values.mean()), float(quantile * values.std(ddof=1) / np.sqrt(len(values)))

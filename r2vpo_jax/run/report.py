@@ -195,21 +195,32 @@ def write(workdir, summary: dict, rows) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     _figure(directory / "summary.png", (8, 3.8), 200, lambda figure: _draw_summary(figure, summary, rows))
     _figure(directory / "curves.png", (12, 10.5), 110, lambda figure: _draw_curves(figure, summary, rows))
-    pictures = {name: base64.b64encode((directory / name).read_bytes()).decode() for name in _ALT_TEXTS}
-    images = "".join(
-        f"<img alt='{_ALT_TEXTS[name]}' src='data:image/png;base64,{picture}'>" for name, picture in pictures.items()
-    )
+    images = "".join(html_picture((directory / name).read_bytes(), text) for name, text in _ALT_TEXTS.items())
     config = json.loads((pathlib.Path(workdir) / "config.json").read_text())
-    (directory / "report.html").write_text(
-        "<!doctype html><meta charset='utf-8'><title>r2vpo_jax run</title>"
-        "<style>body{font:15px/1.5 sans-serif;max-width:1080px;margin:2em auto;padding:0 1em}"
-        "pre{background:#f6f6f4;padding:1em;overflow-x:auto}img{max-width:100%}</style>"
+    page = html_page(
+        "r2vpo_jax run",
         f"<h1>{html.escape(summary['objective'])}, seed {summary['seed']}</h1>{images}"
         f"<h2>Result</h2><pre>{html.escape(table(summary))}</pre>"
         f"<h2>Configuration</h2><pre>{html.escape(json.dumps(config, indent=2))}</pre>\n",
-        encoding="utf-8",
     )
+    (directory / "report.html").write_text(page, encoding="utf-8")
     files.write_atomically(directory / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+
+def html_page(title: str, body: str) -> str:
+    """A page that needs no other file and no network; `body` is HTML."""
+    return (
+        f"<!doctype html><meta charset='utf-8'><title>{html.escape(title)}</title>"
+        "<style>body{font:15px/1.5 sans-serif;max-width:1080px;margin:2em auto;padding:0 1em}"
+        "pre,.wide{overflow-x:auto}pre{background:#f6f6f4;padding:1em}img{max-width:100%}"
+        "table{border-collapse:collapse;font-size:13px}th,td{padding:.25em .7em;text-align:left;white-space:nowrap}"
+        f"th{{border-bottom:1px solid #444}}td{{border-bottom:1px solid #ddd}}</style>{body}"
+    )
+
+
+def html_picture(png: bytes, text: str) -> str:
+    """The picture itself, inlined; `text` says what it shows to those who do not see it."""
+    return f"<img alt='{html.escape(text)}' src='data:image/png;base64,{base64.b64encode(png).decode()}'>"
 
 
 # Figures ----------------------------------------------------------------------------------------------------

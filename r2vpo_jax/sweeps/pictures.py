@@ -50,7 +50,7 @@ def final_scores(plan: Plan, results: Sequence[Mapping[str, Any]]) -> bytes:
         ticks = _ticks(panel, first)
         lines, lost = collections.defaultdict(list), collections.Counter()
         for cell in panel.cells:
-            lines[_label(others, cell)].append(cell)
+            lines[label_of(others, cell)].append(cell)
         for color, (label, cells) in zip(_colors(len(lines), bool(first)), lines.items(), strict=True):
             means = []
             for cell in cells:
@@ -103,10 +103,10 @@ def curves(
         def on(ax, panel) -> np.ndarray:
             means = [np.zeros(0)]
             for color, cell in zip(_colors(len(panel.cells), bool(panel.varied)), panel.cells, strict=True):
-                x, mean, half = _interval([drawn[row["run"]] for row in finished[cell.name]], metric, scale(cell))
+                x, mean, half = over_runs([drawn[row["run"]] for row in finished[cell.name]], metric, scale(cell))
                 if not len(x):
                     continue
-                label = _label(panel.varied, cell) or cell.label
+                label = label_of(panel.varied, cell) or cell.label
                 label += f" ({lost[cell.name]} lost)" if lost[cell.name] else ""
                 ax.plot(x, mean, color=color, lw=1.3, label=label)
                 means.append(mean)
@@ -143,7 +143,8 @@ def _grouped(rows, name) -> dict[Any, list]:
     return groups
 
 
-def _is_number(value) -> bool:
+def is_number(value) -> bool:
+    """Whether an axis with this value has an order that a picture can show."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
@@ -152,13 +153,13 @@ def _panels(plan: Plan, alone_together: int) -> list[_Panel]:
     groups = collections.defaultdict(list)
     for cell in plan.cells:
         values = [cell.settings[axis.paths[0]] for axis in plan.axes]
-        groups[tuple(None if _is_number(value) else (value, type(value)) for value in values)].append(cell)
+        groups[tuple(None if is_number(value) else (value, type(value)) for value in values)].append(cell)
     panels, alone = [], []
     for cells in groups.values():
         varied = [axis for axis in plan.axes if len({cell.settings[axis.paths[0]] for cell in cells}) > 1]
         if varied:
             shown = [axis for axis in plan.axes if isinstance(cells[0].settings[axis.paths[0]], (str, bool, tuple))]
-            panels.append(_Panel(_label(shown, cells[0]), cells, varied))
+            panels.append(_Panel(label_of(shown, cells[0]), cells, varied))
         else:
             alone += cells
     for start in range(0, len(alone), alone_together):
@@ -166,7 +167,8 @@ def _panels(plan: Plan, alone_together: int) -> list[_Panel]:
     return panels
 
 
-def _label(axes: Sequence[Axis], cell: Cell) -> str:
+def label_of(axes: Sequence[Axis], cell: Cell) -> str:
+    """What a cell sets of some axes, for people: r2vpo, budget 0.001."""
     texts = [(axis, value_text(cell.settings[axis.paths[0]])) for axis in axes]
     return ", ".join(text if axis.bare else f"{axis.name} {text}" for axis, text in texts)
 
@@ -181,15 +183,23 @@ def _ticks(panel: _Panel, first: Axis | None) -> list[str]:
     return list(dict.fromkeys(_tick(first, cell) for cell in cells))
 
 
-def _interval(runs, metric: str, scale: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(iterations, mean, half of the 95 % interval) over runs; one run has an interval of 0."""
-    by_iteration = collections.defaultdict(list)
+def over_runs(
+    runs, metric: str, scale: float = 1.0, at: str = "iteration"
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(places, mean, half of the 95 % interval) over runs; one run has an interval of 0.
+
+    Args:
+      runs: a mapping each, from names to as many values.
+      metric: whose mean is taken, divided by `scale`; values that are not finite are left out.
+      at: what says which values of the runs belong together.
+    """
+    by_place = collections.defaultdict(list)
     for run in runs:
-        for iteration, value in zip(run["iteration"], run[metric], strict=True):
+        for place, value in zip(run[at], run[metric], strict=True):
             if np.isfinite(value):
-                by_iteration[iteration].append(value / scale)
-    x = sorted(by_iteration)
-    found = np.array([estimators.mean_interval(by_iteration[i]) for i in x]).reshape(len(x), 2)
+                by_place[place].append(value / scale)
+    x = sorted(by_place)
+    found = np.array([estimators.mean_interval(by_place[i]) for i in x]).reshape(len(x), 2)
     return np.array(x), found[:, 0], np.nan_to_num(found[:, 1])
 
 

@@ -22,7 +22,13 @@ def leave_run(folder: pathlib.Path, config, *, final=0.9, iterations=3, collapse
                 "rollouts": 100 * i,
                 "reward/mean": score + 0.02 * generator.normal(),
                 "ratio/variance": (budget or 0.001) * float(np.exp(0.3 * generator.normal())),
+                "ratio/variance_mean": 0.3 * (budget or 0.001) * i,
+                "ratio/effective_sample_size": 0.99,
+                "policy/entropy": 0.15 - 0.01 * i,
+                "keeps/at_stake": 0.001,
                 "keeps/retained": "nan" if i == 1 else 0.5,
+                "keeps/restoring": "nan" if i == 1 else 0.1,
+                **({"dual/variance_coef": 1.0 + 0.1 * i} if config.objective.has_multiplier else {}),
                 "time/update": 0.1,
             }
         )
