@@ -397,3 +397,38 @@ def test_sampling_out_of_range_is_refused(tiny_model, task, mesh):
                 mesh=mesh,
                 problem_ids=problems.index,
             )
+
+
+# ---- weights of lower precision ----
+
+
+def test_bfloat16_weights_are_those_of_the_type():
+    rounded = sampler.rounded_weights(PARAMS, "bfloat16")
+    jax.tree.map(
+        lambda new, old: np.testing.assert_array_equal(new, jnp.asarray(old).astype(jnp.bfloat16).astype(jnp.float32)),
+        rounded,
+        PARAMS,
+    )
+
+
+def test_int8_weights_have_255_levels_for_each_layer_and_channel():
+    kernel = np.zeros((2, 3, 2), np.float32)  # layers, in, out
+    kernel[0, :, 0], kernel[0, :, 1], kernel[1, :, 0] = (1.27, 0.504, -0.506), (2.54, 0.01, -2.54), (0.0127, 0.0, 1e-4)
+    params = {"layers": {"kernel": kernel, "scale": kernel[:, :, 0]}, "embed": kernel[0]}
+    rounded = jax.tree.map(np.asarray, sampler.rounded_weights(params, "int8"))
+    expected = kernel.copy()
+    expected[0, :, 0], expected[0, :, 1], expected[1, :, 0] = (
+        (1.27, 0.50, -0.51),
+        (2.54, 0.02, -2.54),
+        (0.0127, 0, 1e-4),
+    )
+    expected[0, 1, 1] = 0.0  # half a level goes to the even one
+    np.testing.assert_allclose(rounded["layers"]["kernel"], expected, atol=1e-6)
+    np.testing.assert_allclose(rounded["embed"], expected[0], atol=1e-6)
+    np.testing.assert_array_equal(rounded["layers"]["scale"], params["layers"]["scale"])  # vectors
+
+
+def test_unknown_weights_are_refused():
+    assert sampler.rounded_weights(PARAMS, "compute") is not None
+    with pytest.raises(ValueError, match="unknown weights 'int4'"):
+        sampler.rounded_weights(PARAMS, "int4")

@@ -51,7 +51,7 @@ def fused(monkeypatch):
     state = types.SimpleNamespace(refused=(), lost=(), calls=[], stop_after=None)
     state.refusal = lambda run: "it is refused" if run.objective.name in state.refused else None
 
-    def run(configs, folder, scratch, *, say, runs_at_once):
+    def run(configs, folder, scratch, *, say, runs_at_once, all_cores):
         state.calls.append((list(configs), scratch, runs_at_once))
         for number, (name, run_config) in enumerate(configs.items()):
             if number == state.stop_after:
