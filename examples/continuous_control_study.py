@@ -1,7 +1,7 @@
-"""The study of docs/results/continuous_control.md: tuning, paired test seeds, table and figure.
+"""The study of docs/results/continuous_control.md: tuning, paired test seeds, tables and figure.
 
     taskset -c 1 python -m examples.continuous_control_study             # everything, a quarter of an hour on one core
-    python -m examples.continuous_control_study --only_report            # table and figure from the saved results
+    python -m examples.continuous_control_study --only_report            # from the saved results
 
 Results are saved after each method of each environment, and what is saved is not run again.
 """
@@ -34,12 +34,12 @@ BLOCKS = 10  # points of a learning curve; the last one is the score
 COMPARISONS = (len(GRIDS) - 1) * len(ENVIRONMENTS)
 UNPENALIZED = "no_trust_region"
 LABELS = {
-    "ppo_clip": ("PPO clip", "#000000"),
-    "kl_fixed": ("KL fixed", "#E69F00"),
-    "kl_adaptive": ("KL adaptive", "#D55E00"),
-    "r2vpo_fixed": ("R²VPO fixed", "#56B4E9"),
-    "r2vpo_adaptive": ("R²VPO adaptive", "#0072B2"),
-    UNPENALIZED: ("no trust region", "#999999"),
+    "ppo_clip": ("PPO clip", "#000000", "s"),
+    "kl_fixed": ("KL fixed", "#E69F00", "v"),
+    "kl_adaptive": ("KL adaptive", "#D55E00", "^"),
+    "r2vpo_fixed": ("R²VPO fixed", "#56B4E9", "D"),
+    "r2vpo_adaptive": ("R²VPO adaptive", "#0072B2", "o"),
+    UNPENALIZED: ("no trust region", "#888888", "x"),
 }
 
 
@@ -111,53 +111,66 @@ def verdict(difference):
     return "cannot be told" if abs(mean) <= half else "better" if mean > 0 else "worse"
 
 
+def middle(row, name):
+    """Mean over seeds and the middle six tenths of the run."""
+    return np.mean(np.asarray(row["curves"][name])[:, 2:8])
+
+
+def markdown(head, rows):
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
+
+
 def table(results):
-    lines = [
-        "| environment | method | knob | return | paired difference to PPO clip, 95 % | verdict | V, whole run |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for env, runs in results["runs"].items():
-        for method in LABELS:
+        for method, (label, *_) in LABELS.items():
             row = runs[method]
-            cells = [env, LABELS[method][0], f"{row['knob']:g}", "{:.1f} ± {:.1f}".format(*interval(row["scores"]))]
-            if method == "ppo_clip":
-                cells += ["", ""]
-            else:
+            cells = [env, label, f"{row['knob']:g}", "{:.1f} ± {:.1f}".format(*interval(row["scores"])), "", ""]
+            if method != "ppo_clip":
                 difference = np.subtract(row["scores"], runs["ppo_clip"]["scores"])
-                cells += ["{:+.1f} ± {:.1f}".format(*interval(difference)), verdict(difference)]
-            cells.append(f"{np.mean(row['curves']['ratio_variance']):.3f}")
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+                cells[4:] = ["{:+.1f} ± {:.1f}".format(*interval(difference)), verdict(difference)]
+            rows.append([*cells, f"{middle(row, 'ratio_variance'):.3f}", f"{middle(row, 'kl'):.4f}"])
+    head = ["environment", "method", "number", "return", "less PPO clip's", "verdict", "V", "KL"]
+    return markdown(head, rows)
+
+
+def tuning_table(results):
+    rows = []
+    for env, runs in results["runs"].items():
+        for method, grid in GRIDS.items():
+            means = np.mean(runs[method]["tuning_scores"], axis=1)
+            cells = [f"{knob:g}: {mean:.1f}" for knob, mean in zip(grid, means, strict=True)]
+            rows.append([env, LABELS[method][0], *cells])
+    return markdown(["environment", "method", "low", "middle", "high"], rows)
 
 
 def figure(results, path):
+    """Learning curves, and below them the paired differences of what has a trust region."""
     runs = results["runs"]
     fig, axes = plt.subplots(2, len(runs), figsize=(12, 6.6), layout="constrained", height_ratios=(3, 2))
     steps = ITERATIONS * continuous_control.Config.num_envs * continuous_control.Config.rollout_length
     at = (np.arange(BLOCKS) + 0.5) * steps / BLOCKS / 1000
+    compared = [method for method in LABELS if method not in ("ppo_clip", UNPENALIZED)]
     for column, (env, methods) in enumerate(runs.items()):
         curve, forest = axes[:, column]
-        for place, (method, (label, color)) in enumerate(LABELS.items()):
-            returns = np.array(methods[method]["curves"]["return"], float)
-            style = {"color": color, "label": label, "linestyle": "--" if method == UNPENALIZED else "-"}
-            curve.plot(at, np.nanmean(returns, axis=0), linewidth=1.8, **style)
-            if method != "ppo_clip":
-                difference = np.subtract(methods[method]["scores"], methods["ppo_clip"]["scores"])
-                mean, half = interval(difference)
-                forest.plot(
-                    difference, np.full(len(difference), place) + 0.22, ".", color=color, alpha=0.5, markersize=4
-                )
-                forest.errorbar(mean, place, xerr=half, color=color, fmt="o", capsize=4, linewidth=1.8)
-        curve.set(
-            title=env, xlabel="environment steps, thousands", ylabel="return, mean of 12 seeds" if not column else ""
-        )
+        for method, (label, color, marker) in LABELS.items():
+            returns = np.nanmean(np.array(methods[method]["curves"]["return"], float), axis=0)
+            style = {"color": color, "marker": marker, "markersize": 5, "linewidth": 1.6}
+            curve.plot(at, returns, linestyle="--" if method == UNPENALIZED else "-", label=label, **style)
+        for place, method in enumerate(compared):
+            _, color, marker = LABELS[method]
+            difference = np.subtract(methods[method]["scores"], methods["ppo_clip"]["scores"])
+            mean, half = interval(difference)
+            forest.plot(difference, np.full(len(difference), place + 0.25), ".", color=color, alpha=0.6, markersize=4)
+            forest.errorbar(mean, place, xerr=half, color=color, fmt=marker, capsize=4, linewidth=1.8)
+        curve.set(title=env, xlabel="environment steps, thousands")
         forest.axvline(0, color="black", linewidth=0.8)
-        labels = [label for label, _ in LABELS.values()][1:]
-        forest.set_yticks(range(1, len(LABELS)), labels if not column else [""] * len(labels))
-        forest.invert_yaxis()
+        forest.set_yticks(range(len(compared)), [LABELS[method][0] if not column else "" for method in compared])
+        forest.set_ylim(len(compared) - 0.5, -0.5)
         forest.set_xlabel("final return less PPO clip's, same seed\n(mean, 95 % interval; dots: seeds)")
         for axis in (curve, forest):
             axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_ylabel(f"return, mean of {len(TEST_SEEDS)} seeds")
     axes[0, 0].legend(frameon=False, fontsize=9)
     fig.savefig(path, dpi=120)
 
@@ -170,7 +183,7 @@ def main():
     path = args.output / "data" / "continuous_control.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(path.read_text()) if args.only_report else run_all(path)
-    print(table(results))
+    print(table(results), tuning_table(results), sep="\n\n")
     figure(results, args.output / "continuous_control.png")
 
 
