@@ -129,7 +129,7 @@ def table(results):
             if method != "ppo_clip":
                 difference = np.subtract(row["scores"], runs["ppo_clip"]["scores"])
                 cells[4:] = ["{:+.1f} ± {:.1f}".format(*interval(difference)), verdict(difference)]
-            rows.append([*cells, f"{middle(row, 'ratio_variance'):.3f}", f"{middle(row, 'kl'):.4f}"])
+            rows.append([*cells, f"{middle(row, 'ratio_variance'):.3g}", f"{middle(row, 'kl'):.3g}"])
     head = ["environment", "method", "number", "return", "less PPO clip's", "verdict", "V", "KL"]
     return markdown(head, rows)
 
