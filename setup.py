@@ -35,6 +35,8 @@ setup(
         "transformers>=5.0,<6",
     ],
     extras_require={
+        # gymnax imports six without requiring it.
+        "control": ["gymnax>=1.0.1,<1.1", "six>=1.16,<2"],
         "cuda": ["jax[cuda12]>=0.10,<0.13"],
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "reasoning": [

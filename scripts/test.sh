@@ -7,7 +7,7 @@ extras="[dev,reasoning]"
 if [ "${1:-}" = --all ]; then
   shift
   marker=(-m "slow or not slow")
-  extras="[dev,reasoning,libtpu]"
+  extras="[control,dev,reasoning,libtpu]"
 fi
 install "$extras"
 echo "ruff"
