@@ -6,6 +6,7 @@ are too small to change it, and where there is none it multiplies nothing.
 """
 
 import copy
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -87,7 +88,7 @@ class Family:
             return measured
         config, report = self.configs[name], measured.report
         objective = config.objective
-        foreign = set().union(*map(_reported, self._alternatives)) - _reported(_alternative(config))
+        foreign = frozenset().union(*map(_reported, self._alternatives)) - _reported(_alternative(config))
         sums = {key: value for key, value in report.stats.sums.items() if key not in foreign}
         report = report.replace(stats=report.stats.replace(sums=sums))
         if not objective.measures_after:
@@ -161,13 +162,14 @@ def _alternative(config: Config) -> tuple[str, tuple]:
     return loss.name, tuple((key, value) for key, value in loss.options.items() if _OPTIONS + key not in numbers)
 
 
-def _reported(alternative) -> set[str]:
+@functools.cache
+def _reported(alternative) -> frozenset[str]:
     """The statistics that a loss reports."""
     name, constants = alternative
     given = dict.fromkeys(losses.computed(name), 1.0) | dict(constants)
     token = jax.ShapeDtypeStruct((1, 1), jnp.float32)
     _, stats = jax.eval_shape(lambda x: losses.get(name)(x, x, x, x, normalizer=1.0, **given), token)
-    return set(stats)
+    return frozenset(stats)
 
 
 def _changed(node, **values):

@@ -1,0 +1,289 @@
+"""Tables and figures of docs/results/study.md, from the sweeps of experiments/configs/study.py.
+
+    python scripts/study_results.py --runs=runs        # reads runs/study_*, writes docs/results/data/study.json
+    python scripts/study_results.py                    # tables and figures again, from that file
+
+Each sweep becomes a list of runs, with few numbers for each; tables go to docs/results/study_tables.md, figures beside it.
+"""
+
+import argparse
+import json
+import pathlib
+from collections.abc import Iterator
+
+import matplotlib
+import numpy as np
+import pyarrow.parquet
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+from experiments.configs import study
+from r2vpo_jax.sweeps import statistics
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+DATA = ROOT / "docs" / "results" / "data" / "study.json"
+REFERENCE = "ppo_clip"
+# Okabe and Ito's colors, and a marker each, so that print and every eye can tell them apart.
+STYLE = {
+    "r2vpo": ("#0072B2", "o"), "r2vpo_A_mu": ("#56B4E9", "P"), "ppo_clip": ("#000000", "s"), "cispo": ("#E69F00", "^"),
+    "spo": ("#009E73", "D"), "none": ("#999999", "x"),
+}  # fmt: skip
+NAMES = {
+    "r2vpo": "R²VPO",
+    "r2vpo_A_mu": "R²VPO, |A|μ",
+    "ppo_clip": "PPO clip",
+    "cispo": "CISPO",
+    "spo": "SPO",
+    "none": "none",
+}
+# axis -> (what its levels are, them)
+LEVELS = {
+    "headline": ("lag, iterations", (0, 8)),
+    "lag": ("lag, iterations", (0, 4, 16)),
+    "updates": ("updates a batch", (1, 4, 16, 64)),
+    "rate": ("learning rate, times the tuned one", (1, 3, 10)),
+    "rarity": ("rare tokens needed in a row", (2, 3, 4)),
+    "precision": ("weights of the sampler", ("float32", "bfloat16", "int8")),
+    "length": ("", ("",)),
+    "penalties": ("", ("",)),
+}
+_MEANS = {  # name here -> column of curves.parquet; mean over the second half of the run
+    "V": "ratio/variance_mean",
+    "ess": "ratio/effective_sample_size",
+    "killed": "clip/fraction",
+    "entropy": "policy/entropy",
+    "at_stake": "keeps/at_stake",
+    "retained": "keeps/retained",
+}
+
+
+def cells_of(axis: str) -> list[tuple[str, object]]:
+    """(method, level) of each cell, in the order of the sweep."""
+    levels = LEVELS[axis][1]
+    if axis == "penalties":
+        return [(name, "") for name in study.METHODS if name not in study.MAIN]
+    if axis == "rate":
+        return [(name, level) for level in levels for name in study.MAIN]
+    return [(name, level) for name in study.MAIN for level in levels]
+
+
+def read(workdir: pathlib.Path, axis: str) -> list[dict]:
+    """The runs of a sweep that has ended."""
+    cells = dict(zip(json.loads((workdir / "sweep.json").read_text())["sweep"]["cells"], cells_of(axis), strict=True))
+    results = pyarrow.parquet.read_table(workdir / "results.parquet").to_pylist()
+    curves = pyarrow.parquet.read_table(workdir / "curves.parquet")
+    curves = curves.select(["run", "kind", "iteration", *(c for c in _MEANS.values() if c in curves.column_names)])
+    runs: dict = {}
+    for row in results:
+        method, level = cells[row["cell"]]
+        run = runs.setdefault(
+            row["run"], {"method": method, "level": level, "seed": row["seed"], "status": row["status"], "curve": []}
+        )
+        if row["split"] == "validation":
+            run["curve"].append((row["rollouts"], round(row["pass_at_1"], 4)))
+        elif row["split"] == "test":
+            run["base" if row["iteration"] == 0 else "final"] = round(row["pass_at_1"], 5)
+    trained: dict = {}
+    for row in curves.to_pylist():
+        if row["kind"] == "train":
+            trained.setdefault(row["run"], []).append(row)
+    for name, rows in trained.items():
+        half = rows[len(rows) // 2 :]
+        for short, column in _MEANS.items():
+            values = [row[column] for row in half if row.get(column) is not None and np.isfinite(row[column])]
+            if values:
+                runs[name][short] = float(f"{np.mean(values):.4g}")
+    return list(runs.values())
+
+
+# Tables -----------------------------------------------------------------------------------------------------------
+
+
+def scores(runs, method, level) -> dict[int, float]:
+    """seed -> final pass@1; a collapsed run scores 0 (protocol)."""
+    return {
+        run["seed"]: run.get("final", 0.0) if run["status"] == "finished" else 0.0
+        for run in runs
+        if run["method"] == method and run["level"] == level
+    }
+
+
+def reached(runs, method, level, target) -> tuple[list[float], list[bool]]:
+    """(rollouts, whether the target was reached by then) of each run."""
+    found = []
+    for run in runs:
+        if run["method"] == method and run["level"] == level and run["curve"]:
+            first = next((rollouts for rollouts, score in run["curve"] if score >= target), None)
+            found.append((first or run["curve"][-1][0], first is not None))
+    return tuple(zip(*found, strict=True)) if found else ((), ())
+
+
+def tables(found: dict[str, list[dict]]) -> Iterator[str]:
+    """Markdown."""
+    for name, runs in found.items():
+        axis, task = name.split(" ")
+        title, levels = LEVELS[axis]
+        target = float(np.median([max(score for _, score in run["curve"]) for run in runs]))
+        base = np.mean([run["base"] for run in runs if "base" in run])
+        seeds = len({run["seed"] for run in runs})
+        yield f"## {axis}, {task}: {len(runs)} runs, {seeds} seeds\n"
+        yield f"Base model {base:.3f} on the test problems; rollouts to {target:.2f} on validation.\n"
+        yield f"| {title or 'setting'} | method | final pass@1 | IQM | less {NAMES[REFERENCE]}, paired | p | rollouts to target | not reached | lost | V | killed | ESS | entropy |"
+        yield "|" + "---|" * 13
+        methods = list(dict.fromkeys(run["method"] for run in runs))
+        for level in levels:
+            theirs = scores(runs, REFERENCE, level)
+            for method in methods:
+                ours = scores(runs, method, level)
+                if not ours:
+                    continue
+                values = list(ours.values())
+                mean, iqm = statistics.mean_interval(values), statistics.iqm_interval(values)
+                paired, p = "–", "–"
+                if method != REFERENCE and set(theirs) == set(ours):
+                    d = statistics.paired_difference(values, [theirs[seed] for seed in ours])
+                    paired, p = f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]", f"{d.p_value:.3f}"
+                time = statistics.rollouts_to_target(*reached(runs, method, level, target))
+                mine = [run for run in runs if run["method"] == method and run["level"] == level]
+                more = [
+                    f"{np.mean([run[key] for run in mine if key in run]):.3g}"
+                    if any(key in run for run in mine)
+                    else "–"
+                    for key in ("V", "killed", "ess", "entropy")
+                ]
+                lost = sum(run["status"] != "finished" for run in mine)
+                yield (
+                    f"| {level or '–'} | {NAMES.get(method, method)} | {mean.value:.3f} ± {mean.high - mean.value:.3f} | {iqm.value:.3f} | "
+                    f"{paired} | {p} | {time.median:.0f} | {time.censored}/{time.n} | {lost} | {' | '.join(more)} |"
+                )
+        yield ""
+
+
+# Figures ----------------------------------------------------------------------------------------------------------
+
+
+def draw_axes(found: dict[str, list[dict]], path: pathlib.Path) -> None:
+    """Final accuracy over each axis: mean and t interval of each method."""
+    there = [name for name in found if name.split(" ")[0] in ("lag", "updates", "rate", "rarity", "precision")]
+    if not there:
+        return
+    with pyplot.rc_context({"font.size": 9}):
+        figure, axes = pyplot.subplots(1, len(there), figsize=(3.1 * len(there), 3.2), sharey=True, squeeze=False)
+        for ax, name in zip(axes[0], there, strict=True):
+            title, levels = LEVELS[name.split(" ")[0]]
+            for number, method in enumerate(STYLE):
+                color, marker = STYLE[method]
+                shown = [
+                    statistics.mean_interval(list(scores(found[name], method, level).values())) for level in levels
+                ]
+                x = np.arange(len(levels)) + 0.05 * (number - 2.5)
+                mean = np.array([one.value for one in shown])
+                error = np.array([one.high - one.value for one in shown])
+                ax.errorbar(x, mean, error, color=color, marker=marker, ms=4, lw=1.2, capsize=2, label=NAMES[method])
+            ax.set_xticks(range(len(levels)), levels)
+            ax.set(xlabel=title)
+            ax.set_ylim(0, 1)
+            ax.spines[["top", "right"]].set_visible(False)
+        axes[0, 0].set_ylabel("final pass@1 on eureka (test)")
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=6, frameon=False)
+        figure.tight_layout(rect=(0, 0, 1, 0.91))
+        figure.savefig(path, dpi=150)
+        pyplot.close(figure)
+
+
+def draw_headline(found: dict[str, list[dict]], path: pathlib.Path) -> None:
+    """Paired differences to the clip, each task and lag a panel row."""
+    there = [name for name in found if name.startswith("headline")]
+    if not there:
+        return
+    methods = [method for method in STYLE if method != REFERENCE]
+    with pyplot.rc_context({"font.size": 9}):
+        figure, axes = pyplot.subplots(
+            2, len(there), figsize=(3.3 * len(there), 4.6), sharex=True, sharey=True, squeeze=False
+        )
+        for column, name in enumerate(there):
+            for row, level in enumerate(LEVELS["headline"][1]):
+                ax, theirs = axes[row, column], scores(found[name], REFERENCE, level)
+                for y, method in enumerate(reversed(methods)):
+                    color, marker = STYLE[method]
+                    ours = scores(found[name], method, level)
+                    d = statistics.paired_difference(list(ours.values()), [theirs[seed] for seed in ours])
+                    ax.errorbar(
+                        d.mean, y, xerr=[[d.mean - d.low], [d.high - d.mean]], color=color, marker=marker, capsize=3
+                    )
+                    each = [ours[seed] - theirs[seed] for seed in ours]
+                    ax.plot(each, [y - 0.22] * len(each), ".", color=color, ms=3, alpha=0.6)
+                ax.axvline(0, color="black", lw=0.8)
+                ax.set_yticks(range(len(methods)), [NAMES[method] for method in reversed(methods)])
+                reference = np.mean(list(theirs.values()))
+                ax.set_title(f"{name.split(' ')[1]}, lag {level} (PPO clip {reference:.2f})", fontsize=9)
+                ax.spines[["top", "right"]].set_visible(False)
+        for ax in axes[-1]:
+            ax.set_xlabel("final pass@1 less PPO clip's,\nsame seed (mean, 95 %; dots: seeds)")
+        figure.tight_layout()
+        figure.savefig(path, dpi=150)
+        pyplot.close(figure)
+
+
+def draw_displacement(found: dict[str, list[dict]], path: pathlib.Path) -> None:
+    """Final accuracy against the displacement that was measured, all axes on eureka together."""
+    runs = [run for name, some in found.items() if name.endswith(" eureka") and "penalties" not in name for run in some]
+    runs = [run for run in runs if run["method"] in STYLE and run["status"] == "finished" and run.get("V", 0) > 0]
+    if not runs:
+        return
+    with pyplot.rc_context({"font.size": 9}):
+        figure, axes = pyplot.subplots(1, 3, figsize=(10, 3.4), sharey=True)
+        labels = {
+            "V": "measured V = E[(r − 1)²]",
+            "killed": "share of tokens that a clip at 0.2 would cut",
+            "ess": "effective sample size of the batch",
+        }
+        for ax, (key, label) in zip(axes, labels.items(), strict=True):
+            for method, (color, marker) in STYLE.items():
+                points = [(run[key], run["final"]) for run in runs if run["method"] == method and key in run]
+                ax.plot(
+                    *zip(*points, strict=True), marker, color=color, ms=3, alpha=0.5, ls="none", label=NAMES[method]
+                )
+            if key == "V":
+                ax.set_xscale("log")
+            ax.set(xlabel=label)
+            ax.spines[["top", "right"]].set_visible(False)
+        axes[0].set_ylabel("final pass@1 on eureka (test)")
+        figure.legend(
+            *axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=6, frameon=False, markerscale=1.6
+        )
+        figure.tight_layout(rect=(0, 0, 1, 0.91))
+        figure.savefig(path, dpi=150)
+        pyplot.close(figure)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=pathlib.Path, help="directory of the sweeps study_AXIS or study_AXIS_TASK")
+    given = parser.parse_args().runs
+    found = json.loads(DATA.read_text()) if DATA.exists() else {}
+    if given:
+        for workdir in sorted(path.parent for path in given.glob("study_*/results.parquet")):
+            axis, _, task = workdir.name.removeprefix("study_").partition("_")
+            if axis in LEVELS:
+                found[f"{axis} {task or ('long' if axis == 'length' else 'eureka')}"] = read(workdir, axis)
+        order = list(LEVELS)
+        found = dict(sorted(found.items(), key=lambda item: order.index(item[0].split(" ")[0])))
+        DATA.parent.mkdir(exist_ok=True)
+        DATA.write_text(
+            "{\n"
+            + ",\n".join(f'"{name}": [\n' + ",\n".join(map(json.dumps, runs)) + "\n]" for name, runs in found.items())
+            + "\n}\n"
+        )
+    where = DATA.parent.parent
+    (where / "study_tables.md").write_text(
+        "# Tables of the study\n\nMade by `scripts/study_results.py`.\n\n" + "\n".join(tables(found))
+    )
+    draw_headline(found, where / "study_headline.png")
+    draw_axes(found, where / "study_axes.png")
+    draw_displacement(found, where / "study_displacement.png")
+
+
+if __name__ == "__main__":
+    main()
