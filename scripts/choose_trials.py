@@ -3,7 +3,7 @@
     python scripts/choose_trials.py runs/study_tune_eureka eureka
 
 Writes experiments/configs/study_tuned.json: task -> method -> value of its own coefficient, learning rate, validation
-score, and the scores of all six trials. The score of a trial is the mean over seeds of the mean validation pass@1 over the
+score, and the scores of all ten trials. The score of a trial is the mean over seeds of the mean validation pass@1 over the
 second half of the evaluations; a run that did not finish counts as 0. Ties go to the smaller learning rate.
 """
 
@@ -21,7 +21,7 @@ def trials():
     """(method, value, rate) of each cell, in the order of the sweep."""
     for name, (_, _, values) in study.METHODS.items():
         for value in values:
-            for rate in (value,) if len(values) == 6 else study.RATES:
+            for rate in (value,) if len(values) == 10 else study.RATES:
                 yield name, value, rate
 
 

@@ -32,7 +32,7 @@ TUNED = pathlib.Path(__file__).with_name("study_tuned.json")
 
 _CLIP = ("objective.loss.options.clip_low", "objective.loss.options.clip_high")
 _TV = ("objective.loss.options.divergence_low", "objective.loss.options.divergence_high")
-_BUDGETS = ("objective.dual.budget", (0.003, 0.01, 0.03))
+_BUDGETS = ("objective.dual.budget", (0.003, 0.01, 0.03, 0.1, 0.3))
 
 
 def _penalty(weight="none", factor=1.0):
@@ -43,38 +43,42 @@ def _penalty(weight="none", factor=1.0):
     }
 
 
-# name -> (what makes it, the path or paths of its own coefficient, three values of it)
+# name -> (what makes it, the path or paths of its own coefficient, five values of it)
 METHODS = {
     "r2vpo": (_penalty(), *_BUDGETS),
     "r2vpo_A": (_penalty("advantage"), *_BUDGETS),
     "r2vpo_mu": (_penalty("probability"), *_BUDGETS),
     "r2vpo_A_mu": (_penalty("both"), *_BUDGETS),
     "r2vpo_asymmetric": (_penalty(factor=4.0), *_BUDGETS),
-    "r2vpo_fixed": ({"objective.name": "r2vpo_fixed"}, "objective.dual.coef", (0.5, 2.5, 12.5)),
-    "ppo_clip": ({"objective.name": "ppo_clip"}, _CLIP, (0.1, 0.2, 0.4)),
+    "r2vpo_fixed": ({"objective.name": "r2vpo_fixed"}, "objective.dual.coef", (0.02, 0.1, 0.5, 2.5, 12.5)),
+    "ppo_clip": ({"objective.name": "ppo_clip"}, _CLIP, (0.05, 0.1, 0.2, 0.4, 0.8)),
     "dapo": (
         {"objective.name": "ppo_clip", "objective.loss.options.clip_low": 0.2},
         "objective.loss.options.clip_high",
-        (0.28, 0.5, 1.0),
+        (0.28, 0.5, 1.0, 2.0, 4.0),
     ),
-    "cispo": ({"objective.name": "cispo"}, "objective.loss.options.max_ratio", (1.2, 2.0, 5.0)),
-    "gppo": ({"objective.name": "gppo"}, _CLIP, (0.1, 0.2, 0.4)),
-    "spo": ({"objective.name": "spo"}, "objective.loss.options.epsilon", (0.1, 0.2, 0.4)),
-    "drpo": ({"objective.name": "drpo"}, "objective.loss.options.epsilon", (2.5, 12.5, 50.0)),
+    "cispo": ({"objective.name": "cispo"}, "objective.loss.options.max_ratio", (1.05, 1.2, 1.5, 2.0, 5.0)),
+    "gppo": ({"objective.name": "gppo"}, _CLIP, (0.05, 0.1, 0.2, 0.4, 0.8)),
+    "spo": ({"objective.name": "spo"}, "objective.loss.options.epsilon", (0.1, 0.2, 0.4, 0.8, 1.6)),
+    "drpo": ({"objective.name": "drpo"}, "objective.loss.options.epsilon", (0.1, 0.5, 2.5, 12.5, 50.0)),
     "dppo_tv": (
         {"objective.name": "dppo_tv", "objective.loss.reduction": "token_mean"},
         _TV,
-        (0.05, 0.15, 0.4),
+        (0.05, 0.15, 0.4, 0.6, 0.8),
     ),
     "sapo": (
         {"objective.name": "sapo", "objective.loss.reduction": "token_mean"},
         ("objective.loss.options.tau_positive", "objective.loss.options.tau_negative"),
-        (0.5, 1.0, 4.0),
+        (0.25, 0.5, 1.0, 2.0, 4.0),
     ),
-    "m2po": ({"objective.name": "m2po"}, "objective.loss.options.budget", (0.01, 0.04, 0.16)),
-    "grpo": ({"objective.name": "grpo"}, _CLIP, (0.1, 0.2, 0.4)),
-    # Without a trust region the step is all there is: six learning rates, of which the smaller ones stand for "just a smaller step".
-    "none": ({"objective.name": "policy_gradient"}, "optimizer.learning_rate", (3e-5, 1e-4, 2e-4, 3e-4, 6e-4, 1e-3)),
+    "m2po": ({"objective.name": "m2po"}, "objective.loss.options.budget", (0.001, 0.003, 0.01, 0.04, 0.16)),
+    "grpo": ({"objective.name": "grpo"}, _CLIP, (0.05, 0.1, 0.2, 0.4, 0.8)),
+    # Without a trust region the step is all there is: ten learning rates, of which the smaller ones stand for "just a smaller step".
+    "none": (
+        {"objective.name": "policy_gradient"},
+        "optimizer.learning_rate",
+        (3e-5, 1e-4, 2e-4, 3e-4, 4e-4, 5e-4, 6e-4, 8e-4, 1e-3, 1.5e-3),
+    ),
 }
 MAIN = ("r2vpo", "r2vpo_A_mu", "ppo_clip", "cispo", "spo", "none")
 PENALTIES = ("r2vpo", "r2vpo_A", "r2vpo_mu", "r2vpo_A_mu", "r2vpo_asymmetric", "r2vpo_fixed")
@@ -87,9 +91,9 @@ def _method(name: str, value, rate: float) -> grid.Grid:
 
 
 def _trials(name: str) -> grid.Grid:
-    """Six of each method."""
+    """Ten of each method."""
     values = METHODS[name][2]
-    if len(values) == 6:
+    if len(values) == 10:
         return grid.chain(*(_method(name, value, value) for value in values))
     return grid.chain(*(_method(name, value, rate) for value in values for rate in RATES))
 
@@ -110,10 +114,10 @@ def _updates(minibatches: int, epochs: int) -> dict:
 
 def _axis(axis: str, task: str) -> tuple[grid.Grid, range]:
     """(cells, seeds)."""
-    some, fresh = range(8), range(100, 108)
+    fresh = range(100, 108)
     match axis:
         case "tune":
-            return grid.chain(*map(_trials, METHODS)), some[:2]
+            return grid.chain(*map(_trials, METHODS)), range(3)
         case "headline":
             return grid.product(_tuned(task), grid.values("replay.lag", 0, 8)), range(100, 120)
         case "penalties":
