@@ -26,11 +26,12 @@ DATA = ROOT / "docs" / "results" / "data" / "study.json"
 REFERENCE = "ppo_clip"
 # Okabe and Ito's colors, and a marker each, so that print and every eye can tell them apart.
 STYLE = {
-    "r2vpo": ("#0072B2", "o"), "r2vpo_A_mu": ("#56B4E9", "P"), "ppo_clip": ("#000000", "s"), "cispo": ("#E69F00", "^"),
+    "r2vpo": ("#0072B2", "o"), "r2vpo_fixed": ("#D55E00", "v"), "r2vpo_A_mu": ("#56B4E9", "P"), "ppo_clip": ("#000000", "s"), "cispo": ("#E69F00", "^"),
     "spo": ("#009E73", "D"), "none": ("#999999", "x"),
 }  # fmt: skip
 NAMES = {
     "r2vpo": "R²VPO",
+    "r2vpo_fixed": "R²VPO, fixed λ",
     "r2vpo_A_mu": "R²VPO, |A|μ",
     "ppo_clip": "PPO clip",
     "cispo": "CISPO",

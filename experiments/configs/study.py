@@ -80,8 +80,7 @@ METHODS = {
         (3e-5, 1e-4, 2e-4, 3e-4, 4e-4, 5e-4, 6e-4, 8e-4, 1e-3, 1.5e-3),
     ),
 }
-MAIN = ("r2vpo", "r2vpo_A_mu", "ppo_clip", "cispo", "spo", "none")
-PENALTIES = ("r2vpo", "r2vpo_A", "r2vpo_mu", "r2vpo_A_mu", "r2vpo_asymmetric", "r2vpo_fixed")
+MAIN = ("r2vpo", "r2vpo_fixed", "r2vpo_A_mu", "ppo_clip", "cispo", "spo", "none")
 
 
 def _method(name: str, value, rate: float) -> grid.Grid:
