@@ -163,6 +163,7 @@ def get_config(choice: str = "headline,eureka"):
             "test_samples": 4,
             # Rounded weights are one of the axes; what they add to V is measured there.
             "max_noise_floor": 1e9,
+            "allow_single_update": axis == "updates",  # there all methods are one: a check
         },
     )
     if smoke:
