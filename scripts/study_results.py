@@ -120,6 +120,10 @@ def reached(runs, method, level, target) -> tuple[list[float], list[bool]]:
     return tuple(zip(*found, strict=True)) if found else ((), ())
 
 
+def _escaped(name: str) -> str:
+    return name.replace("|", "\\|")
+
+
 def tables(found: dict[str, list[dict]]) -> Iterator[str]:
     """Markdown."""
     for name, runs in found.items():
@@ -155,7 +159,7 @@ def tables(found: dict[str, list[dict]]) -> Iterator[str]:
                 ]
                 lost = sum(run["status"] != "finished" for run in mine)
                 yield (
-                    f"| {level or '–'} | {NAMES.get(method, method)} | {mean.value:.3f} ± {mean.high - mean.value:.3f} | {iqm.value:.3f} | "
+                    f"| {'–' if level == '' else level} | {_escaped(NAMES.get(method, method))} | {mean.value:.3f} ± {mean.high - mean.value:.3f} | {iqm.value:.3f} | "
                     f"{paired} | {p} | {time.median:.0f} | {time.censored}/{time.n} | {lost} | {' | '.join(more)} |"
                 )
         yield ""
