@@ -1,6 +1,7 @@
 """The best trial of each method of the study, from its tuning sweep, by validation alone.
 
     python scripts/choose_trials.py runs/study_tune_eureka eureka
+    python scripts/choose_trials.py runs/study_tune_stale_eureka eureka_stale
 
 Writes experiments/configs/study_tuned.json: task -> method -> value of its own coefficient, learning rate, validation
 score, and the scores of all ten trials. The score of a trial is the mean over seeds of the mean validation pass@1 over the
@@ -17,9 +18,10 @@ import pyarrow.parquet
 from experiments.configs import study
 
 
-def trials():
+def trials(names=tuple(study.METHODS)):
     """(method, value, rate) of each cell, in the order of the sweep."""
-    for name, (_, _, values) in study.METHODS.items():
+    for name in names:
+        values = study.METHODS[name][2]
         for value in values:
             for rate in (value,) if len(values) == 10 else study.RATES:
                 yield name, value, rate
@@ -42,8 +44,9 @@ def choose(workdir: pathlib.Path) -> dict:
         workdir / "results.parquet", columns=["cell", "seed", "status", "split", "iteration", "pass_at_1"]
     ).to_pylist()
     cells = json.loads((workdir / "sweep.json").read_text())["sweep"]["cells"]
+    names = study.METHODS if len(cells) > 10 * len(study.MAIN) else study.MAIN
     found: dict = {}
-    for cell, (name, value, rate) in zip(cells, trials(), strict=True):
+    for cell, (name, value, rate) in zip(cells, trials(names), strict=True):
         one = {"value": value, "rate": rate, "score": round(score([row for row in rows if row["cell"] == cell]), 4)}
         found.setdefault(name, []).append(one)
     return {

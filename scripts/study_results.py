@@ -41,6 +41,7 @@ NAMES = {
 # axis -> (what its levels are, them)
 LEVELS = {
     "headline": ("lag, iterations", (0, 8)),
+    "stale": ("lag, iterations", (8,)),
     "lag": ("lag, iterations", (0, 4, 16)),
     "updates": ("updates a batch", (1, 4, 16, 64)),
     "rate": ("learning rate, times the tuned one", (1, 3, 10)),

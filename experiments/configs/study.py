@@ -3,7 +3,8 @@
     python -m experiments.sweep --config=experiments/configs/study.py:tune,eureka
     python -m experiments.sweep --config=experiments/configs/study.py:headline,eureka
     python -m experiments.sweep --config=experiments/configs/study.py:lag                 # or updates, rate, rarity,
-                                                                                          # precision, penalties, length
+                                                                                          # precision, penalties, length,
+                                                                                          # tune_stale, stale
     python -m experiments.sweep --config=experiments/configs/study.py:lag,smoke           # the same in minutes
 
 Each run is small: 40 iterations of 8 problems x 8 responses, 16 updates an iteration unless the axis says otherwise.
@@ -26,7 +27,19 @@ TASKS = {
         "model": {"path": "long_arithmetic_base"},
     },
 }
-AXES = ("tune", "headline", "penalties", "lag", "updates", "rate", "rarity", "precision", "length")
+AXES = (
+    "tune",
+    "headline",
+    "tune_stale",
+    "stale",
+    "penalties",
+    "lag",
+    "updates",
+    "rate",
+    "rarity",
+    "precision",
+    "length",
+)
 RATES = (3e-4, 1e-3)  # every method is tuned with both
 TUNED = pathlib.Path(__file__).with_name("study_tuned.json")
 
@@ -119,6 +132,10 @@ def _axis(axis: str, task: str) -> tuple[grid.Grid, range]:
             return grid.chain(*map(_trials, METHODS)), range(3)
         case "headline":
             return grid.product(_tuned(task), grid.values("replay.lag", 0, 8)), range(100, 120)
+        case "tune_stale":
+            return grid.product(grid.chain(*map(_trials, MAIN)), grid.values("replay.lag", 8)), range(3)
+        case "stale":
+            return grid.product(_tuned(f"{task}_stale"), grid.values("replay.lag", 8)), range(100, 120)
         case "penalties":
             return _tuned(task, [name for name in METHODS if name not in MAIN]), fresh
         case "lag":

@@ -38,7 +38,7 @@ def test_every_method_has_as_many_trials():
         assert cell.config.optimizer.learning_rate == rate
 
 
-@pytest.mark.parametrize("choice", [axis for axis in study.AXES if axis != "tune"])
+@pytest.mark.parametrize("choice", [axis for axis in study.AXES if not axis.startswith("tune")])
 def test_labels_belong_to_their_cells(choice):
     labels = study_results.cells_of(choice)
     cells = plan_of(choice).cells
@@ -51,6 +51,7 @@ def test_labels_belong_to_their_cells(choice):
         there = {
             "headline": config.replay.lag,
             "lag": config.replay.lag,
+            "stale": config.replay.lag,
             "updates": config.trainer.num_minibatches * config.trainer.num_epochs,
             "rarity": config.task.options.get("needed"),
             "precision": {"compute": "float32"}.get(config.sampler.weights, config.sampler.weights),
