@@ -59,7 +59,7 @@ CONFIGS = {
     "arithmetic": PretrainConfig(),
     "countdown": PretrainConfig(num_steps=2000),
     "eureka": PretrainConfig(num_steps=1000, hidden_size=32, intermediate_size=96),
-    "long_arithmetic": PretrainConfig(num_steps=2000, batch_size=64, forget_carry=0.05, slip=0.05),
+    "long_arithmetic": PretrainConfig(num_steps=1000, batch_size=64, forget_carry=0.15, slip=0.1),
     "word_problems": PretrainConfig(
         num_steps=1000,
         batch_size=64,
