@@ -52,8 +52,9 @@ WHERE = ("kind", "iteration", "rollouts")
 def pair(tiny_config, tmp_path_factory):
     """(fused, ordinary) run of a configuration; the fused one is beside another that is given first."""
 
-    def make(num_iterations, eval_every, seed=1, lockstep=False, **sections):
+    def make(num_iterations, eval_every, seed=1, lockstep=False, both=(), **sections):
         length = {"trainer": {"num_iterations": num_iterations, "eval_every": eval_every}}
+        length = merged(length, dict(both))
         structure = {name: fields for name, fields in sections.items() if name in ("objective", "replay")}
         configs = {
             "other": tiny_config(**merged(merged(SECTIONS, length), structure)),
@@ -88,6 +89,15 @@ def test_a_few_iterations_in_lockstep(pair):
     ours, theirs = pair(6, 3, lockstep=True, **SHORT["adaptive on stale data"])
     assert_same(ours, theirs)
     same_names(ours, theirs)
+
+
+def test_rollouts_of_rounded_weights(pair):
+    """Both sample with them, and neither validates with them."""
+    both = {"sampler": {"weights": "int8"}, "trainer": {"max_noise_floor": 1e9}}
+    ours, theirs = pair(3, 3, both=both)
+    assert_same(ours, theirs)
+    assert all(row["ratio/variance_first"] > 1e-6 for row in ours.trained)
+    assert ours.summary["noise_floor_ratio_second_moment"] == ours.trained[0]["ratio/variance_first"]
 
 
 @pytest.fixture
