@@ -1,7 +1,8 @@
 """The best trial of each method of the study, from its tuning sweep, by validation alone.
 
     python scripts/choose_trials.py runs/study_tune_eureka eureka
-    python scripts/choose_trials.py runs/study_tune_stale_eureka eureka_stale
+    python scripts/choose_trials.py runs/study_tune_again eureka_again
+    python scripts/choose_trials.py runs/study_tune_stale eureka_stale
 
 Writes experiments/configs/study_tuned.json: task -> method -> value of its own coefficient, learning rate, validation
 score, and the scores of all ten trials. The score of a trial is the mean over seeds of the mean validation pass@1 over the
@@ -38,15 +39,18 @@ def score(rows) -> float:
     return float(np.mean(scores))
 
 
-def choose(workdir: pathlib.Path) -> dict:
+def choose(workdir: pathlib.Path, task: str) -> dict:
     """method -> its best trial."""
     rows = pyarrow.parquet.read_table(
         workdir / "results.parquet", columns=["cell", "seed", "status", "split", "iteration", "pass_at_1"]
     ).to_pylist()
     cells = json.loads((workdir / "sweep.json").read_text())["sweep"]["cells"]
-    names = study.METHODS if len(cells) > 10 * len(study.MAIN) else study.MAIN
+    if task.endswith("_again"):
+        tried = [trial for name in study.AGAIN for trial in study.best_trials(task.removesuffix("_again"), name)]
+    else:
+        tried = trials(study.METHODS if task == "eureka" else study.MAIN)
     found: dict = {}
-    for cell, (name, value, rate) in zip(cells, trials(names), strict=True):
+    for cell, (name, value, rate) in zip(cells, tried, strict=True):
         one = {"value": value, "rate": rate, "score": round(score([row for row in rows if row["cell"] == cell]), 4)}
         found.setdefault(name, []).append(one)
     return {
@@ -57,7 +61,7 @@ def choose(workdir: pathlib.Path) -> dict:
 def main():
     workdir, task = sys.argv[1:]
     there = json.loads(study.TUNED.read_text()) if study.TUNED.exists() else {}
-    there[task] = choose(pathlib.Path(workdir))
+    there[task] = choose(pathlib.Path(workdir), task)
     study.TUNED.write_text(json.dumps(there, indent=1) + "\n")
     for name, best in there[task].items():
         print(f"{name:18} {best['value']:<8g} {best['rate']:<8g} {best['score']:.3f}")

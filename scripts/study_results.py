@@ -41,6 +41,7 @@ NAMES = {
 # axis -> (what its levels are, them)
 LEVELS = {
     "headline": ("lag, iterations", (0, 8)),
+    "again": ("", ("",)),
     "stale": ("lag, iterations", (8,)),
     "lag": ("lag, iterations", (0, 4, 16)),
     "updates": ("updates a batch", (1, 4, 16, 64)),
@@ -63,6 +64,8 @@ _MEANS = {  # name here -> column of curves.parquet; mean over the second half o
 def cells_of(axis: str) -> list[tuple[str, object]]:
     """(method, level) of each cell, in the order of the sweep."""
     levels = LEVELS[axis][1]
+    if axis == "again":
+        return [(name, "") for name in study.AGAIN]
     if axis == "penalties":
         return [(name, "") for name in study.METHODS if name not in study.MAIN]
     if axis == "rate":

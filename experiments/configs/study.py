@@ -4,7 +4,7 @@
     python -m experiments.sweep --config=experiments/configs/study.py:headline,eureka
     python -m experiments.sweep --config=experiments/configs/study.py:lag                 # or updates, rate, rarity,
                                                                                           # precision, penalties, length,
-                                                                                          # tune_stale, stale
+                                                                                          # tune_again, again, tune_stale, stale
     python -m experiments.sweep --config=experiments/configs/study.py:lag,smoke           # the same in minutes
 
 Each run is small: 40 iterations of 8 problems x 8 responses, 16 updates an iteration unless the axis says otherwise.
@@ -28,18 +28,9 @@ TASKS = {
     },
 }
 AXES = (
-    "tune",
-    "headline",
-    "tune_stale",
-    "stale",
-    "penalties",
-    "lag",
-    "updates",
-    "rate",
-    "rarity",
-    "precision",
-    "length",
-)
+    "tune", "headline", "tune_again", "again", "tune_stale", "stale", "penalties", "lag", "updates", "rate", "rarity",
+    "precision", "length",
+)  # fmt: skip
 RATES = (3e-4, 1e-3)  # every method is tuned with both
 TUNED = pathlib.Path(__file__).with_name("study_tuned.json")
 
@@ -94,6 +85,7 @@ METHODS = {
     ),
 }
 MAIN = ("r2vpo", "r2vpo_fixed", "r2vpo_A_mu", "ppo_clip", "cispo", "spo", "none")
+AGAIN = (*MAIN, "dapo", "grpo", "dppo_tv")
 
 
 def _method(name: str, value, rate: float) -> grid.Grid:
@@ -108,6 +100,12 @@ def _trials(name: str) -> grid.Grid:
     if len(values) == 10:
         return grid.chain(*(_method(name, value, value) for value in values))
     return grid.chain(*(_method(name, value, rate) for value in values for rate in RATES))
+
+
+def best_trials(task: str, name: str, number: int = 3) -> list[tuple]:
+    """(method, value of its coefficient, learning rate) of its first trials by validation."""
+    trials = sorted(json.loads(TUNED.read_text())[task][name]["trials"], key=lambda trial: -trial["score"])
+    return [(name, trial["value"], trial["rate"]) for trial in trials[:number]]
 
 
 def _tuned(task: str, names=MAIN, rate: float = 1.0) -> grid.Grid:
@@ -129,9 +127,13 @@ def _axis(axis: str, task: str) -> tuple[grid.Grid, range]:
     fresh = range(100, 108)
     match axis:
         case "tune":
-            return grid.chain(*map(_trials, METHODS)), range(3)
+            return grid.chain(*map(_trials, METHODS if task == "eureka" else MAIN)), range(3)
         case "headline":
             return grid.product(_tuned(task), grid.values("replay.lag", 0, 8)), range(100, 120)
+        case "tune_again":
+            return grid.chain(*(_method(*trial) for name in AGAIN for trial in best_trials(task, name))), range(10, 18)
+        case "again":
+            return _tuned(f"{task}_again", AGAIN), range(200, 220)
         case "tune_stale":
             return grid.product(grid.chain(*map(_trials, MAIN)), grid.values("replay.lag", 8)), range(3)
         case "stale":

@@ -80,7 +80,7 @@ def test_the_best_trial_is_chosen_by_validation_alone(tmp_path):
         rows += [run | {"split": "validation", "iteration": i, "pass_at_1": score} for i, score in enumerate(scores)]
         rows.append(run | {"split": "test", "iteration": 2, "pass_at_1": 1.0 - number / 1000})
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "results.parquet")
-    best = choose_trials.choose(tmp_path)
+    best = choose_trials.choose(tmp_path, "eureka")
     name, value, rate = trials[3]
     assert (best[name]["value"], best[name]["rate"], best[name]["score"]) == (value, rate, 0.2)
     other = next(some for some in best if some != name)
