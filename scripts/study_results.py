@@ -58,6 +58,9 @@ _MEANS = {  # name here -> column of curves.parquet; mean over the second half o
     "entropy": "policy/entropy",
     "at_stake": "keeps/at_stake",
     "retained": "keeps/retained",
+    "restoring": "keeps/restoring",
+    "top_token": "ratio/top_token_share",
+    "lambda": "dual/variance_coef",
 }
 
 
@@ -138,8 +141,8 @@ def tables(found: dict[str, list[dict]]) -> Iterator[str]:
         seeds = len({run["seed"] for run in runs})
         yield f"## {axis}, {task}: {len(runs)} runs, {seeds} seeds\n"
         yield f"Base model {base:.3f} on the test problems; rollouts to {target:.2f} on validation.\n"
-        yield f"| {title or 'setting'} | method | final pass@1 | IQM | less {NAMES[REFERENCE]}, paired | p | rollouts to target | not reached | lost | V | killed | ESS | entropy |"
-        yield "|" + "---|" * 13
+        yield f"| {title or 'setting'} | method | final pass@1 | IQM | less {NAMES[REFERENCE]}, paired | p | rollouts to target | not reached | lost | V | of it one token | killed | ESS | entropy |"
+        yield "|" + "---|" * 14
         methods = list(dict.fromkeys(run["method"] for run in runs))
         for level in levels:
             theirs = scores(runs, REFERENCE, level)
@@ -159,7 +162,7 @@ def tables(found: dict[str, list[dict]]) -> Iterator[str]:
                     f"{np.mean([run[key] for run in mine if key in run]):.3g}"
                     if any(key in run for run in mine)
                     else "–"
-                    for key in ("V", "killed", "ess", "entropy")
+                    for key in ("V", "top_token", "killed", "ess", "entropy")
                 ]
                 lost = sum(run["status"] != "finished" for run in mine)
                 yield (
@@ -167,6 +170,48 @@ def tables(found: dict[str, list[dict]]) -> Iterator[str]:
                     f"{paired} | {p} | {time.median:.0f} | {time.censored}/{time.n} | {lost} | {' | '.join(more)} |"
                 )
         yield ""
+
+
+def speed_tables(found: dict[str, list[dict]]) -> Iterator[str]:
+    """Markdown: how many rollouts it takes, for the comparisons with most seeds."""
+    for name, runs in found.items():
+        if name.split(" ")[0] not in ("again", "headline", "stale"):
+            continue
+        target = float(np.median([max(score for _, score in run["curve"]) for run in runs]))
+        for level in dict.fromkeys(run["level"] for run in runs):
+            methods = list(dict.fromkeys(run["method"] for run in runs))
+            yield f"## rollouts: {name}" + (f", lag {level}" if level != "" else "") + "\n"
+            yield "| method | area under the curve | less PPO clip, paired | times fewer rollouts than PPO clip | sigmoids identified | their A, median | their C_mid, median |"
+            yield "|" + "---|" * 7
+            for method in methods:
+                ours = {run["seed"]: run for run in runs if run["method"] == method and run["level"] == level}
+                theirs = {run["seed"]: run for run in runs if run["method"] == REFERENCE and run["level"] == level}
+                areas = [
+                    [statistics.area_under_curve(*zip(*some[seed]["curve"], strict=True)) for seed in ours]
+                    for some in (ours, theirs)
+                ]
+                fits = [statistics.fit_sigmoid(*zip(*run["curve"], strict=True)) for run in ours.values()]
+                fits = [fit for fit in fits if fit.identified]
+                paired = faster = "–"
+                if method != REFERENCE:
+                    d = statistics.paired_difference(*areas)
+                    paired = f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]"
+                    horizon = max(rollouts for run in ours.values() for rollouts, _ in run["curve"])
+                    first = [
+                        [next((r for r, s in some[seed]["curve"] if s >= target and r), np.inf) for seed in ours]
+                        for some in (ours, theirs)
+                    ]
+                    ratio = statistics.speedup(*first, horizon)
+                    faster = f"{ratio.ratio:.2f} [{ratio.low:.2f}, {ratio.high:.2f}] ({ratio.bound})"
+                shape = [
+                    f"{np.median([getattr(fit, key) for fit in fits]):.3g}" if fits else "–"
+                    for key in ("ceiling", "midpoint")
+                ]
+                yield (
+                    f"| {_escaped(NAMES.get(method, method))} | {np.mean(areas[0]):.3f} | {paired} | {faster} | "
+                    f"{len(fits)}/{len(ours)} | {' | '.join(shape)} |"
+                )
+            yield ""
 
 
 # Figures ----------------------------------------------------------------------------------------------------------
@@ -202,34 +247,30 @@ def draw_axes(found: dict[str, list[dict]], path: pathlib.Path) -> None:
 
 
 def draw_headline(found: dict[str, list[dict]], path: pathlib.Path) -> None:
-    """Paired differences to the clip, each task and lag a panel row."""
-    there = [name for name in found if name.startswith("headline")]
-    if not there:
+    """Paired differences to the clip where seeds are most, a panel for each comparison."""
+    panels = [("again eureka", ""), ("stale eureka", 8), ("headline countdown", 0), ("headline countdown", 8)]
+    panels = [(name, level) for name, level in panels if name in found]
+    if not panels:
         return
-    methods = [method for method in STYLE if method != REFERENCE]
+    methods = [method for method in STYLE if method != REFERENCE][::-1]
     with pyplot.rc_context({"font.size": 9}):
-        figure, axes = pyplot.subplots(
-            2, len(there), figsize=(3.3 * len(there), 4.6), sharex=True, sharey=True, squeeze=False
-        )
-        for column, name in enumerate(there):
-            for row, level in enumerate(LEVELS["headline"][1]):
-                ax, theirs = axes[row, column], scores(found[name], REFERENCE, level)
-                for y, method in enumerate(reversed(methods)):
-                    color, marker = STYLE[method]
-                    ours = scores(found[name], method, level)
-                    d = statistics.paired_difference(list(ours.values()), [theirs[seed] for seed in ours])
-                    ax.errorbar(
-                        d.mean, y, xerr=[[d.mean - d.low], [d.high - d.mean]], color=color, marker=marker, capsize=3
-                    )
-                    each = [ours[seed] - theirs[seed] for seed in ours]
-                    ax.plot(each, [y - 0.22] * len(each), ".", color=color, ms=3, alpha=0.6)
-                ax.axvline(0, color="black", lw=0.8)
-                ax.set_yticks(range(len(methods)), [NAMES[method] for method in reversed(methods)])
-                reference = np.mean(list(theirs.values()))
-                ax.set_title(f"{name.split(' ')[1]}, lag {level} (PPO clip {reference:.2f})", fontsize=9)
-                ax.spines[["top", "right"]].set_visible(False)
-        for ax in axes[-1]:
-            ax.set_xlabel("final pass@1 less PPO clip's,\nsame seed (mean, 95 %; dots: seeds)")
+        figure, axes = pyplot.subplots(1, len(panels), figsize=(2.7 * len(panels), 3.3), sharey=True, squeeze=False)
+        for ax, (name, level) in zip(axes[0], panels, strict=True):
+            theirs = scores(found[name], REFERENCE, level)
+            for y, method in enumerate(methods):
+                color, marker = STYLE[method]
+                ours = scores(found[name], method, level)
+                d = statistics.paired_difference(list(ours.values()), [theirs[seed] for seed in ours])
+                error = [[d.mean - d.low], [d.high - d.mean]]
+                ax.errorbar(d.mean, y, xerr=error, color=color, marker=marker, capsize=3)
+                each = [ours[seed] - theirs[seed] for seed in ours]
+                ax.plot(each, [y - 0.25] * len(each), ".", color=color, ms=3, alpha=0.6)
+            ax.axvline(0, color="black", lw=0.8)
+            ax.set_yticks(range(len(methods)), [NAMES[method] for method in methods])
+            clip = np.mean(list(theirs.values()))
+            ax.set_title(f"{name.split(' ')[1]}, lag {level or 0}\n(PPO clip {clip:.2f})", fontsize=9)
+            ax.set_xlabel("final pass@1\nless PPO clip's")
+            ax.spines[["top", "right"]].set_visible(False)
         figure.tight_layout()
         figure.savefig(path, dpi=150)
         pyplot.close(figure)
@@ -287,7 +328,8 @@ def main():
         )
     where = DATA.parent.parent
     (where / "study_tables.md").write_text(
-        "# Tables of the study\n\nMade by `scripts/study_results.py`.\n\n" + "\n".join(tables(found))
+        "# Tables of the study\n\nMade by `scripts/study_results.py`.\n\n"
+        + "\n".join([*tables(found), *speed_tables(found)])
     )
     draw_headline(found, where / "study_headline.png")
     draw_axes(found, where / "study_axes.png")
