@@ -1,8 +1,8 @@
 """The best trial of each method of the study, from its tuning sweep, by validation alone.
 
-    python scripts/choose_trials.py runs/study_tune_eureka eureka
-    python scripts/choose_trials.py runs/study_tune_again eureka_again
-    python scripts/choose_trials.py runs/study_tune_stale eureka_stale
+    python -m scripts.choose_trials runs/study_tune_eureka eureka
+    python -m scripts.choose_trials runs/study_tune_again eureka_again
+    python -m scripts.choose_trials runs/study_tune_stale eureka_stale
 
 Writes experiments/configs/study_tuned.json: task -> method -> value of its own coefficient, learning rate, validation
 score, and the scores of all ten trials. The score of a trial is the mean over seeds of the mean validation pass@1 over the

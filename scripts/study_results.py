@@ -1,7 +1,7 @@
 """Tables and figures of docs/results/study.md, from the sweeps of experiments/configs/study.py.
 
-    python scripts/study_results.py --runs=runs        # reads runs/study_*, writes docs/results/data/study.json
-    python scripts/study_results.py                    # tables and figures again, from that file
+    python -m scripts.study_results --runs=runs        # reads runs/study_*, writes docs/results/data/study.json
+    python -m scripts.study_results                    # tables and figures again, from that file
 
 Each sweep becomes a list of runs, with few numbers for each; tables go to docs/results/study_tables.md, figures beside it.
 """
@@ -223,7 +223,9 @@ def draw_axes(found: dict[str, list[dict]], path: pathlib.Path) -> None:
     if not there:
         return
     with pyplot.rc_context({"font.size": 9}):
-        figure, axes = pyplot.subplots(1, len(there), figsize=(3.1 * len(there), 3.2), sharey=True, squeeze=False)
+        figure, axes = pyplot.subplots(
+            1, len(there), figsize=(max(3.1 * len(there), 9), 3.2), sharey=True, squeeze=False
+        )
         for ax, name in zip(axes[0], there, strict=True):
             title, levels = LEVELS[name.split(" ")[0]]
             for number, method in enumerate(STYLE):
@@ -240,7 +242,7 @@ def draw_axes(found: dict[str, list[dict]], path: pathlib.Path) -> None:
             ax.set_ylim(0, 1)
             ax.spines[["top", "right"]].set_visible(False)
         axes[0, 0].set_ylabel("final pass@1 on eureka (test)")
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=6, frameon=False)
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper center", ncols=7, frameon=False)
         figure.tight_layout(rect=(0, 0, 1, 0.91))
         figure.savefig(path, dpi=150)
         pyplot.close(figure)
@@ -279,7 +281,9 @@ def draw_headline(found: dict[str, list[dict]], path: pathlib.Path) -> None:
 def draw_displacement(found: dict[str, list[dict]], path: pathlib.Path) -> None:
     """Final accuracy against the displacement that was measured, all axes on eureka together."""
     runs = [run for name, some in found.items() if name.endswith(" eureka") and "penalties" not in name for run in some]
-    runs = [run for run in runs if run["method"] in STYLE and run["status"] == "finished" and run.get("V", 0) > 0]
+    runs = [
+        run for run in runs if run["method"] in STYLE and run["status"] == "finished" and run.get("V", 0) > 1e-6
+    ]  # not the check with one update a batch
     if not runs:
         return
     with pyplot.rc_context({"font.size": 9}):
@@ -300,9 +304,7 @@ def draw_displacement(found: dict[str, list[dict]], path: pathlib.Path) -> None:
             ax.set(xlabel=label)
             ax.spines[["top", "right"]].set_visible(False)
         axes[0].set_ylabel("final pass@1 on eureka (test)")
-        figure.legend(
-            *axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=6, frameon=False, markerscale=1.6
-        )
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="upper center", ncols=7, frameon=False, markerscale=1.6)
         figure.tight_layout(rect=(0, 0, 1, 0.91))
         figure.savefig(path, dpi=150)
         pyplot.close(figure)
@@ -328,7 +330,7 @@ def main():
         )
     where = DATA.parent.parent
     (where / "study_tables.md").write_text(
-        "# Tables of the study\n\nMade by `scripts/study_results.py`.\n\n"
+        "# Tables of the study\n\nMade by `python -m scripts.study_results`.\n\n"
         + "\n".join([*tables(found), *speed_tables(found)])
     )
     draw_headline(found, where / "study_headline.png")

@@ -146,11 +146,13 @@ def _axis(axis: str, task: str) -> tuple[grid.Grid, range]:
             levels = tuple(_updates(*split) for split in ((1, 1), (4, 1), (4, 4), (8, 8)))
             return grid.product(_tuned(task), levels), fresh
         case "rate":
-            return grid.chain(*(_tuned(task, rate=times) for times in (1, 3, 10))), fresh
+            return grid.chain(*(_tuned(f"{task}_again", rate=times) for times in (1, 3, 10))), fresh
         case "rarity":
-            return grid.product(_tuned(task), grid.values("task.options.needed", 2, 3, 4)), fresh
+            return grid.product(_tuned(f"{task}_again"), grid.values("task.options.needed", 2, 3, 4)), fresh
         case "precision":
-            return grid.product(_tuned(task), grid.values("sampler.weights", "compute", "bfloat16", "int8")), fresh
+            return grid.product(
+                _tuned(f"{task}_again"), grid.values("sampler.weights", "compute", "bfloat16", "int8")
+            ), fresh
         case "length":
             return _tuned("arithmetic"), fresh
     raise ValueError(f"study.py:{axis}: the axes are {', '.join(AXES)}")
