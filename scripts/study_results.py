@@ -1,4 +1,4 @@
-"""Tables and figures of docs/results/study.md, from the sweeps of experiments/configs/study.py.
+"""Tables and figures of docs/results/README.md, from the sweeps of experiments/configs/study.py.
 
     python -m scripts.study_results --runs=runs        # reads runs/study_*, writes docs/results/data/study.json
     python -m scripts.study_results                    # tables and figures again, from that file
