@@ -19,15 +19,6 @@ import pyarrow.parquet
 from experiments.configs import study
 
 
-def trials(names=tuple(study.METHODS)):
-    """(method, value, rate) of each cell, in the order of the sweep."""
-    for name in names:
-        values = study.METHODS[name][2]
-        for value in values:
-            for rate in (value,) if len(values) == 10 else study.RATES:
-                yield name, value, rate
-
-
 def score(rows) -> float:
     """Of the rows of one cell."""
     scores = []
@@ -45,12 +36,8 @@ def choose(workdir: pathlib.Path, task: str) -> dict:
         workdir / "results.parquet", columns=["cell", "seed", "status", "split", "iteration", "pass_at_1"]
     ).to_pylist()
     cells = json.loads((workdir / "sweep.json").read_text())["sweep"]["cells"]
-    if task.endswith("_again"):
-        tried = [trial for name in study.AGAIN for trial in study.best_trials(task.removesuffix("_again"), name)]
-    else:
-        tried = trials(study.METHODS if task == "eureka" else study.MAIN)
     found: dict = {}
-    for cell, (name, value, rate) in zip(cells, tried, strict=True):
+    for cell, (name, value, rate) in zip(cells, study.trials(task), strict=True):
         one = {"value": value, "rate": rate, "score": round(score([row for row in rows if row["cell"] == cell]), 4)}
         found.setdefault(name, []).append(one)
     return {

@@ -214,6 +214,37 @@ def speed_tables(found: dict[str, list[dict]]) -> Iterator[str]:
             yield ""
 
 
+def displacement_table(found: dict[str, list[dict]]) -> Iterator[str]:
+    """Markdown: how runs that learned much differ in what was measured."""
+    runs = displaced(found)
+    if not runs:
+        return
+    good = [run for run in runs if run["final"] > 0.6]
+    within = {
+        "V in (0.02, 1)": ("V", 0.02, 1),
+        "killed in (0.03, 0.06)": ("killed", 0.03, 0.06),
+        "ESS above 0.8": ("ess", 0.8, 2),
+    }
+
+    def share(some, key, low, high):
+        return np.mean([low < run.get(key, np.nan) < high for run in some])
+
+    yield f"## displacement: {len(runs)} runs on eureka with more than one update a batch, {len(good)} of which end above 0.6\n"
+    yield "| | of those above 0.6 | of all |\n|---|---|---|"
+    for name, limits in within.items():
+        yield f"| {name} | {share(good, *limits):.2f} | {share(runs, *limits):.2f} |"
+    inside = [run for run in runs if all(share([run], *limits) for limits in within.values())]
+    outside = [run for run in runs if run not in inside]
+    means = [np.mean([run["final"] for run in some]) for some in (inside, outside)]
+    yield f"\nAll three: {len(inside)} runs, mean final pass@1 {means[0]:.3f}; the others {means[1]:.3f}.\n"
+
+
+def displaced(found: dict[str, list[dict]]) -> list[dict]:
+    """The finished runs on eureka of the methods with a color whose policy moved within a batch."""
+    runs = [run for name, some in found.items() if name.endswith(" eureka") and "penalties" not in name for run in some]
+    return [run for run in runs if run["method"] in STYLE and run["status"] == "finished" and run.get("V", 0) > 1e-6]
+
+
 # Figures ----------------------------------------------------------------------------------------------------------
 
 
@@ -280,10 +311,7 @@ def draw_headline(found: dict[str, list[dict]], path: pathlib.Path) -> None:
 
 def draw_displacement(found: dict[str, list[dict]], path: pathlib.Path) -> None:
     """Final accuracy against the displacement that was measured, all axes on eureka together."""
-    runs = [run for name, some in found.items() if name.endswith(" eureka") and "penalties" not in name for run in some]
-    runs = [
-        run for run in runs if run["method"] in STYLE and run["status"] == "finished" and run.get("V", 0) > 1e-6
-    ]  # not the check with one update a batch
+    runs = displaced(found)
     if not runs:
         return
     with pyplot.rc_context({"font.size": 9}):
@@ -331,7 +359,7 @@ def main():
     where = DATA.parent.parent
     (where / "study_tables.md").write_text(
         "# Tables of the study\n\nMade by `python -m scripts.study_results`.\n\n"
-        + "\n".join([*tables(found), *speed_tables(found)])
+        + "\n".join([*tables(found), *speed_tables(found), *displacement_table(found)])
     )
     draw_headline(found, where / "study_headline.png")
     draw_axes(found, where / "study_axes.png")

@@ -95,12 +95,16 @@ def _method(name: str, value, rate: float) -> grid.Grid:
     return ({**cell, **dict.fromkeys(path if isinstance(path, tuple) else (path,), value)},)
 
 
-def _trials(name: str) -> grid.Grid:
-    """Ten of each method."""
-    values = METHODS[name][2]
-    if len(values) == 10:
-        return grid.chain(*(_method(name, value, value) for value in values))
-    return grid.chain(*(_method(name, value, rate) for value in values for rate in RATES))
+def trials(task: str) -> list[tuple]:
+    """(method, value of its coefficient, learning rate) of each cell of the tuning sweep of a task; ten of each method."""
+    if task.endswith("_again"):
+        return [trial for name in AGAIN for trial in best_trials(task.removesuffix("_again"), name)]
+    found = []
+    for name in METHODS if task == "eureka" else MAIN:
+        _, path, values = METHODS[name]
+        rates_too = path != "optimizer.learning_rate"
+        found += [(name, value, rate) for value in values for rate in (RATES if rates_too else (value,))]
+    return found
 
 
 def best_trials(task: str, name: str, number: int = 3) -> list[tuple]:
@@ -129,15 +133,16 @@ def _axis(axis: str, task: str) -> tuple[grid.Grid, range]:
     fresh = range(100, 108)
     match axis:
         case "tune":
-            return grid.chain(*map(_trials, METHODS if task == "eureka" else MAIN)), range(3)
+            return grid.chain(*(_method(*trial) for trial in trials(task))), range(3)
         case "headline":
             return grid.product(_tuned(task), grid.values("replay.lag", 0, 8)), range(100, 120)
         case "tune_again":
-            return grid.chain(*(_method(*trial) for name in AGAIN for trial in best_trials(task, name))), range(10, 18)
+            return grid.chain(*(_method(*trial) for trial in trials(f"{task}_again"))), range(10, 18)
         case "again":
             return _tuned(f"{task}_again", AGAIN), range(200, 220)
         case "tune_stale":
-            return grid.product(grid.chain(*map(_trials, MAIN)), grid.values("replay.lag", 8)), range(3)
+            tried = grid.chain(*(_method(*trial) for trial in trials(f"{task}_stale")))
+            return grid.product(tried, grid.values("replay.lag", 8)), range(3)
         case "stale":
             return grid.product(_tuned(f"{task}_stale"), grid.values("replay.lag", 8)), range(100, 120)
         case "penalties":
@@ -193,15 +198,9 @@ def get_config(choice: str = "headline,eureka"):
         base.trainer.update(num_iterations=2, eval_every=2, eval_problems=32, test_problems=32)
         seeds = seeds[:1]
     # The queue fills for as many iterations as it is long: that many more are made.
-    cells = tuple(
-        cell
-        | (
-            {"trainer.num_iterations": base.trainer.num_iterations + cell["replay.lag"]}
-            if cell.get("replay.lag")
-            else {}
-        )
-        for cell in cells
-    )
+    for cell in cells:
+        if cell.get("replay.lag"):
+            cell["trainer.num_iterations"] = base.trainer.num_iterations + cell["replay.lag"]
     return config_dict.ConfigDict(
         {"base": base, "sweep": config.to_config_dict(config.SweepConfig(cells=cells, seeds=seeds))}
     )

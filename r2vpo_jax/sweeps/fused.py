@@ -84,8 +84,9 @@ def _use_all_cores(num_runs: int) -> None:
     """A device for each core, or for each run if these are fewer."""
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(RuntimeError):  # "must be set before backends are initialized"
-        jax.config.update("jax_num_cpu_devices", min(len(os.sched_getaffinity(0)), num_runs))
+        jax.config.update("jax_num_cpu_devices", min(cores, num_runs))
 
 
 def _is_done(folder: pathlib.Path) -> bool:

@@ -76,7 +76,7 @@ class Family:
         result |= {_OPTIONS + key: value for key, value in self._options(config).items()}
         result[f"{_OPTIONS}which"] = float(self._place(config))
         if not objective.dual.adaptive:
-            result |= {f"{_DUAL}{name}": _NOTHING for name in ("coef", "step", "max_step")}
+            result |= {f"{_DUAL}{field}": _NOTHING for field in ("coef", "step", "max_step")}
         if objective.has_multiplier and not objective.dual.adaptive:
             coef = objective.dual.coef or _NOTHING
             result |= {f"{_DUAL}coef": coef, f"{_DUAL}max_coef": max(coef, result.get(f"{_DUAL}max_coef", 0.0))}

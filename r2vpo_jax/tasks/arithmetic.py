@@ -25,8 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from r2vpo_jax.tasks.base import Outcome
-from r2vpo_jax.tasks.embedded import DIGITS, EOS, PAD, EmbeddedTask, as_index, draw, mix
+from r2vpo_jax.tasks.embedded import DIGITS, EOS, PAD, EmbeddedTask, as_index, draw, judge, mix
 
 SYMBOLS = (PAD, EOS, *DIGITS, "+", "=", "c", "-", ";")
 _ID = {symbol: i for i, symbol in enumerate(SYMBOLS)}
@@ -195,7 +194,4 @@ def _verify(task, split, index, responses, lengths):
     column = lengths[:, None] - expected.shape[1] + jnp.arange(expected.shape[1])
     ending = jnp.take_along_axis(responses, jnp.clip(column, 0, responses.shape[1] - 1), axis=1)
     right = jnp.all((ending == expected) & (column >= 0), axis=-1)
-    known = (responses >= 0) & (responses < len(SYMBOLS)) | (jnp.arange(responses.shape[1]) >= lengths[:, None])
-    outcome = jnp.where(right, Outcome.RIGHT, Outcome.WRONG)
-    outcome = jnp.where(jnp.all(known, axis=-1), outcome, Outcome.ERROR)
-    return (outcome == Outcome.RIGHT).astype(jnp.float32), outcome.astype(jnp.int32)
+    return judge(right, responses, lengths, len(SYMBOLS))

@@ -15,8 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from r2vpo_jax.tasks.base import Outcome
-from r2vpo_jax.tasks.embedded import DIGITS, EOS, PAD, EmbeddedTask, as_index, draw, hash_of
+from r2vpo_jax.tasks.embedded import DIGITS, EOS, PAD, EmbeddedTask, as_index, draw, hash_of, judge
 
 OPERATIONS = ("+", "-", "*")
 SYMBOLS = (PAD, EOS, *DIGITS, *OPERATIONS, ">", "=")
@@ -67,10 +66,7 @@ class CountdownTask(EmbeddedTask):
         right = jnp.all(form, axis=1) & (lengths == self.max_response_length) & (responses[:, -1] == _ID[EOS])
         right &= jnp.all(jnp.sort(written, axis=1) == jnp.sort(numbers, axis=1), axis=1)
         right &= _value(written, operations) == target
-        known = (responses >= 0) & (responses < len(SYMBOLS)) | (jnp.arange(responses.shape[1]) >= lengths[:, None])
-        outcome = jnp.where(right, Outcome.RIGHT, Outcome.WRONG)
-        outcome = jnp.where(jnp.all(known, axis=-1), outcome, Outcome.ERROR)
-        return (outcome == Outcome.RIGHT).astype(jnp.float32), outcome.astype(jnp.int32)
+        return judge(right, responses, lengths, len(SYMBOLS))
 
     def answers(self, split: str, index, responses, lengths) -> list[str | None]:
         """The whole expression."""

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from r2vpo_jax.tasks.base import SPLITS, Problems, Verdicts
+from r2vpo_jax.tasks.base import SPLITS, Outcome, Problems, Verdicts
 
 PAD, EOS = "<pad>", "<eos>"
 DIGITS = tuple("0123456789")
@@ -86,6 +86,20 @@ def hash_of(numbers):
     for number in numbers:
         code = mix(code * jnp.uint32(31) + jnp.asarray(number).astype(jnp.uint32))
     return code
+
+
+def judge(right, responses, lengths, num_symbols: int):
+    """(rewards f32 [B], outcomes int32 [B]): right or wrong, and an error where a response has a token of no symbol.
+
+    Args:
+      right: bool [B].
+      responses, lengths: int32 [B, T] and [B].
+      num_symbols: of the language.
+    """
+    known = (responses >= 0) & (responses < num_symbols) | (jnp.arange(responses.shape[1]) >= lengths[:, None])
+    outcome = jnp.where(right, Outcome.RIGHT, Outcome.WRONG)
+    outcome = jnp.where(jnp.all(known, axis=-1), outcome, Outcome.ERROR)
+    return (outcome == Outcome.RIGHT).astype(jnp.float32), outcome.astype(jnp.int32)
 
 
 def draw(split: str, index, family: int, candidate: Callable[[jax.Array], tuple[Any, jax.Array, jax.Array]]):

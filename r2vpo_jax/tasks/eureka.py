@@ -17,8 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from r2vpo_jax.tasks.base import Outcome
-from r2vpo_jax.tasks.embedded import DIGITS, EOS, PAD, EmbeddedTask, as_index, draw, hash_of
+from r2vpo_jax.tasks.embedded import DIGITS, EOS, PAD, EmbeddedTask, as_index, draw, hash_of, judge
 
 SYMBOLS = (PAD, EOS, *DIGITS, "=")
 _ID = {symbol: i for i, symbol in enumerate(SYMBOLS)}
@@ -62,10 +61,8 @@ class EurekaTask(EmbeddedTask):
         written, digits = responses[:, :NUM_DIGITS] - _ZERO, _draw(split, index)
         form = jnp.all((written >= 0) & (written < 10), axis=1) & (responses[:, NUM_DIGITS] == _ID[EOS])
         turned = jnp.all((written == 9 - digits)[:, : self.needed], axis=1)
-        known = (responses >= 0) & (responses < len(SYMBOLS)) | (jnp.arange(responses.shape[1]) >= lengths[:, None])
-        outcome = jnp.where(form & turned & (lengths == NUM_DIGITS + 1), Outcome.RIGHT, Outcome.WRONG)
-        outcome = jnp.where(jnp.all(known, axis=-1), outcome, Outcome.ERROR)
-        return (outcome == Outcome.RIGHT).astype(jnp.float32), outcome.astype(jnp.int32)
+        right = form & turned & (lengths == NUM_DIGITS + 1)
+        return judge(right, responses, lengths, len(SYMBOLS))
 
     def answers(self, split: str, index, responses, lengths) -> list[str | None]:
         """The first `needed` digits."""
