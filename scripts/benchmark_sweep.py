@@ -203,7 +203,7 @@ def _by_size(run: runs.Run, sizes) -> None:
 
 def _seconds(group: Group) -> tuple[float, float]:
     """Median seconds of one iteration, and of one validation, of all runs of a batch."""
-    numbers, seeds = group.traced(list(group.configs))
+    numbers, seeds = group.traced(list(group.family.configs))
     state, done, count = group.start(group.params, numbers), 0, group.chunk_size
     training, validation = [], []
     for _ in range(1 + ROUNDS):
