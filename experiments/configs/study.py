@@ -2,10 +2,8 @@
 
     python -m experiments.sweep --config=experiments/configs/study.py:tune,eureka
     python -m experiments.sweep --config=experiments/configs/study.py:headline,eureka
-    python -m experiments.sweep --config=experiments/configs/study.py:lag                 # or updates, rate, rarity,
-                                                                                          # precision, penalties, length,
-                                                                                          # tune_again, again, tune_stale, stale
-    python -m experiments.sweep --config=experiments/configs/study.py:lag,smoke           # the same in minutes
+    python -m experiments.sweep --config=experiments/configs/study.py:lag          # or another of AXES
+    python -m experiments.sweep --config=experiments/configs/study.py:lag,smoke    # the same in minutes
 
 Each run is small: 40 iterations of 8 problems x 8 responses, 16 updates an iteration unless the axis says otherwise.
 """
@@ -28,8 +26,8 @@ TASKS = {
     },
 }
 AXES = (
-    "tune", "headline", "tune_again", "again", "tune_stale", "stale", "penalties", "lag", "updates", "rate", "rarity",
-    "precision", "length",
+    "tune", "headline", "tune_again", "again", "tune_stale", "stale", "tune_decoupled", "decoupled", "penalties", "lag",
+    "updates", "rate", "rarity", "precision", "length",
 )  # fmt: skip
 RATES = (3e-4, 1e-3)  # every method is tuned with both
 TUNED = pathlib.Path(__file__).with_name("study_tuned.json")
@@ -85,8 +83,11 @@ METHODS = {
     ),
 }
 MAIN = ("r2vpo", "r2vpo_fixed", "r2vpo_A_mu", "ppo_clip", "cispo", "spo", "none")
-_UNTUNED = {"arithmetic": "countdown"}  # until it is tuned itself, it takes what was chosen there
 AGAIN = (*MAIN, "dapo", "grpo", "dppo_tv")
+STALE = {
+    "stale": grid.values("replay.lag", 8),
+    "decoupled": ({"replay.lag": 8, "objective.correction.mode": "truncate"},),
+}
 
 
 def _method(name: str, value, rate: float) -> grid.Grid:
@@ -115,8 +116,7 @@ def best_trials(task: str, name: str, number: int = 3) -> list[tuple]:
 
 def _tuned(task: str, names=MAIN, rate: float = 1.0) -> grid.Grid:
     """The best trial of each method on the task, at a multiple of its learning rate."""
-    there = json.loads(TUNED.read_text())
-    best = there.get(task) or there[_UNTUNED[task]]
+    best = json.loads(TUNED.read_text())[task]
     cells = []
     for name in names:
         (cell,) = _method(name, best[name]["value"], best[name]["rate"])
@@ -140,18 +140,19 @@ def _axis(axis: str, task: str) -> tuple[grid.Grid, range]:
             return grid.chain(*(_method(*trial) for trial in trials(f"{task}_again"))), range(10, 18)
         case "again":
             return _tuned(f"{task}_again", AGAIN), range(200, 220)
-        case "tune_stale":
-            tried = grid.chain(*(_method(*trial) for trial in trials(f"{task}_stale")))
-            return grid.product(tried, grid.values("replay.lag", 8)), range(3)
-        case "stale":
-            return grid.product(_tuned(f"{task}_stale"), grid.values("replay.lag", 8)), range(100, 120)
+        case "tune_stale" | "tune_decoupled":
+            form = axis.removeprefix("tune_")
+            tried = grid.chain(*(_method(*trial) for trial in trials(f"{task}_{form}")))
+            return grid.product(tried, STALE[form]), range(3)
+        case "stale" | "decoupled":
+            return grid.product(_tuned(f"{task}_{axis}"), STALE[axis]), range(100, 120)
         case "penalties":
             return _tuned(task, [name for name in METHODS if name not in MAIN]), fresh
         case "lag":
-            return grid.product(_tuned(task), grid.values("replay.lag", 0, 4, 16)), fresh
+            return grid.product(_tuned(f"{task}_again"), grid.values("replay.lag", 0, 4, 16, 64)), fresh
         case "updates":
             levels = tuple(_updates(*split) for split in ((1, 1), (4, 1), (4, 4), (8, 8)))
-            return grid.product(_tuned(task), levels), fresh
+            return grid.product(_tuned(f"{task}_again"), levels), fresh
         case "rate":
             return grid.chain(*(_tuned(f"{task}_again", rate=times) for times in (1, 3, 10))), fresh
         case "rarity":
