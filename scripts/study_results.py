@@ -176,7 +176,7 @@ def tables(found: dict[str, list[dict]]) -> Iterator[str]:
 def speed_tables(found: dict[str, list[dict]]) -> Iterator[str]:
     """Markdown: how many rollouts it takes, for the comparisons with most seeds."""
     for name, runs in found.items():
-        if name.split(" ")[0] not in ("again", "headline", "stale"):
+        if name.split(" ")[0] not in ("again", "headline", "stale", "decoupled"):
             continue
         target = float(np.median([max(score for _, score in run["curve"]) for run in runs]))
         for level in dict.fromkeys(run["level"] for run in runs):
@@ -215,6 +215,22 @@ def speed_tables(found: dict[str, list[dict]]) -> Iterator[str]:
             yield ""
 
 
+def forms_table(found: dict[str, list[dict]]) -> Iterator[str]:
+    """Markdown: what correcting for the age of stale data is worth to each method."""
+    direct, decoupled = found.get("stale eureka"), found.get("decoupled eureka")
+    if not direct or not decoupled:
+        return
+    yield "## direct and decoupled form, eureka, lag 8\n"
+    yield "Each as tuned there; the same seeds.\n"
+    yield "| method | direct | decoupled | decoupled less direct, paired |\n|---|---|---|---|"
+    for method in study.MAIN:
+        ours, theirs = (scores(runs, method, 8) for runs in (decoupled, direct))
+        d = statistics.paired_difference(list(ours.values()), [theirs[seed] for seed in ours])
+        means = [f"{np.mean(list(some.values())):.3f}" for some in (theirs, ours)]
+        yield f"| {_escaped(NAMES[method])} | {' | '.join(means)} | {d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}] |"
+    yield ""
+
+
 def displacement_table(found: dict[str, list[dict]]) -> Iterator[str]:
     """Markdown: how runs that learned much differ in what was measured."""
     runs = displaced(found)
@@ -241,8 +257,12 @@ def displacement_table(found: dict[str, list[dict]]) -> Iterator[str]:
 
 
 def displaced(found: dict[str, list[dict]]) -> list[dict]:
-    """The finished runs on eureka of the methods with a color whose policy moved within a batch."""
-    runs = [run for name, some in found.items() if name.endswith(" eureka") and "penalties" not in name for run in some]
+    """The finished runs on eureka of the methods with a color whose policy moved within a batch.
+
+    Not those of the decoupled form, whose ratio is against another policy.
+    """
+    apart = ("penalties eureka", "decoupled eureka")
+    runs = [run for name, some in found.items() if name.endswith(" eureka") and name not in apart for run in some]
     return [run for run in runs if run["method"] in STYLE and run["status"] == "finished" and run.get("V", 0) > 1e-6]
 
 
@@ -255,10 +275,10 @@ def draw_axes(found: dict[str, list[dict]], path: pathlib.Path) -> None:
     if not there:
         return
     with pyplot.rc_context({"font.size": 9}):
-        figure, axes = pyplot.subplots(
-            1, len(there), figsize=(max(3.1 * len(there), 9), 3.2), sharey=True, squeeze=False
-        )
-        for ax, name in zip(axes[0], there, strict=True):
+        figure, axes = pyplot.subplots(2, 3, figsize=(9.5, 6.2), sharey=True)
+        for ax in axes.flat[len(there) :]:
+            ax.set_axis_off()
+        for ax, name in zip(axes.flat, there, strict=False):
             title, levels = LEVELS[name.split(" ")[0]]
             for number, method in enumerate(STYLE):
                 color, marker = STYLE[method]
@@ -273,23 +293,29 @@ def draw_axes(found: dict[str, list[dict]], path: pathlib.Path) -> None:
             ax.set(xlabel=title)
             ax.set_ylim(0, 1)
             ax.spines[["top", "right"]].set_visible(False)
-        axes[0, 0].set_ylabel("final pass@1 on eureka (test)")
+        for ax in axes[:, 0]:
+            ax.set_ylabel("final pass@1 on eureka (test)")
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper center", ncols=7, frameon=False)
-        figure.tight_layout(rect=(0, 0, 1, 0.91))
+        figure.tight_layout(rect=(0, 0, 1, 0.95))
         figure.savefig(path, dpi=150)
         pyplot.close(figure)
 
 
 def draw_headline(found: dict[str, list[dict]], path: pathlib.Path) -> None:
     """Paired differences to the clip where seeds are most, a panel for each comparison."""
-    panels = [("again eureka", ""), ("stale eureka", 8), ("headline countdown", 0), ("headline countdown", 8)]
+    panels = [
+        ("again eureka", ""), ("headline countdown", 0), ("headline arithmetic", 0),
+        ("stale eureka", 8), ("stale countdown", 8), ("headline arithmetic", 8),
+    ]  # fmt: skip
     panels = [(name, level) for name, level in panels if name in found]
     if not panels:
         return
     methods = [method for method in STYLE if method != REFERENCE][::-1]
     with pyplot.rc_context({"font.size": 9}):
-        figure, axes = pyplot.subplots(1, len(panels), figsize=(2.7 * len(panels), 3.3), sharey=True, squeeze=False)
-        for ax, (name, level) in zip(axes[0], panels, strict=True):
+        figure, axes = pyplot.subplots(2, 3, figsize=(9.5, 6.2), sharey=True)
+        for ax in axes.flat[len(panels) :]:
+            ax.set_axis_off()
+        for ax, (name, level) in zip(axes.flat, panels, strict=False):
             theirs = scores(found[name], REFERENCE, level)
             for y, method in enumerate(methods):
                 color, marker = STYLE[method]
@@ -360,7 +386,7 @@ def main():
     where = DATA.parent.parent
     (where / "study_tables.md").write_text(
         "# Tables of the study\n\nMade by `python -m scripts.study_results`.\n\n"
-        + "\n".join([*tables(found), *speed_tables(found), *displacement_table(found)])
+        + "\n".join([*tables(found), *speed_tables(found), *forms_table(found), *displacement_table(found)])
     )
     draw_headline(found, where / "study_headline.png")
     draw_axes(found, where / "study_axes.png")
