@@ -141,7 +141,9 @@ def tables(found: dict[str, list[dict]]) -> Iterator[str]:
         base = np.mean([run["base"] for run in runs if "base" in run])
         seeds = len({run["seed"] for run in runs})
         yield f"## {axis}, {task}: {len(runs)} runs, {seeds} seeds\n"
-        yield f"Base model {base:.3f} on the test problems; rollouts to {target:.2f} on validation.\n"
+        yield (
+            f"Base model {base:.3f} on the test problems; rollouts to {target:.2f} on validation. What is measured (V to entropy) is of the median run.\n"
+        )
         yield f"| {title or 'setting'} | method | final pass@1 | IQM | less {NAMES[REFERENCE]}, paired | p | rollouts to target | not reached | lost | V | of it one token | killed | ESS | entropy |"
         yield "|" + "---|" * 14
         methods = list(dict.fromkeys(run["method"] for run in runs))
@@ -160,7 +162,7 @@ def tables(found: dict[str, list[dict]]) -> Iterator[str]:
                 time = statistics.rollouts_to_target(*reached(runs, method, level, target))
                 mine = [run for run in runs if run["method"] == method and run["level"] == level]
                 more = [
-                    f"{np.mean([run[key] for run in mine if key in run]):.3g}"
+                    f"{np.median([run[key] for run in mine if key in run]):.3g}"
                     if any(key in run for run in mine)
                     else "–"
                     for key in ("V", "top_token", "killed", "ess", "entropy")
@@ -228,6 +230,26 @@ def forms_table(found: dict[str, list[dict]]) -> Iterator[str]:
         d = statistics.paired_difference(list(ours.values()), [theirs[seed] for seed in ours])
         means = [f"{np.mean(list(some.values())):.3f}" for some in (theirs, ours)]
         yield f"| {_escaped(NAMES[method])} | {' | '.join(means)} | {d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}] |"
+    yield ""
+
+
+def none_table(found: dict[str, list[dict]]) -> Iterator[str]:
+    """Markdown: what each trust region is worth against none, where the same method steps too far."""
+    strained = [("rate eureka", 3), ("updates eureka", 64), ("lag eureka", 4), ("lag eureka", 16)]
+    strained = [(name, level) for name, level in strained if name in found]
+    if not strained:
+        return
+    yield "## against no trust region, eureka\n"
+    yield "Final pass@1 less that of no trust region, paired.\n"
+    yield "| method | " + " | ".join(f"{LEVELS[name.split(' ')[0]][0]}: {level}" for name, level in strained) + " |"
+    yield "|" + "---|" * (1 + len(strained))
+    for method in study.MAIN[:-1]:
+        cells = []
+        for name, level in strained:
+            ours, none = scores(found[name], method, level), scores(found[name], "none", level)
+            d = statistics.paired_difference(list(ours.values()), [none[seed] for seed in ours])
+            cells.append(f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]")
+        yield f"| {_escaped(NAMES[method])} | {' | '.join(cells)} |"
     yield ""
 
 
@@ -386,7 +408,9 @@ def main():
     where = DATA.parent.parent
     (where / "study_tables.md").write_text(
         "# Tables of the study\n\nMade by `python -m scripts.study_results`.\n\n"
-        + "\n".join([*tables(found), *speed_tables(found), *forms_table(found), *displacement_table(found)])
+        + "\n".join(
+            [*tables(found), *speed_tables(found), *forms_table(found), *none_table(found), *displacement_table(found)]
+        )
     )
     draw_headline(found, where / "study_headline.png")
     draw_axes(found, where / "study_axes.png")
