@@ -65,21 +65,23 @@ _MEANS = {  # name here -> column of curves.parquet; mean over the second half o
 }
 
 
-def cells_of(axis: str) -> list[tuple[str, object]]:
+def cells_of(axis: str, task: str = "eureka") -> list[tuple[str, object]]:
     """(method, level) of each cell, in the order of the sweep."""
     levels = LEVELS[axis][1]
+    methods = study.main_methods("arithmetic" if axis == "length" else task)
     if axis == "again":
         return [(name, "") for name in study.AGAIN]
     if axis == "penalties":
         return [(name, "") for name in study.METHODS if name not in study.MAIN]
     if axis == "rate":
-        return [(name, level) for level in levels for name in study.MAIN]
-    return [(name, level) for name in study.MAIN for level in levels]
+        return [(name, level) for level in levels for name in methods]
+    return [(name, level) for name in methods for level in levels]
 
 
-def read(workdir: pathlib.Path, axis: str) -> list[dict]:
+def read(workdir: pathlib.Path, axis: str, task: str) -> list[dict]:
     """The runs of a sweep that has ended."""
-    cells = dict(zip(json.loads((workdir / "sweep.json").read_text())["sweep"]["cells"], cells_of(axis), strict=True))
+    cells = json.loads((workdir / "sweep.json").read_text())["sweep"]["cells"]
+    cells = dict(zip(cells, cells_of(axis, task), strict=True))
     results = pyarrow.parquet.read_table(workdir / "results.parquet").to_pylist()
     curves = pyarrow.parquet.read_table(workdir / "curves.parquet")
     curves = curves.select(["run", "kind", "iteration", *(c for c in _MEANS.values() if c in curves.column_names)])
@@ -332,7 +334,7 @@ def draw_headline(found: dict[str, list[dict]], path: pathlib.Path) -> None:
     panels = [(name, level) for name, level in panels if name in found]
     if not panels:
         return
-    methods = [method for method in STYLE if method != REFERENCE][::-1]
+    methods = [method for method in STYLE if method != REFERENCE][::-1]  # of which some were not run on every task
     with pyplot.rc_context({"font.size": 9}):
         figure, axes = pyplot.subplots(2, 3, figsize=(9.5, 6.2), sharey=True)
         for ax in axes.flat[len(panels) :]:
@@ -341,7 +343,8 @@ def draw_headline(found: dict[str, list[dict]], path: pathlib.Path) -> None:
             theirs = scores(found[name], REFERENCE, level)
             for y, method in enumerate(methods):
                 color, marker = STYLE[method]
-                ours = scores(found[name], method, level)
+                if not (ours := scores(found[name], method, level)):
+                    continue
                 d = statistics.paired_difference(list(ours.values()), [theirs[seed] for seed in ours])
                 error = [[d.mean - d.low], [d.high - d.mean]]
                 ax.errorbar(d.mean, y, xerr=error, color=color, marker=marker, capsize=3)
@@ -396,7 +399,8 @@ def main():
         for workdir in sorted(path.parent for path in given.glob("study_*/results.parquet")):
             axis, _, task = workdir.name.removeprefix("study_").partition("_")
             if axis in LEVELS:
-                found[f"{axis} {task or ('long' if axis == 'length' else 'eureka')}"] = read(workdir, axis)
+                task = task or ("long" if axis == "length" else "eureka")
+                found[f"{axis} {task}"] = read(workdir, axis, task)
         order = list(LEVELS)
         found = dict(sorted(found.items(), key=lambda item: order.index(item[0].split(" ")[0])))
         DATA.parent.mkdir(exist_ok=True)

@@ -83,11 +83,17 @@ METHODS = {
     ),
 }
 MAIN = ("r2vpo", "r2vpo_fixed", "r2vpo_A_mu", "ppo_clip", "cispo", "spo", "none")
+_FEW = {"arithmetic": ("r2vpo", "r2vpo_fixed", "ppo_clip", "none")}  # its runs take three times as long
 AGAIN = (*MAIN, "dapo", "grpo", "dppo_tv")
 STALE = {
     "stale": grid.values("replay.lag", 8),
     "decoupled": ({"replay.lag": 8, "objective.correction.mode": "truncate"},),
 }
+
+
+def main_methods(task: str) -> tuple[str, ...]:
+    """The methods that are compared on a task."""
+    return _FEW.get(task, MAIN)
 
 
 def _method(name: str, value, rate: float) -> grid.Grid:
@@ -101,7 +107,7 @@ def trials(task: str) -> list[tuple]:
     if task.endswith("_again"):
         return [trial for name in AGAIN for trial in best_trials(task.removesuffix("_again"), name)]
     found = []
-    for name in METHODS if task == "eureka" else MAIN:
+    for name in METHODS if task == "eureka" else main_methods(task):
         _, path, values = METHODS[name]
         rates_too = path != "optimizer.learning_rate"
         found += [(name, value, rate) for value in values for rate in (RATES if rates_too else (value,))]
@@ -114,11 +120,11 @@ def best_trials(task: str, name: str, number: int = 3) -> list[tuple]:
     return [(name, trial["value"], trial["rate"]) for trial in trials[:number]]
 
 
-def _tuned(task: str, names=MAIN, rate: float = 1.0) -> grid.Grid:
+def _tuned(task: str, names=None, rate: float = 1.0) -> grid.Grid:
     """The best trial of each method on the task, at a multiple of its learning rate."""
     best = json.loads(TUNED.read_text())[task]
     cells = []
-    for name in names:
+    for name in names or main_methods(task):
         (cell,) = _method(name, best[name]["value"], best[name]["rate"])
         cells.append((cell | {"optimizer.learning_rate": cell["optimizer.learning_rate"] * rate},))
     return grid.chain(*cells)

@@ -12,7 +12,11 @@ from r2vpo_jax.sweeps.fused import refusal
 from r2vpo_jax.sweeps.sharing import families
 from scripts import choose_trials, study_results
 
-CHOICES = [*study.AXES, *(f"{axis},{task}" for axis in ("tune", "headline") for task in ("countdown", "arithmetic"))]
+CHOICES = [
+    *study.AXES,
+    *(f"{axis},{task}" for axis in ("tune", "headline") for task in ("countdown", "arithmetic")),
+    *(f"{axis},countdown" for axis in ("tune_stale", "stale")),
+]
 
 
 def plan_of(choice):
@@ -38,10 +42,11 @@ def test_every_method_has_as_many_trials():
         assert cell.config.optimizer.learning_rate == rate
 
 
-@pytest.mark.parametrize("choice", [axis for axis in study.AXES if not axis.startswith("tune")])
+@pytest.mark.parametrize("choice", [choice for choice in CHOICES if not choice.startswith("tune")])
 def test_labels_belong_to_their_cells(choice):
-    labels = study_results.cells_of(choice)
-    cells = plan_of(choice).cells
+    choice, _, task = choice.partition(",")
+    labels = study_results.cells_of(choice, task or "eureka")
+    cells = plan_of(f"{choice},{task}" if task else choice).cells
     assert len(labels) == len(cells) == len(set(labels))
     for (method, level), cell in zip(labels, cells, strict=True):
         made, config = study.METHODS[method][0], cell.config
@@ -52,6 +57,7 @@ def test_labels_belong_to_their_cells(choice):
             "headline": config.replay.lag,
             "lag": config.replay.lag,
             "stale": config.replay.lag,
+            "decoupled": config.replay.lag,
             "updates": config.trainer.num_minibatches * config.trainer.num_epochs,
             "rarity": config.task.options.get("needed"),
             "precision": {"compute": "float32"}.get(config.sampler.weights, config.sampler.weights),
