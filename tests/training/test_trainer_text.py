@@ -171,7 +171,7 @@ def test_cheap_refusals_come_before_the_data_are_read(make, tmp_path, monkeypatc
     """A directory of another run, a mesh that cannot be, an end of text outside of the vocabulary."""
     from r2vpo_jax.training import trainer
 
-    monkeypatch.setattr(trainer.tasks, "make", lambda *_: pytest.fail("the data were read"))
+    monkeypatch.setattr(trainer.tasks, "make", lambda *_, **__: pytest.fail("the data were read"))
     claim(tmp_path / "run", make(trainer={"num_iterations": 3}))
     with pytest.raises(UsageError, match="another configuration"):
         train(make(), tmp_path / "run", say=lambda _: None)
