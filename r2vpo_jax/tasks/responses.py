@@ -1,5 +1,7 @@
 """Response tokens to the text that is judged: without special tokens, thoughts in marks that the verifiers know."""
 
+import re
+
 import numpy as np
 
 OPEN, CLOSE = "<think>", "</think>"  # as the verifiers know them
@@ -17,6 +19,8 @@ KNOWN_MARKS = (
     ("<reasoning>", "</reasoning>"),
 )
 
+_CLOSES = re.compile(r"\s*(?:</[^<]*|[\])}$]+)\s*")
+
 
 class ResponseTexts:
     """Texts of responses for verifiers and reward functions.
@@ -27,7 +31,8 @@ class ResponseTexts:
     Args:
       tokenizer: a Transformers tokenizer.
       marks: of the model's thoughts, (begin, end); (): those of `KNOWN_MARKS` that the tokenizer has as tokens.
-      stop: strings that end a response: a text ends with the first of them that is in it.
+      stop: strings that end a response: a text ends before the first of them that is in it, or behind it where the string
+        closes something, as </answer> does.
     """
 
     def __init__(self, tokenizer, marks: tuple[str, ...] = (), stop: tuple[str, ...] = ()):
@@ -52,5 +57,8 @@ class ResponseTexts:
         return text
 
     def _ended(self, text: str) -> str:
-        ends = [at + len(string) for string in self._stop if (at := text.find(string)) >= 0]
-        return text[: min(ends)] if ends else text
+        found = [(at, string) for string in self._stop if (at := text.find(string)) >= 0]
+        if not found:
+            return text
+        at, string = min(found, key=lambda pair: pair[0] + len(pair[1]))
+        return text[: at + len(string)] if _CLOSES.fullmatch(string) else text[:at]
