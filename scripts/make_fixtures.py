@@ -208,6 +208,21 @@ def make(folder: pathlib.Path) -> None:
             for name in NAMES
         ],
     )
+    _jsonl(
+        folder / "chats.jsonl",
+        [
+            {
+                "prompt": [
+                    {"role": "system", "content": "Be brief."},
+                    {"role": "user", "content": f"What is ${i}^2$?"},
+                ],
+                "reward_model": {"ground_truth": str(i * i)},
+            }
+            for i in range(6)
+        ],
+    )
+    lines = [f'"What is {i} plus {i}, in words?",{name}' for i, name in enumerate(("none", "two", "four", "six"))]
+    (folder / "table.csv").write_text("\n".join(["task,expected", *lines]) + "\n", encoding="utf-8")
 
 
 def _jsonl(path: pathlib.Path, rows: list[dict]) -> None:
