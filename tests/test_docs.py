@@ -266,7 +266,7 @@ def is_light(block):
 
 def test_what_the_data_page_reads_is_there(tmp_path):
     shown = run_blocks([block for block in blocks_of(DATA) if is_light(block)], tmp_path)
-    for said in (r"answer='10,\\!080'", "answer='niF'", "answer='six'", "question='What is $3^2$?'"):
+    for said in (r"answer='10,\\!080'", "answer='naD'", "answer='six'", "question='What is $3^2$?'"):
         assert said in shown
 
 

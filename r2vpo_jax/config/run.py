@@ -73,7 +73,7 @@ class StopConfig:
     )
 
     def __post_init__(self):
-        object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         require(
             all(isinstance(string, str) and string for string in self.stop),
             f"sampler.stop={self.stop!r} must be strings that are not empty",

@@ -64,10 +64,16 @@ class VerifierConfig:
             require(getattr(self, name) >= 1, f"task.verifier.{name} must be at least 1, got {getattr(self, name)}")
         require(self.time_limit > 0, f"task.verifier.time_limit must be > 0, got {self.time_limit}")
         require(self.tolerance >= 0, f"task.verifier.tolerance must be >= 0, got {self.tolerance}")
-        object.__setattr__(self, "thinking_marks", tuple(self.thinking_marks))
         marks = self.thinking_marks
+        object.__setattr__(self, "thinking_marks", tuple(marks))
         require(
-            not marks or (len(marks) == 2 and all(isinstance(m, str) and m for m in marks) and marks[0] != marks[1]),
+            not marks
+            or (
+                not isinstance(marks, str)
+                and len(marks) == 2
+                and all(isinstance(m, str) and m for m in marks)
+                and marks[0] != marks[1]
+            ),
             f"task.verifier.thinking_marks={marks!r} must be two different texts, such as ('<think>', '</think>')",
         )
         require(

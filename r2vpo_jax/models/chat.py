@@ -54,8 +54,9 @@ def end_of_turn(tokenizer) -> int | None:
 def _clock(date: str) -> str:
     """Jinja that gives `strftime_now`, the one clock of templates, a day that does not change: midnight of `date`.
 
-    It is a macro because Transformers lets nothing but plain data into a template.
+    It is a macro because Transformers lets nothing but plain data into a template. The empty text behind it keeps a line break
+    that the template may begin with.
     """
     day = datetime.datetime.fromisoformat(date)
     replaced = "".join(f"|replace({'%' + d!r}, {day.strftime('%' + d)!r})" for d in _DIRECTIVES)
-    return "{% macro strftime_now(format) %}{{ format" + replaced + "|replace('%%', '%') }}{% endmacro %}"
+    return "{% macro strftime_now(format) %}{{ format" + replaced + "|replace('%%', '%') }}{% endmacro %}{{ '' }}"

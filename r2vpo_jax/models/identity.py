@@ -5,6 +5,7 @@ import json
 import pathlib
 from collections.abc import Mapping
 
+from r2vpo_jax.errors import UsageError
 from r2vpo_jax.models.tensor_files import read_object
 
 _TOKENIZER_FILES = (
@@ -47,6 +48,15 @@ def identity(path, tokenizer, eos_ids, *, weights: bytes | None = None) -> dict[
 def digest(parts: Mapping[str, str]) -> str:
     """16 hexadecimal digits of an `identity`."""
     return _short(_json(parts))
+
+
+def refuse_others(before: Mapping[str, str], now: Mapping[str, str], directory) -> None:
+    """Raises UsageError where what is in `directory` was started from another base model; the message names the parts."""
+    if others := differing(before, now):
+        raise UsageError(
+            f"the base model is not the one that {directory} was started from: it has other {', '.join(others)}; put back what "
+            "model.path named then, or choose another --workdir"
+        )
 
 
 def differing(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

@@ -16,6 +16,8 @@ _PROBES = (
     "47+85=",
     "Let $x = \\frac{1}{2}$.\n\nThen 2x  = 1,000 km/h — naïve?",
     "<think>\nstep 1\n</think>\n\n\\boxed{7}",
+    "don't WON'T 12345678 3.14159\r\n\t  x",
+    "中文，和 日本語 a\u0301 \ufb01 ①",
 )
 
 
@@ -70,10 +72,11 @@ def _asks_for(path: pathlib.Path) -> str | None:
 
 
 def _agree(tokenizer, other) -> bool:
-    """Whether two tokenizers have the same vocabulary and cut the probes alike."""
+    """Whether two tokenizers have the same vocabulary, cut the probes alike, and read them alike."""
     texts = list(_PROBES)
     cut = [t(texts, add_special_tokens=False)["input_ids"] for t in (tokenizer, other)]
-    return tokenizer.get_vocab() == other.get_vocab() and cut[0] == cut[1]
+    read = [t.batch_decode(cut[1], skip_special_tokens=False) for t in (tokenizer, other)]
+    return tokenizer.get_vocab() == other.get_vocab() and cut[0] == cut[1] and read[0] == read[1]
 
 
 def end_of_text_ids(path, tokenizer) -> tuple[int, ...]:

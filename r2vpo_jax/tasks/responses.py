@@ -6,14 +6,15 @@ import numpy as np
 
 OPEN, CLOSE = "<think>", "</think>"  # as the verifiers know them
 
-# Marks that a tokenizer tells by having both as tokens.
+# Marks of others than DeepSeek-R1 and Qwen3, which a tokenizer tells by having both as tokens.
 KNOWN_MARKS = (
-    (OPEN, CLOSE),  # DeepSeek-R1, Qwen3
     ("[unused16]", "[unused17]"),  # openPangu
     ("[THINK]", "[/THINK]"),  # Magistral
     ("<seed:think>", "</seed:think>"),  # Seed-OSS
     ("◁think▷", "◁/think▷"),  # Kimi
     ("<|begin_of_thought|>", "<|end_of_thought|>"),  # Sky-T1, OpenThinker
+    ("<|START_THINKING|>", "<|END_THINKING|>"),  # Command A
+    ("<longcat_think>", "</longcat_think>"),  # LongCat
     ("<thinking>", "</thinking>"),
     ("<thought>", "</thought>"),
     ("<reasoning>", "</reasoning>"),
@@ -30,7 +31,8 @@ class ResponseTexts:
 
     Args:
       tokenizer: a Transformers tokenizer.
-      marks: of the model's thoughts, (begin, end); (): those of `KNOWN_MARKS` that the tokenizer has as tokens.
+      marks: of the model's thoughts, (begin, end), besides <think> and </think>; (): those of `KNOWN_MARKS` that the tokenizer
+        has as tokens.
       stop: strings that end a response: a text ends before the first of them that is in it, or behind it where the string
         closes something, as </answer> does.
     """
@@ -38,7 +40,8 @@ class ResponseTexts:
     def __init__(self, tokenizer, marks: tuple[str, ...] = (), stop: tuple[str, ...] = ()):
         self._tokenizer, self._stop = tokenizer, stop
         vocabulary = tokenizer.get_vocab()
-        self._marks = [tuple(marks)] if marks else [m for m in KNOWN_MARKS if m[0] in vocabulary and m[1] in vocabulary]
+        known = [pair for pair in KNOWN_MARKS if all(mark in vocabulary for mark in pair)]
+        self._marks = [(OPEN, CLOSE), *([marks] if marks else known)]
         kept = {vocabulary.get(mark) for pair in self._marks for mark in pair}
         added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._left_out = np.array(sorted((added | set(tokenizer.all_special_ids)) - kept), np.int64)

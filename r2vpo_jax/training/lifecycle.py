@@ -7,7 +7,7 @@ import time
 import r2vpo_jax
 from r2vpo_jax.config import Config
 from r2vpo_jax.errors import UsageError, usage_errors
-from r2vpo_jax.models.identity import differing
+from r2vpo_jax.models.identity import refuse_others
 from r2vpo_jax.run import directory, files, instruments
 from r2vpo_jax.run.alarms import Alarms
 from r2vpo_jax.run.checkpoints import Checkpointer
@@ -114,11 +114,7 @@ class Lifecycle:
                 f"the problems are not those that {self.workdir} was started with; put the data sets back as they were, "
                 "or choose another --workdir"
             )
-        if others := differing(counters.model, model):
-            raise UsageError(
-                f"the base model is not the one that {self.workdir} was started from: it has other {', '.join(others)}; put "
-                "back what model.path named then, or choose another --workdir"
-            )
+        refuse_others(counters.model, model, self.workdir)
         self._checkpointer.discard_after(counters.iteration if self.resumed else None)
         if counters.code != code:
             self._notices.append(

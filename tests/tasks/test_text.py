@@ -173,7 +173,7 @@ def test_thinking_that_the_prompt_opens_must_be_closed(make):
     assert task.answers("test", [0, 0], *texts) == [None, "400"]
 
 
-MARKS = [*responses_module.KNOWN_MARKS, ("<|begin|>", "<|end|>")]
+MARKS = [("<think>", "</think>"), *responses_module.KNOWN_MARKS, ("<|begin|>", "<|end|>")]
 
 
 def marked_tokenizer(special, marks=MARKS):
