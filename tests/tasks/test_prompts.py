@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from r2vpo_jax.config import to_dict
 from r2vpo_jax.config.task import PromptConfig, RewardConfig, TaskConfig, TextConfig, VerifierConfig
@@ -267,3 +267,19 @@ def test_a_torn_tokenizer_is_refused_in_words(directory):
         (directory / "tokenizer.json").write_text(text)
         with pytest.raises(ValueError, match="cannot be opened"):
             base_model.load_tokenizer(directory)
+
+
+def test_a_pre_tokenizer_of_ones_own_stays(tmp_path):
+    """Transformers' class for Qwen2 cuts numbers digit by digit, whatever tokenizer.json says."""
+    symbols = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "12", "123", "</s>"]
+    own = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(symbols)}, [("1", "2"), ("12", "3")]))
+    cut = pre_tokenizers.Split(Regex(r"\p{N}{1,3}"), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    own.pre_tokenizer, own.decoder = pre_tokenizers.Sequence([cut, byte_level]), decoders.ByteLevel()
+    own.save(str(tmp_path / "tokenizer.json"))
+    settings = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    tokenizer, (notice,) = base_model.load_tokenizer(tmp_path)
+    assert tokenizer.tokenize("123") == ["123"]
+    assert notice == "tokenizer: tokenizer.json as it is (Qwen2Tokenizer changes it)"
