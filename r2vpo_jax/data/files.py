@@ -90,8 +90,8 @@ def split_files(base: pathlib.Path, split: str) -> list[pathlib.Path]:
     names += [f"{stems[0]}/{_SAVED}"]
     found = sorted({path for name in names for path in base.glob(name)})
     found = [p for p in found if not any(part.startswith(".") for part in p.relative_to(base).parts)]
-    # Copies come with .json files that are no data.
-    return [p for p in found if p.suffix != ".json"] or found
+    # Copies come with .json files that are no data, and with tables of the same rows beside the file with types.
+    return [p for p in found if p.suffix not in (".json", ".csv", ".tsv")] or found
 
 
 def _stem(path: pathlib.Path) -> str:

@@ -98,6 +98,14 @@ def test_tables_of_separated_values(write):
             load(write(content, "bad.csv"))
 
 
+def test_a_table_beside_a_file_with_types_is_a_copy(write, tmp_path):
+    (tmp_path / "set").mkdir()
+    write(b"question,answer\na,1\n", "set/test.csv")
+    assert load("set/", data_dir=tmp_path).num_examples == 1
+    write(b'{"question": "b", "answer": "1"}\n', "set/test.jsonl")
+    assert load("set/", data_dir=tmp_path).example(0).question == "b"
+
+
 def test_arrow_files_as_the_package_datasets_saves_them(tmp_path):
     import pyarrow
 
