@@ -26,6 +26,7 @@ class Sampling:
     max_response_length: int = struct.field(pytree_node=False, default=128)
     eos_ids: tuple[int, ...] = struct.field(pytree_node=False, default=())
     pad_id: int = struct.field(pytree_node=False, default=0)  # what is written past the end
+    stop: jax.Array | None = None  # int [S, V] of `models.stops.stop_table`: strings that end a response as an EOS does
 
 
 def _truncated_logits(logits, top_k, top_p):
@@ -154,6 +155,7 @@ def sample(
     logits = jnp.broadcast_to(logits[:, None], (num_prompts, group, logits.shape[-1]))
 
     eos_ids = jnp.asarray(sampling.eos_ids, jnp.int32).reshape(-1)
+    stop = None if sampling.stop is None else jnp.asarray(sampling.stop)
 
     def draw(logits, step):
         """One token a row from [N, G, V] logits: (tokens, their log-probabilities)."""
@@ -165,15 +167,18 @@ def sample(
         return token, jnp.sum(jnp.where(chosen, logps, 0.0), axis=-1)
 
     def body(state):
-        step, logits, done, out, logp_out, length, cache = state
+        step, logits, done, out, logp_out, length, cache, found = state
         token, logp = draw(logits, step)
         token = jnp.where(done, sampling.pad_id, token)
         out = jax.lax.dynamic_update_index_in_dim(out, token, step, axis=2)
         logp_out = jax.lax.dynamic_update_index_in_dim(logp_out, jnp.where(done, 0.0, logp), step, axis=2)
         length = length + ~done
         done = done | jnp.any(token[..., None] == eos_ids, axis=-1)
+        if found is not None:  # the response keeps the token that completes a string
+            found = stop[found, token]
+            done = done | (found == len(stop) - 1)
         hidden, cache = model.apply({"params": params}, token[..., None], cache=cache, method="hidden_states")
-        return step + 1, next_logits(hidden[:, :, 0]), done, out, logp_out, length, cache
+        return step + 1, next_logits(hidden[:, :, 0]), done, out, logp_out, length, cache, found
 
     state = (
         jnp.int32(0),
@@ -183,13 +188,14 @@ def sample(
         jnp.zeros((num_prompts, group, size), jnp.float32),
         jnp.zeros((num_prompts, group), jnp.int32),
         cache,
+        None if stop is None else jnp.zeros((num_prompts, group), stop.dtype),
     )
 
     def unfinished(state):
         some = ~jnp.all(state[2])
         return (state[0] < size) & (some if axis_name is None else jax.lax.pmax(some, axis_name))
 
-    _, _, done, out, logp_out, length, _ = jax.lax.while_loop(unfinished, body, state)
+    _, _, done, out, logp_out, length, _, _ = jax.lax.while_loop(unfinished, body, state)
 
     def rows(x):
         return x.reshape(num_prompts * group, *x.shape[2:])

@@ -2,8 +2,8 @@
 
     python scripts/make_fixtures.py [FOLDER]
 
-Nothing in them is taken from a data set; only columns, nesting and habits (repeated rows, wrapped questions, answers that
-are numbers or lists) are those of the public copies that docs/data.md names.
+No text in them is taken from a data set; only columns, nesting and habits (repeated rows, wrapped questions, answers that
+are numbers or lists) are those of the public copies that docs/data.md names. SPELLINGS are how their answers are written.
 """
 
 import json
@@ -20,6 +20,24 @@ DAPO_BEFORE = (
     "(without quotes) where $Answer is the answer to the problem.\n\n"
 )
 DAPO_AFTER = '\n\nRemember to put your answer on its own line after "Answer:".'
+
+# Answers as they are spelled in public sets.
+SPELLINGS = {
+    "math": (r"10,\!080", r"\text{May}", r"\dfrac{9}{256}", r"15\mbox{ cm}^2"),
+    "math500": (
+        r"10,\!080", r"\text{Evelyn}", r"\left( 3, \frac{\pi}{2} \right)", "6 - 5i", r"11\sqrt2", r"\$36", "4210_{5}",
+        r"90^\circ", r"\text{(C)}", r"x \in [-2,7]", r"(0,9) \cup (9,36)", "y = 2x + 3", r"\pm 2", "1,-2", r"1\frac{4}{5}",
+        r"5.4 \text{ cents}", r"864 \mbox{ inches}^2", r"\begin{pmatrix} -1/3 \\ 2/3 \\ 5/3 \end{pmatrix}",
+        r"\frac{270}7\text{ degrees}", r"3 \pm 2 \sqrt{2}", "2220",
+    ),
+    "minerva": ("1.39e9", "3.83e35", r"\frac{1}{2} R_{p}", r"\arcsin{1.3 \sin{\theta_w}}", r"I(0) e^{-\frac{t}{R C}}"),
+    "olympiadbench": (r"$-\frac{1}{2}, 0, \frac{1}{2}$", "$(9,3),(6,3),(9,-3)$", "$2^{1009}$", r"$\frac{1}{n^{2}}$"),
+}  # fmt: skip
+
+
+def spelled(name: str) -> list[tuple[str, str]]:
+    """(question, answer) for each of them."""
+    return [(f"How is answer {i} of ours spelled?", answer) for i, answer in enumerate(SPELLINGS[name])]
 
 
 def gsm8k(start: int, size: int) -> list[dict]:
@@ -130,6 +148,10 @@ def olympiadbench() -> list[dict]:
         shared | {"id": 5, "question": "一加一等于几?", "final_answer": ["2"], "language": "Chinese"},
         shared | {"id": 6, "question": "Prove that 2 is even.", "final_answer": None, "question_type": "Theorem proof"},
         shared | {"id": 7, "question": "For which $x$ is $0 \\le x < 2$?", "final_answer": ["$[0, 2)$"], "context": ""},
+        *(
+            shared | {"id": 8 + i, "question": question, "final_answer": [answer], "context": None}
+            for i, (question, answer) in enumerate(spelled("olympiadbench"))
+        ),
     ]
 
 
@@ -138,7 +160,11 @@ def make(folder: pathlib.Path) -> None:
     _jsonl(folder / "gsm8k" / "train.jsonl", gsm8k(0, 24))
     _jsonl(folder / "gsm8k" / "test.jsonl", gsm8k(24, 8))
     _jsonl(folder / "math" / "train.jsonl", math(0, 20))
-    _jsonl(folder / "math" / "test.jsonl", math(20, 8))
+    boxed = [
+        {"problem": question, "level": "Level 5", "type": "Algebra", "solution": rf"It is $\boxed{{{answer}}}$."}
+        for question, answer in spelled("math")
+    ]
+    _jsonl(folder / "math" / "test.jsonl", math(20, 8) + boxed)
     _jsonl(
         folder / "math500" / "test.jsonl",
         [
@@ -149,6 +175,10 @@ def make(folder: pathlib.Path) -> None:
                 "level": 1 + i % 5,
             }
             for i in range(6)
+        ]
+        + [
+            {"problem": question, "solution": f"\\boxed{{{answer}}}", "answer": answer, "level": 5}
+            for question, answer in spelled("math500")
         ],
     )
     _parquet(folder / "dapo_math_17k.parquet", dapo(12, 5))
@@ -167,7 +197,8 @@ def make(folder: pathlib.Path) -> None:
     )
     _jsonl(
         folder / "minerva" / "test.jsonl",
-        [{"question": f"A rod is {i} m and gains {i} m. Its length in m?", "answer": str(2 * i)} for i in range(1, 5)],
+        [{"question": f"A rod is {i} m and gains {i} m. Its length in m?", "answer": str(2 * i)} for i in range(1, 5)]
+        + [{"question": question, "answer": answer} for question, answer in spelled("minerva")],
     )
     _parquet(folder / "olympiadbench.parquet", olympiadbench())
     _jsonl(
@@ -177,6 +208,21 @@ def make(folder: pathlib.Path) -> None:
             for name in NAMES
         ],
     )
+    _jsonl(
+        folder / "chats.jsonl",
+        [
+            {
+                "prompt": [
+                    {"role": "system", "content": "Be brief."},
+                    {"role": "user", "content": f"What is ${i}^2$?"},
+                ],
+                "reward_model": {"ground_truth": str(i * i)},
+            }
+            for i in range(6)
+        ],
+    )
+    lines = [f'"What is {i} plus {i}, in words?",{name}' for i, name in enumerate(("none", "two", "four", "six"))]
+    (folder / "table.csv").write_text("\n".join(["task,expected", *lines]) + "\n", encoding="utf-8")
 
 
 def _jsonl(path: pathlib.Path, rows: list[dict]) -> None:

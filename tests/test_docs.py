@@ -231,6 +231,62 @@ def test_my_model_and_my_data(workplace):
     assert (workplace / "runs" / "mine" / "hf" / "model.safetensors").exists()
 
 
+# docs/data.md -------------------------------------------------------------------------------------------------
+
+DATA = ROOT / "docs" / "data.md"
+
+
+def blocks_of(page):
+    """Blocks of commands."""
+    return re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def run_blocks(blocks, directory, timeout=900):
+    """The output of blocks of commands, one after the other, in a directory with the folders that they name."""
+    for name in ("experiments", "scripts", "tests"):
+        if not (directory / name).exists():
+            (directory / name).symlink_to(ROOT / name)
+    environment = os.environ | {
+        "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "DATA": "tests/data/fixtures",
+    }
+    script = "set -euo pipefail\n" + "\n".join(blocks)
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=directory, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def is_light(block):
+    """Whether it needs neither a model nor generators."""
+    return "experiments." not in block and "chain_sum" not in block
+
+
+def test_what_the_data_page_reads_is_there(tmp_path):
+    shown = run_blocks([block for block in blocks_of(DATA) if is_light(block)], tmp_path)
+    for said in (r"answer='10,\\!080'", "answer='naD'", "answer='six'", "question='What is $3^2$?'"):
+        assert said in shown
+
+
+@pytest.mark.slow
+def test_the_other_commands_of_the_data_page_run(tmp_path):
+    small = ("prompts_per_rollout=4", "num_minibatches=2", "eval_problems=2", "test_samples=1")
+    flags = " ".join(f"--config.trainer.{setting}" for setting in small) + " --config.task.verifier.num_workers=1"
+    blocks = [
+        block.replace("--stop_after", f"{flags} --stop_after") for block in blocks_of(DATA) if not is_light(block)
+    ]
+    shown = run_blocks(blocks, tmp_path)
+    assert "train: 8 problems" in shown
+    assert "test: 10 problems" in shown
+    assert "source='countdown'" in shown
+    sources = next(line.split() for line in shown.splitlines() if line.count("dapo_math_17k ") > 1)
+    assert (sources.count("dapo_math_17k"), sources.count("chain_sum")) == (6, 2)
+    outcomes = (tmp_path / "runs" / "evaluation_stop" / "outcomes.jsonl").read_text().splitlines()
+    assert all("\nThat" not in text[:-5] for line in outcomes for text in json.loads(line)["texts"])
+
+
 # docs/metrics.md ----------------------------------------------------------------------------------------------
 
 

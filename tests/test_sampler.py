@@ -9,7 +9,7 @@ import pytest
 import scipy.stats
 
 from r2vpo_jax import sampler, scoring
-from r2vpo_jax.models import Decoder, DecoderConfig
+from r2vpo_jax.models import Decoder, DecoderConfig, stops
 from r2vpo_jax.sampler import Sampling
 from tests.helpers.compilations import compilations
 from tests.helpers.params import random_params
@@ -432,3 +432,33 @@ def test_unknown_weights_are_refused():
     assert sampler.rounded_weights(PARAMS, "compute") is not None
     with pytest.raises(ValueError, match="unknown weights 'int4'"):
         sampler.rounded_weights(PARAMS, "int4")
+
+
+# ---- strings that end a response ----
+
+
+def test_a_string_ends_a_response_with_the_token_that_completes_it(draw):
+    """The same draws up to there, their log-probabilities too, and nothing after; scoring agrees on what is left."""
+    whole = draw()
+    letters = "abcdefghijklmnopq"  # each token is one, so that a text is its tokens
+    texts = [
+        "".join(letters[t] for t in row[:n])
+        for row, n in zip(whole.response_tokens, whole.response_length, strict=True)
+    ]
+    strings = (max(letters[1:-1], key="".join(texts).count), max(texts, key=len)[4:7])
+    stop = stops._by_byte([string.encode() for string in strings])[:, [ord(letter) for letter in letters]]
+    cut = draw(settings=sampling(stop=stop))
+    ended = 0
+    for i, (tokens, length) in enumerate(zip(whole.response_tokens, whole.response_length, strict=True)):
+        ends = [texts[i].find(string) + len(string) for string in strings if string in texts[i]]
+        end = min([length, *ends])
+        assert cut.response_length[i] == end
+        np.testing.assert_array_equal(cut.response_tokens[i, :end], tokens[:end])
+        np.testing.assert_array_equal(cut.response_tokens[i, end:], PAD)
+        np.testing.assert_allclose(cut.behavior_logp[i, :end], whole.behavior_logp[i, :end], rtol=0, atol=1e-6)
+        np.testing.assert_array_equal(cut.behavior_logp[i, end:], 0)
+        assert cut.truncated[i] == (whole.truncated[i] and not ends)
+        ended += bool(ends)
+    assert 4 < ended < len(whole.reward)
+    scored = _score(cut.tokens, cut.prompt_length, cut.response_length, cut.temperature)
+    assert np.abs(scored - cut.behavior_logp)[cut.response_mask].max() <= 5e-5

@@ -8,7 +8,7 @@ from typing import Any
 
 from r2vpo_jax.config.fields import Options, build, option, require, section
 from r2vpo_jax.config.flags import to_dict, to_open_config_dict
-from r2vpo_jax.config.run import ComputeConfig, MeshConfig, ModelConfig, ScoreSamplingConfig
+from r2vpo_jax.config.run import ComputeConfig, MeshConfig, ModelConfig, ScoreSamplingConfig, StopConfig
 from r2vpo_jax.config.task import (
     ArithmeticConfig,
     DataConfig,
@@ -51,6 +51,7 @@ class EvaluationConfig:
     model: ComputeConfig = section(ComputeConfig)
     mesh: MeshConfig = section(MeshConfig)
     evaluation: ScoreSamplingConfig = section(ScoreSamplingConfig)
+    sampler: StopConfig = section(StopConfig, when=lambda s: s.has_data)
     task: DataTaskConfig = section(DataTaskConfig, when=lambda s: s.has_data)
 
     def __post_init__(self):
@@ -164,7 +165,7 @@ def flag_sections():
     """The ConfigDict behind --config: the shared sections, with every field open."""
     shared = to_open_config_dict(EvaluationConfig)
     for field in dataclasses.fields(EvaluationConfig):
-        if field.name not in ("model", "mesh", "evaluation", "task"):
+        if field.name not in ("model", "mesh", "evaluation", "sampler", "task"):
             del shared[field.name]
     del shared.model.path, shared.task.reward
     return shared

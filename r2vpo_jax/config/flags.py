@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import re
+import types
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -57,13 +58,21 @@ def _template(kind: type, node=None, *, open=False):
         elif dataclasses.is_dataclass(value):
             result[field.name] = _template(type(value), None if node is None else value, open=open)
         elif value is None or open or (node is None and field.metadata.get("derived")):
-            kinds = [t for t in typing.get_args(hints[field.name]) if t is not type(None)]
-            result[field.name] = _placeholder(kinds[0] if kinds else hints[field.name])
+            result[field.name] = _placeholder(_plain_type(hints[field.name]))
         elif _is_grid(value):
             result[field.name] = grid.to_text(value)
         else:
             result[field.name] = value
     return result
+
+
+def _plain_type(hint) -> type:
+    """The class behind a type hint: of `int | None` int, of `tuple[str, ...]` tuple."""
+    origin = typing.get_origin(hint)
+    if isinstance(origin, type) and origin is not types.UnionType:
+        return origin
+    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+    return _plain_type(kinds[0]) if kinds else hint
 
 
 def _is_grid(value) -> bool:

@@ -65,7 +65,23 @@ class TrainerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class SamplerConfig:
+class StopConfig:
+    """Where responses end, besides the model's own ends of text."""
+
+    stop: tuple[str, ...] = option(
+        (), "text tasks: strings that end a response; what follows is neither judged nor learned"
+    )
+
+    def __post_init__(self):
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        require(
+            all(isinstance(string, str) and string for string in self.stop),
+            f"sampler.stop={self.stop!r} must be strings that are not empty",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerConfig(StopConfig):
     """Rollouts. top_k and top_p serve evaluation only: training with them is refused."""
 
     group_size: int = option(16, "samples per prompt (G)")
@@ -78,6 +94,7 @@ class SamplerConfig:
     )
 
     def __post_init__(self):
+        super().__post_init__()
         require_choice("sampler", self, {"weights": SAMPLING_WEIGHTS})
         require(self.group_size >= 2, f"sampler.group_size must be at least 2 (a baseline), got {self.group_size}")
         require(self.temperature > 0, f"sampler.temperature must be > 0 for training, got {self.temperature}")
@@ -272,6 +289,10 @@ class Config:
             rows % self.trainer.micro_batch_size == 0,
             f"a minibatch has {rows} rows (prompts_per_rollout * group_size / num_minibatches), which is not a "
             f"multiple of trainer.micro_batch_size={self.trainer.micro_batch_size}",
+        )
+        require(
+            not self.sampler.stop or self.task.name == "text",
+            f"sampler.stop is for task.name=text: task {self.task.name} says itself where its responses end",
         )
         require(self.seed >= 0, f"seed must be >= 0, got {self.seed}")
         require(

@@ -1,6 +1,7 @@
 """Configuration of a task: which problems, how they are put to the model, how its answers are judged."""
 
 import dataclasses
+import datetime
 import re
 
 from r2vpo_jax.config.fields import Options, option, require, section
@@ -14,6 +15,11 @@ class PromptConfig:
     text: str = option("{question}", "text of the prompt; {question} stands for the problem")
     system: str | None = option(None, "chat: system prompt")
     thinking: bool | None = option(None, "chat: enable_thinking for the template, for templates that know it")
+    date: str = option(
+        "2024-07-26",
+        "chat: YYYY-MM-DD, the day that it is for a template that asks",
+        when=lambda s: s.template == "chat",
+    )
     bos: bool | None = option(
         None, "whether prompts start with the BOS token (default: as the template or tokenizer does)"
     )
@@ -25,6 +31,10 @@ class PromptConfig:
         )
         require("{question}" in self.text, "task.prompt.text must contain {question}")
         require(self.max_length >= 1, f"task.prompt.max_length must be at least 1, got {self.max_length}")
+        try:
+            datetime.date.fromisoformat(self.date)
+        except ValueError as error:
+            raise ValueError(f"task.prompt.date={self.date!r} is not a day, written YYYY-MM-DD") from error
         if self.template == "plain":
             require(
                 self.system is None, "task.prompt.system needs task.prompt.template=chat; put it into task.prompt.text"
@@ -41,6 +51,10 @@ class VerifierConfig:
     max_chars: int = option(200_000, "most characters of a response; a longer one is not judged and counts as an error")
     memory_limit_mb: int = option(2048, "address space of each process, in MiB")
     tolerance: float = option(1e-6, "relative tolerance of numeric answers")
+    thinking_marks: tuple[str, ...] = option(
+        (),
+        "what a thought begins and ends with, for a model whose own marks the tokenizer does not tell (docs/data.md)",
+    )
     bad_gold: str = option(
         "refuse", "gold answers that do not verify against themselves: refuse the data, or drop and count them"
     )
@@ -50,6 +64,18 @@ class VerifierConfig:
             require(getattr(self, name) >= 1, f"task.verifier.{name} must be at least 1, got {getattr(self, name)}")
         require(self.time_limit > 0, f"task.verifier.time_limit must be > 0, got {self.time_limit}")
         require(self.tolerance >= 0, f"task.verifier.tolerance must be >= 0, got {self.tolerance}")
+        marks = self.thinking_marks
+        object.__setattr__(self, "thinking_marks", tuple(marks))
+        require(
+            not marks
+            or (
+                not isinstance(marks, str)
+                and len(marks) == 2
+                and all(isinstance(m, str) and m for m in marks)
+                and marks[0] != marks[1]
+            ),
+            f"task.verifier.thinking_marks={marks!r} must be two different texts, such as ('<think>', '</think>')",
+        )
         require(
             self.bad_gold in ("refuse", "drop"),
             f"task.verifier.bad_gold={self.bad_gold!r} is unknown; one of refuse, drop",

@@ -126,16 +126,24 @@ def tidy(answer: str, kind: str) -> str:
 
 _NOTHING = object()  # no default
 _NOWHERE = object()
+_ROLES = ("role", "from")  # keys of a message that say whose it is
 
 
 def _get(row, path: str, default=_NOTHING):
-    """The value at a dotted path; numbers index lists."""
+    """The value at a dotted path; numbers index lists, `user` the one message of the user in a list of messages."""
     value = row
     for part in path.split("."):
         if isinstance(value, dict) and part in value:
             value = value[part]
         elif isinstance(value, list) and re.fullmatch(r"\d+", part) and int(part) < len(value):
             value = value[int(part)]
+        elif isinstance(value, list) and part == "user" and (of_user := _of_user(value)):
+            if len(of_user) > 1 and default is _NOTHING:
+                raise ValueError(
+                    f"has {len(of_user)} messages of the user in {path.partition('.user')[0]!r}, and a question is one; name "
+                    f"it, for example question={path.replace('.user', f'.{of_user[-1]}')}"
+                )
+            value = value[of_user[0]]
         elif default is not _NOTHING:
             return default
         else:
@@ -143,8 +151,39 @@ def _get(row, path: str, default=_NOTHING):
     return value
 
 
+def _of_user(messages: list) -> list[int]:
+    """The numbers of the user's messages; the first of all where none says whose it is."""
+    if not all(isinstance(message, dict) for message in messages):
+        return []
+    roles = [next((message[key] for key in _ROLES if key in message), None) for message in messages]
+    return [i for i, role in enumerate(roles) if role in ("user", "human")] if any(roles) else [0][: len(messages)]
+
+
+def _is_json(text: str) -> bool:
+    """Whether a text is a JSON object, or an array of them: no question and no answer is."""
+    if not re.match(r'\s*(?:\[\s*)?\{\s*"', text):
+        return False
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 def _has(row: dict, path: str) -> bool:
     return _get(row, path, default=_NOWHERE) is not _NOWHERE
+
+
+def _paths_of_texts(path: str, value) -> list[str]:
+    """Where in a value there are texts or numbers that could be meant; in messages, those of the user come first."""
+    if isinstance(value, dict):
+        inner = [(key, item) for key, item in value.items() if key not in _ROLES]
+    elif isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        first = _of_user(value)
+        inner = [(i, value[i]) for i in [*first, *(i for i in range(len(value)) if i not in first)]]
+    else:
+        return [] if value is None or isinstance(value, list) else [path]
+    return [found for key, item in inner for found in _paths_of_texts(f"{path}.{key}", item)]
 
 
 def _text(value, path: str, what: str) -> str:
@@ -153,12 +192,16 @@ def _text(value, path: str, what: str) -> str:
     if isinstance(value, bytes):
         value = value.decode()
     if isinstance(value, str):
+        if _is_json(value):
+            raise ValueError(
+                f"has JSON written as text in {path!r}, {value[:80]!r}, which is not looked into; write what it holds as "
+                "fields of the row"
+            )
         return value
     if what == "question" or isinstance(value, dict):
-        inner = f"{path}.0.content" if isinstance(value, list) else f"{path}.…"
-        raise ValueError(
-            f"has no text in {path!r} but {json.dumps(value, default=str)[:80]}; name a field inside of it: {what}={inner}"
-        )
+        there = _paths_of_texts(path, value)[:3]
+        advice = f"name a field inside of it: {what}={' or '.join(there)}" if there else "each row is one problem"
+        raise ValueError(f"has no text in {path!r} but {json.dumps(value, default=str)[:80]}; {advice}")
     if isinstance(value, list):
         parts = [tidy(_text(item, path, what), "math") for item in value]
         return ", ".join(parts) if all(parts) else ""

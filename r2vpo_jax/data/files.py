@@ -1,18 +1,21 @@
-"""Rows of .jsonl, .json and .parquet files, and which files a data set is in."""
+"""Rows of .jsonl, .json, .csv, .tsv, .parquet and .arrow files, and which files a data set is in."""
 
+import csv
 import json
 import pathlib
 from collections.abc import Iterator
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+_TABLES = (".parquet", ".arrow")  # with a schema, read by pyarrow
+_SAVED = "data-*-of-*.arrow"  # the files of `save_to_disk` of the package datasets, in a folder for each split
 _GIT_LFS = b"version https://git-lfs"
 
 
 def read_rows(path: pathlib.Path, columns: set[str]) -> Iterator[tuple[int, dict]]:
-    """(row number from 1, row) of a file, in its order; of Parquet only the top-level `columns`, read in pieces.
+    """(row number from 1, row) of a file, in its order; of Parquet and Arrow only the top-level `columns`, read in pieces.
 
-    A .json file holds an array of objects, or is read like a .jsonl file: one object per line. A byte order mark and
-    empty lines at the end are ignored.
+    A .json file holds an array of objects, or is read like a .jsonl file: one object per line. The first row of a .csv or
+    .tsv file names its fields, and all values are text. A byte order mark and empty lines at the end are ignored.
 
     Raises:
       ValueError: a file that is no such thing; the message names the row.
@@ -21,17 +24,19 @@ def read_rows(path: pathlib.Path, columns: set[str]) -> Iterator[tuple[int, dict
         head = file.read(64)
     if head.startswith(_GIT_LFS):
         raise ValueError(f"{path} is a Git LFS pointer, not the data; run `git lfs pull` where it comes from")
-    if path.suffix == ".parquet":
-        return _parquet(path, columns)
-    if path.suffix == ".json" and head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-        return _json_array(path)
+    if path.suffix in _TABLES:
+        return _table(path, columns)
+    if path.suffix in (".csv", ".tsv"):
+        return _separated(path)
+    if path.suffix == ".json":
+        return _json(path, head, columns)
     return _json_lines(path)
 
 
 def columns_of(path: pathlib.Path) -> list[str]:
     """The columns, for messages: fields of nested ones by dotted path."""
-    if path.suffix == ".parquet":
-        top = _open_parquet(path).schema_arrow.names
+    if path.suffix in _TABLES:
+        top = _open_table(path)[0]
         _, first = next(read_rows(path, set(top)), (0, dict.fromkeys(top)))
     else:
         _, first = next(read_rows(path, set()), (0, {}))
@@ -52,13 +57,16 @@ def find(base: pathlib.Path, split: str, *, stated: bool = False, one_split: boo
       ValueError: there are several candidates.
     """
     whole = [base] if base.is_file() else [p for s in SUFFIXES if (p := base.with_name(base.name + s)).is_file()]
+    whole = whole or sorted(base.glob(_SAVED))
     parts = split_files(base, split) or (split_files(base, "*") if one_split and not stated else [])
     if whole and base.suffix not in SUFFIXES and base.is_file():
         raise ValueError(f"{base} is none of {', '.join(SUFFIXES)}")
     if stated and whole and not parts:
         raise ValueError(f"{whole[0]} has no splits: leave split={split} out, or choose rows by rows=a:b")
     suffixes = {path.suffix for path in parts}
-    if len(whole) + len(suffixes) > 1 or (one_split and not whole and len({_stem(p) for p in parts}) > 1):
+    if len({_stem(p) if p.parent == base else p for p in whole}) + len(suffixes) > 1 or (
+        one_split and not whole and len({_stem(p) for p in parts}) > 1
+    ):
         raise ValueError(f"several candidates for {base.name}: {', '.join(map(str, [*whole, *parts]))}; keep one")
     if found := whole or parts:
         return found
@@ -79,15 +87,16 @@ def split_files(base: pathlib.Path, split: str) -> list[pathlib.Path]:
         return []
     stems = ("*",) if split == "*" else (split, f"{split}-*-of-*")
     names = [f"{folder}{stem}{suffix}" for folder in ("", "*/") for stem in stems for suffix in SUFFIXES]
+    names += [f"{stems[0]}/{_SAVED}"]
     found = sorted({path for name in names for path in base.glob(name)})
     found = [p for p in found if not any(part.startswith(".") for part in p.relative_to(base).parts)]
-    # Copies come with .json files that are no data.
-    return [p for p in found if p.suffix != ".json"] or found
+    # Copies come with .json files that are no data, and with tables of the same rows beside the file with types.
+    return [p for p in found if p.suffix not in (".json", ".csv", ".tsv")] or found
 
 
 def _stem(path: pathlib.Path) -> str:
     """The name without the number of the piece."""
-    return path.stem.partition("-0")[0]
+    return path.parent.name if path.match(_SAVED) else path.stem.partition("-0")[0]
 
 
 def _json_lines(path: pathlib.Path) -> Iterator[tuple[int, dict]]:
@@ -101,6 +110,43 @@ def _json_lines(path: pathlib.Path) -> Iterator[tuple[int, dict]]:
             if empty:
                 raise ValueError(f"{path}, row {empty} is empty")
             yield number, _object(path, number, _loads(path, f"row {number}", line))
+
+
+def _json(path: pathlib.Path, head: bytes, columns: set[str]) -> Iterator[tuple[int, dict]]:
+    """The rows of a .json file, of whichever kind."""
+    start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if start.startswith(b"["):
+        return _json_array(path)
+    try:
+        whole = json.loads(path.read_bytes()) if start.startswith(b"{") else None
+    except (ValueError, RecursionError):  # more than one object: the reader of lines says what is wrong with which
+        whole = None
+    if whole is None:
+        return _json_lines(path)
+    if columns and not columns & whole.keys():
+        raise ValueError(
+            f"{path} is one object with the fields {', '.join(whole)}; put an array of rows into it, or one row on each line"
+        )
+    return iter([(1, whole)])
+
+
+def _separated(path: pathlib.Path) -> Iterator[tuple[int, dict]]:
+    number = 0
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+        try:
+            if len(set(reader.fieldnames or ())) < len(reader.fieldnames or ()):
+                raise ValueError(f"{path} names a field twice: {', '.join(reader.fieldnames)}")
+            for number, row in enumerate(reader, start=1):
+                if None in row or None in row.values():
+                    raise ValueError(f"{path}, row {number} has not as many values as there are fields")
+                yield number, row
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{path}, row {number + 1} or one soon after is not UTF-8 ({error}); convert the file"
+            ) from error
+        except csv.Error as error:
+            raise ValueError(f"{path}, row {number + 1} cannot be read: {error}") from error
 
 
 def _json_array(path: pathlib.Path) -> Iterator[tuple[int, dict]]:
@@ -125,26 +171,38 @@ def _object(path: pathlib.Path, number: int, row) -> dict:
     return row
 
 
-def _open_parquet(path: pathlib.Path):
+def _open_table(path: pathlib.Path):
+    """(names of the columns, columns -> batches of rows) of a Parquet or Arrow file."""
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.ParquetFile(path)
+        if path.suffix == ".parquet":
+            table = pyarrow.parquet.ParquetFile(path)
+            return table.schema_arrow.names, lambda names: table.iter_batches(batch_size=4096, columns=names)
+        with path.open("rb") as file:
+            is_file = file.read(6) == b"ARROW1"
+        if is_file:  # the other of Arrow's two formats; `save_to_disk` writes streams
+            table = pyarrow.ipc.open_file(path)
+            batches = map(table.get_batch, range(table.num_record_batches))
+        else:
+            batches = table = pyarrow.ipc.open_stream(path)
+        return table.schema.names, lambda names: (batch.select(names) for batch in batches)
     except (pyarrow.lib.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is not a Parquet file, or a broken one: {error}") from error
+        kind = {".parquet": "a Parquet", ".arrow": "an Arrow"}[path.suffix]
+        raise ValueError(f"{path} is not {kind} file, or a broken one: {error}") from error
 
 
-def _parquet(path: pathlib.Path, columns: set[str]) -> Iterator[tuple[int, dict]]:
-    with _open_parquet(path) as file:
-        number = 0
-        wanted = [name for name in file.schema_arrow.names if name in columns]
-        if not wanted:
-            yield 1, {}  # for the reader to say which fields it misses
-            return
-        for batch in file.iter_batches(batch_size=4096, columns=wanted):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
+def _table(path: pathlib.Path, columns: set[str]) -> Iterator[tuple[int, dict]]:
+    there, batches_of = _open_table(path)
+    wanted = [name for name in there if name in columns]
+    if not wanted:
+        yield 1, {}  # for the reader to say which fields it misses
+        return
+    number = 0
+    for batch in batches_of(wanted):
+        for row in batch.to_pylist():
+            number += 1
+            yield number, row
 
 
 def _nested(name: str, value) -> list[str]:

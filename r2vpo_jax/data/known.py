@@ -7,7 +7,7 @@ from r2vpo_jax.data.fields import Columns
 _ANSWER = (("answer", "verbatim"),)
 
 # Copies in the format of DAPO-Math-17k: chat messages, with an instruction around each problem. Ours comes instead of it.
-_CHAT_QUESTION = ("prompt.0.content", "prompt")
+_CHAT_QUESTION = ("prompt.user.content", "prompt")
 _CHAT_ANSWER = (("reward_model.ground_truth", "verbatim"),)
 _WRAPPED = {
     "wrapper": r"Solve the following math problem step by step\..*?is the answer to the problem\.\s+"

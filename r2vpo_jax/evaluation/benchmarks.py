@@ -27,11 +27,12 @@ from r2vpo_jax.evaluation import model_source, settings
 from r2vpo_jax.evaluation import report as benchmark_report
 from r2vpo_jax.evaluation.draws import Outcomes, draw
 from r2vpo_jax.models.base import BaseModel, open_base_model
+from r2vpo_jax.models.identity import digest
 from r2vpo_jax.run import console, files, instruments
 from r2vpo_jax.run.directory import claim_file
 from r2vpo_jax.run.interrupts import any_process, graceful_stop
 from r2vpo_jax.sampler import Sampling
-from r2vpo_jax.tasks.base import Outcome, Problems, Task
+from r2vpo_jax.tasks.base import Outcome, Problems, Task, stop_of
 
 _SPLIT = "test"
 _OUTCOMES = "outcomes.jsonl"
@@ -77,7 +78,9 @@ def open_benchmark(spec: str, config: EvaluationConfig, base: BaseModel) -> Benc
       ValueError: a task, data set, prompt or gold answer that cannot work.
       FileNotFoundError: a data set that is not there.
     """
-    task = tasks.make(config.task_config(spec), base.tokenizer, base.eos_ids, splits=(_SPLIT,))
+    task = tasks.make(
+        config.task_config(spec), base.tokenizer, base.eos_ids, splits=(_SPLIT,), stop=config.sampler.stop
+    )
     try:
         base.check_length(task.max_prompt_length + task.max_response_length)
         available = task.num_problems(_SPLIT)
@@ -131,6 +134,7 @@ class Evaluator:
             group_size=k,
             max_response_length=benchmark.task.max_response_length,
             eos_ids=benchmark.task.eos_ids,
+            stop=stop_of(benchmark.task),
         )
         size = self._config.problems_at_once
         return draw(
@@ -212,7 +216,7 @@ def run(config: EvaluationConfig, output, *, say=console.say) -> dict:
             for spec in config.tasks:  # 1
                 benchmarks.append(open_benchmark(spec, config, base))
                 stack.callback(benchmarks[-1].task.close)
-            evaluated = _evaluated(config, source, benchmarks)
+            evaluated = _evaluated(config, source, base, benchmarks)
             path = claim_file(output, "config.json", evaluated, write=chief, flag="--output")  # 2
             problems = [(b.spec, i) for b in benchmarks for i in range(b.num_problems)]
             rows = _read_outcomes(path / _OUTCOMES, problems) if chief else []
@@ -233,12 +237,14 @@ def run(config: EvaluationConfig, output, *, say=console.say) -> dict:
     return summary
 
 
-def _evaluated(config: EvaluationConfig, source: model_source.ModelSource, benchmarks: list[Benchmark]) -> dict:
+def _evaluated(
+    config: EvaluationConfig, source: model_source.ModelSource, base: BaseModel, benchmarks: list[Benchmark]
+) -> dict:
     """What config.json holds: the settings that scores depend on, and the identity of problems and weights."""
     values = identity(config)
     values["tasks"] = {benchmark.spec: benchmark.identity() for benchmark in benchmarks}
     values["checkpoint"] = source.iteration
-    values["model"]["digest"] = source.digest()
+    values["model"]["digest"] = digest(source.identity(base))
     return values
 
 

@@ -1,7 +1,6 @@
 """What a path to a model can mean: a Hugging Face directory, or one of our run directories at some checkpoint."""
 
 import dataclasses
-import hashlib
 import json
 import pathlib
 
@@ -12,11 +11,7 @@ from r2vpo_jax import config as config_lib
 from r2vpo_jax import models, sharding
 from r2vpo_jax.config import Config
 from r2vpo_jax.models.base import BaseModel, find_directory
-from r2vpo_jax.run import checkpoints, files, report
-
-_READ_SUFFIXES = (".json", ".jinja", ".model", ".safetensors", ".txt")
-_WHOLE_BYTES = 64 << 20  # files up to this size are digested whole
-_BLOCKS, _BLOCK_BYTES = 1024, 64 << 10  # of larger ones, so many blocks, evenly spaced
+from r2vpo_jax.run import checkpoints, report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,30 +48,11 @@ class ModelSource:
             )
         return restored["params"]
 
-    def digest(self) -> str:
-        """Identity of weights, architecture and tokenizer: 16 hex digits.
-
-        Weight files above 64 MiB are read in part: their size and 1024 blocks of 64 KiB, evenly spaced.
-        """
-        digest = hashlib.sha256()
-        for file in sorted(p for p in self.directory.iterdir() if p.suffix in _READ_SUFFIXES):
-            if self.checkpoint is None or file.suffix != ".safetensors":
-                digest.update(file.name.encode() + b"\0" + _content(file))
-        if self.checkpoint is not None:
-            digest.update(checkpoints.manifest(self.checkpoint.parent, self.iteration).read_bytes())
-        return digest.hexdigest()[:16]
-
-
-def _content(path: pathlib.Path) -> bytes:
-    size = path.stat().st_size
-    if size <= _WHOLE_BYTES:
-        return bytes.fromhex(files.sha256_of(path))
-    digest = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as file:
-        for number in range(_BLOCKS):
-            file.seek((size - _BLOCK_BYTES) * number // (_BLOCKS - 1))
-            digest.update(file.read(_BLOCK_BYTES))
-    return digest.digest()
+    def identity(self, base: BaseModel) -> dict[str, str]:
+        """Digests of weights, architecture, tokenizer, chat template and ends of text (models/identity.py)."""
+        if self.checkpoint is None:
+            return base.identity()
+        return base.identity(weights=checkpoints.manifest(self.checkpoint.parent, self.iteration).read_bytes())
 
 
 def find(path: str | None, checkpoint: str | None = None) -> ModelSource:

@@ -30,7 +30,7 @@ def resolve(
       model: a Hugging Face directory, a run directory, or the name of a shipped model; None: the arithmetic one.
       checkpoint: of a run directory, an iteration, "latest" or "best".
       tasks: names of benchmarks with commas between them; None: the run's own task.
-      sections: nested values of the sections model, mesh, evaluation and task; None is as good as absent.
+      sections: nested values of the sections model, mesh, evaluation, sampler and task; None is as good as absent.
       settings: other fields of `EvaluationConfig`.
 
     Raises:
@@ -58,7 +58,9 @@ def differences(config: EvaluationConfig, run: Config) -> list[str]:
     return [
         f"{path} {there} there, {here[path]} here"
         for path, there in leaves(_values_of(run, own_task=own))
-        if path not in NOT_IDENTITY and here[path] != there and (config.has_data or not path.startswith("task."))
+        if path not in NOT_IDENTITY
+        and here[path] != there
+        and (config.has_data or not path.startswith(("task.", "sampler.")))
     ]
 
 
@@ -70,6 +72,7 @@ def _values_of(run: Config, *, own_task: bool) -> dict[str, Any]:
     }
     if run.task.name == "text":
         task, text = run.task, run.task.text
+        values["sampler"] = {"stop": run.sampler.stop}
         values["task"] = {
             "text": {"data_dir": text.data_dir, "max_response_length": text.max_response_length},
             "prompt": dataclasses.asdict(task.prompt),

@@ -10,7 +10,7 @@ from r2vpo_jax.config import Config
 from r2vpo_jax.evaluation import estimators
 from r2vpo_jax.evaluation.draws import draw
 from r2vpo_jax.sampler import Sampling
-from r2vpo_jax.tasks.base import Outcome, Problems
+from r2vpo_jax.tasks.base import Outcome, Problems, stop_of
 
 # Evaluation draws depend on nothing of the run: the same problems and keys for base, best and final.
 _KEY_SEED = 0x5EED
@@ -112,6 +112,7 @@ def sampling(task, num_samples: int, *, temperature=1.0, top_p=1.0, top_k=0) -> 
         group_size=num_samples,
         max_response_length=task.max_response_length,
         eos_ids=task.eos_ids,
+        stop=stop_of(task),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from r2vpo_jax import models
 from r2vpo_jax.config import ModelConfig
 from r2vpo_jax.errors import UsageError
+from r2vpo_jax.models.identity import identity
 from r2vpo_jax.models.tokenizer import end_of_text_ids, load_tokenizer
 
 
@@ -29,6 +30,17 @@ class BaseModel:
                 f"prompt and response have up to {tokens} tokens, but the model has positions for "
                 f"{self.model.config.max_position_embeddings}; lower task.prompt.max_length or task.text.max_response_length"
             )
+
+    def identity(self, *, weights: bytes | None = None) -> dict[str, str]:
+        """Digests of weights, tokenizer and so on (models/identity.py).
+
+        Raises:
+          UsageError: a file is missing or torn.
+        """
+        try:
+            return identity(self.path, self.tokenizer, self.eos_ids, weights=weights)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"cannot read the base model: {error}") from error
 
     def load_params(self, mesh=None):
         """The parameters, placed on the mesh as they are read.
@@ -65,6 +77,9 @@ def open_base_model(config: ModelConfig) -> BaseModel:
         eos_ids = end_of_text_ids(path, tokenizer)
         if not all(0 <= i < model.config.vocab_size for i in eos_ids):
             raise ValueError(f"end-of-text ids {eos_ids}: the model has {model.config.vocab_size} tokens")
+        if len(eos_ids) > 1:
+            ends = ", ".join(f"{tokenizer.convert_ids_to_tokens(i)} ({i})" for i in eos_ids)
+            notices = (*notices, f"responses end at any of {ends}")
         return BaseModel(path, model, tokenizer, eos_ids, notices)
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot load the base model: {error}") from error

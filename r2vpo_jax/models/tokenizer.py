@@ -1,8 +1,11 @@
-"""Tokenizers of local directories, and the ids that end a text."""
+"""Tokenizers of local directories, the ids that end a text, and the bytes of tokens."""
 
+import json
 import os
 import pathlib
+import re
 
+from r2vpo_jax.models.chat import end_of_turn
 from r2vpo_jax.models.tensor_files import read_object
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
@@ -13,6 +16,8 @@ _PROBES = (
     "47+85=",
     "Let $x = \\frac{1}{2}$.\n\nThen 2x  = 1,000 km/h — naïve?",
     "<think>\nstep 1\n</think>\n\n\\boxed{7}",
+    "don't WON'T 12345678 3.14159\r\n\t  x",
+    "中文，和 日本語 a\u0301 \ufb01 ①",
 )
 
 
@@ -67,26 +72,77 @@ def _asks_for(path: pathlib.Path) -> str | None:
 
 
 def _agree(tokenizer, other) -> bool:
-    """Whether two tokenizers have the same vocabulary and cut the probes alike."""
+    """Whether two tokenizers have the same vocabulary, cut the probes alike, and read them alike."""
     texts = list(_PROBES)
     cut = [t(texts, add_special_tokens=False)["input_ids"] for t in (tokenizer, other)]
-    return tokenizer.get_vocab() == other.get_vocab() and cut[0] == cut[1]
+    read = [t.batch_decode(cut[1], skip_special_tokens=False) for t in (tokenizer, other)]
+    return tokenizer.get_vocab() == other.get_vocab() and cut[0] == cut[1] and read[0] == read[1]
 
 
 def end_of_text_ids(path, tokenizer) -> tuple[int, ...]:
-    """All ids that end a response: those of generation_config.json, and the tokenizer's EOS.
+    """All ids that end a response, wherever a directory names them: generation_config.json, config.json, the tokenizer's
+    EOS, and the token by which the chat template ends an answer.
 
     Raises:
-      ValueError: there is none, or generation_config.json does not hold integers.
+      ValueError: there is none, or a file does not hold integers.
     """
-    file = pathlib.Path(path) / "generation_config.json"
-    listed = []
-    if file.is_file():
-        listed = read_object(file).get("eos_token_id")
-        listed = [] if listed is None else listed if isinstance(listed, list) else [listed]
-        if not all(isinstance(i, int) and not isinstance(i, bool) for i in listed):
-            raise ValueError(f"{file}: eos_token_id must be an integer or a list of integers, got {listed!r}")
-    ids = [*listed, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]
+    path = pathlib.Path(path)
+    ids = [i for name in ("generation_config.json", "config.json") for i in _listed_ends(path / name)]
+    ids += [i for i in (tokenizer.eos_token_id, end_of_turn(tokenizer)) if i is not None]
     if not ids:
-        raise ValueError(f"{path} names no end-of-text token, neither in generation_config.json nor in the tokenizer")
+        raise ValueError(
+            f"{path} names no end-of-text token, neither in generation_config.json nor in config.json nor in the tokenizer"
+        )
     return tuple(dict.fromkeys(ids))
+
+
+def _listed_ends(file: pathlib.Path) -> list[int]:
+    listed = read_object(file).get("eos_token_id") if file.is_file() else None
+    listed = [] if listed is None else listed if isinstance(listed, list) else [listed]
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in listed):
+        raise ValueError(f"{file}: eos_token_id must be an integer or a list of integers, got {listed!r}")
+    return listed
+
+
+def token_bytes(tokenizer) -> list[bytes]:
+    """The bytes that each token adds to a text, by id; b"" where an id has no token.
+
+    Raises:
+      ValueError: the texts of this tokenizer are not its tokens, one after the other.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    decoder = {} if backend is None else json.loads(backend.to_str())["decoder"] or {}
+    kinds = {part["type"] for part in decoder.get("decoders", [decoder]) if "type" in part}
+    added = {i: token.content for i, token in tokenizer.added_tokens_decoder.items()}
+    vocabulary = tokenizer.get_vocab()
+    found = [b""] * (1 + max(vocabulary.values()))
+    for token, i in vocabulary.items():
+        found[i] = added[i].encode() if i in added else _bytes_of(token, kinds)
+    for text in _PROBES:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        together = b"".join(found[i] for i in ids).decode(errors="replace")
+        # A decoder may drop the blank that its tokenizer has put in front.
+        if together.lstrip() != tokenizer.decode(ids, skip_special_tokens=False).lstrip():
+            raise ValueError(
+                f"the texts of this tokenizer (decoder {', '.join(sorted(kinds)) or 'none'}) are not its tokens one after "
+                "the other, so that stop strings cannot be found in them; leave sampler.stop out"
+            )
+    return found
+
+
+def _bytes_of(token: str, kinds: set[str]) -> bytes:
+    if "ByteLevel" in kinds:
+        return b"".join(_BYTE_OF.get(c, c.encode()) for c in token)
+    if "ByteFallback" in kinds and re.fullmatch("<0x[0-9A-F]{2}>", token):
+        return bytes.fromhex(token[3:5])
+    return (token.replace("\u2581", " ") if kinds & {"Metaspace", "Replace"} else token).encode()
+
+
+def _byte_alphabet() -> dict[str, bytes]:
+    """Byte-level BPE writes each byte as one character: printable ones as they are, the others from U+0100 on."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(b): bytes([b]) for b in plain} | {chr(256 + n): bytes([b]) for n, b in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()

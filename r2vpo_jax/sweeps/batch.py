@@ -13,6 +13,7 @@ import numpy as np
 from r2vpo_jax import sharding
 from r2vpo_jax.errors import Stopped
 from r2vpo_jax.evaluation import validation
+from r2vpo_jax.models.identity import refuse_others
 from r2vpo_jax.run import console, directory, files, report
 from r2vpo_jax.run.checkpoints import Checkpointer
 from r2vpo_jax.sweeps import workers
@@ -97,6 +98,7 @@ class Batch:
             return 0, 0.0, group.start(group.params, self._numbers)
         shardings = jax.tree.map(lambda _: group.by_run, group.abstract_runs)
         runs, saved = checkpointer.restore(last, group.abstract_runs, shardings)
+        refuse_others(saved.get("model", {}), group.base_identity, self._scratch.parent.parent)
         checkpointer.discard_after(last)
         self._progress = [Progress(**progress) for progress in saved["progress"]]
         self._rows = files.JsonlWriter(self._scratch / "rows.jsonl", saved["position"])
@@ -107,6 +109,7 @@ class Batch:
             "position": self._rows.position(),
             "progress": [dataclasses.asdict(progress) for progress in self._progress],
             "seconds": seconds,
+            "model": self._group.base_identity,
         }
         checkpointer.save(iteration, runs, saved)
 

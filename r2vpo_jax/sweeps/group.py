@@ -49,6 +49,7 @@ class Group:
         try:
             with usage_errors():
                 opened.check_length(self.task.max_prompt_length + self.task.max_response_length)
+            self.base_identity = opened.identity()
             self.params = jax.device_put(opened.load_params(), self._everywhere)
             self.chunk_size = min(config.trainer.eval_every, config.trainer.num_iterations, _LONGEST_CHUNK)
             self._program = Program(

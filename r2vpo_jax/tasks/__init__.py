@@ -33,7 +33,7 @@ def task_class(name: str) -> type:
     return kind
 
 
-def make(config, tokenizer=None, eos_ids=(), splits=SPLITS) -> Task:
+def make(config, tokenizer=None, eos_ids=(), splits=SPLITS, stop=()) -> Task:
     """The task of a `config.TaskConfig`.
 
     A class of your own gets `task.options` as keyword arguments, and `tokenizer` and `eos_ids` if its constructor names
@@ -44,6 +44,7 @@ def make(config, tokenizer=None, eos_ids=(), splits=SPLITS) -> Task:
       tokenizer: the model's; a text task needs it.
       eos_ids: ids that end a response; of a text task (the embedded one knows its own).
       splits: those of a text task that are loaded.
+      stop: strings that end a response, of a text task.
 
     Raises:
       ValueError: parameters out of range, data or verifiers that cannot work, a tokenizer of another language.
@@ -51,7 +52,7 @@ def make(config, tokenizer=None, eos_ids=(), splits=SPLITS) -> Task:
     """
     kind = task_class(config.name)
     if config.name == "text":
-        return kind(config, tokenizer, eos_ids, splits)
+        return kind(config, tokenizer, eos_ids, splits, stop)
     options = dataclasses.asdict(config.arithmetic) if config.name == "arithmetic" else dict(config.options)
     parameters = inspect.signature(kind).parameters
     given = {"tokenizer": tokenizer, "eos_ids": eos_ids}

@@ -10,7 +10,7 @@ from flax import struct
 
 from r2vpo_jax.verifiers.outcome import SPLITS, Outcome
 
-__all__ = ["SPLITS", "Outcome", "Problems", "Task", "Verdicts"]
+__all__ = ["SPLITS", "Outcome", "Problems", "Task", "Verdicts", "stop_of"]
 
 
 @struct.dataclass
@@ -68,6 +68,11 @@ class Task(Protocol):
 
     def close(self) -> None:
         """Ends what the task has started, such as processes."""
+
+
+def stop_of(task: Task) -> np.ndarray | None:
+    """The table of the strings that end a response (models/stops.py), of a task that has an attribute `stop`."""
+    return getattr(task, "stop", None)
 
 
 @runtime_checkable

@@ -1,8 +1,9 @@
-"""Questions to prompt tokens: chat template or plain text, system prompt, thinking, BOS."""
+"""Questions to prompt tokens: chat template or plain text, system prompt, thinking, BOS, the day that it is."""
 
 import numpy as np
 
 from r2vpo_jax.config.task import PromptConfig
+from r2vpo_jax.models import chat
 
 
 class PromptTemplate:
@@ -10,7 +11,7 @@ class PromptTemplate:
 
     Raises:
       ValueError: a chat template is asked for and the tokenizer has none, the template refuses the messages or
-        ignores `thinking`, or BOS is asked for and there is none.
+        ignores `thinking` or gives another prompt each time, or BOS is asked for and there is none.
     """
 
     def __init__(self, config: PromptConfig, tokenizer):
@@ -24,6 +25,13 @@ class PromptTemplate:
             raise ValueError("task.prompt.bos=True, but the tokenizer names no BOS token (bos_token in its config)")
         if config.thinking is not None and self._chat("?", thinking=True) == self._chat("?", thinking=False):
             raise ValueError("task.prompt.thinking is set, but the tokenizer's chat template takes no notice of it")
+        if self.text("?") != self.text("?"):
+            raise ValueError(
+                "the tokenizer's chat template gives another prompt each time (it draws random numbers); mend it, or set "
+                "task.prompt.template=plain"
+            )
+        # A chat template writes special tokens itself; plain text gets those that the tokenizer puts in front of it.
+        self._first = _put_before(tokenizer) if config.template == "plain" else []
         self.tokens("?")
 
     def text(self, question: str) -> str:
@@ -34,9 +42,8 @@ class PromptTemplate:
 
     def tokens(self, question: str) -> np.ndarray:
         """int32 [prompt tokens], at least one."""
-        # A chat template writes special tokens itself; plain text gets those that the tokenizer adds.
-        plain = self._config.template == "plain"
-        ids = self._tokenizer(self.text(question), add_special_tokens=plain, verbose=False)["input_ids"]
+        ids = self._tokenizer(self.text(question), add_special_tokens=False, verbose=False)["input_ids"]
+        ids = [*self._first, *ids]
         bos = self._tokenizer.bos_token_id
         if self._config.bos is not None and bos is not None:
             while ids and ids[0] == bos:
@@ -54,12 +61,14 @@ class PromptTemplate:
         if self._config.system is not None:
             messages.insert(0, {"role": "system", "content": self._config.system})
         switches = {} if thinking is None else {"enable_thinking": thinking}
-        try:
-            return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **switches)
-        except Exception as error:  # a template is a program of the checkpoint's, in Jinja's sandbox
-            raise ValueError(
-                f"the tokenizer's chat template refuses the prompt: {error or type(error).__name__}"
-            ) from error
+        return chat.render(self._tokenizer, messages, date=self._config.date, add_generation_prompt=True, **switches)
+
+
+def _put_before(tokenizer) -> list[int]:
+    """The ids that a tokenizer puts in front of plain text. What it puts behind ends a text, and a prompt has no end."""
+    text, bare = (tokenizer("?", add_special_tokens=added, verbose=False)["input_ids"] for added in (True, False))
+    starts = [i for i in range(len(text) - len(bare) + 1) if text[i : i + len(bare)] == bare]
+    return text[: starts[0]] if starts else []
 
 
 def unknown_share(tokenizer, token_rows) -> float:

@@ -15,12 +15,13 @@ from jax.experimental import multihost_utils
 from r2vpo_jax import verifiers
 from r2vpo_jax.config.task import TaskConfig
 from r2vpo_jax.data import Example, digest, disjoint, load
+from r2vpo_jax.models.stops import stop_table
 from r2vpo_jax.tasks.base import SPLITS, Outcome, Problems, Verdicts
 from r2vpo_jax.tasks.prompts import PromptTemplate, unknown_share
+from r2vpo_jax.tasks.responses import OPEN, ResponseTexts
 from r2vpo_jax.verifiers.outcome import unjudged
 
 _LOOKED_AT = 64  # examples of an endless source whose prompts are looked at before the run
-_THINK = "<think>"
 _FORMAT_FUNCTION = "r2vpo_jax.verifiers.extraction:format_scores"  # a user's pattern may run for ever
 _REDRAWS = 32  # other problems that are tried where a prompt of an endless source is too long
 _REDRAW_STRIDE = 1 << 40  # beyond all positions of a run
@@ -34,6 +35,7 @@ class TextTask:
       tokenizer: of the model, a Transformers tokenizer.
       eos_ids: all ids that end a response.
       splits: those that are loaded.
+      stop: strings that end a response.
 
     Raises:
       ValueError: a data set, prompt template, verifier or reward function that cannot work; the message says which.
@@ -42,14 +44,18 @@ class TextTask:
 
     name = "text"
 
-    def __init__(self, config: TaskConfig, tokenizer, eos_ids: tuple[int, ...], splits=SPLITS):
+    def __init__(
+        self, config: TaskConfig, tokenizer, eos_ids: tuple[int, ...], splits=SPLITS, stop: tuple[str, ...] = ()
+    ):
         self.eos_ids = tuple(eos_ids)
+        self.stop = stop_table(stop, tokenizer)
         self.max_prompt_length = config.prompt.max_length
         self.max_response_length = config.text.max_response_length
         self.notices: list[str] = []  # what a user should know of the data
         self._config, self._tokenizer = config, tokenizer
         self._template = PromptTemplate(config.prompt, tokenizer)
-        self._opens_thinking = self._template.text("?").rstrip().endswith(_THINK)
+        self._response_texts = ResponseTexts(tokenizer, config.verifier.thinking_marks, tuple(stop))
+        self._opens_thinking = self._response_texts.with_known_marks(self._template.text("?")).rstrip().endswith(OPEN)
         self._chief = jax.process_index() == 0
         self._cleanup = contextlib.ExitStack()
         try:
@@ -215,10 +221,9 @@ class TextTask:
         return [name for name, is_there in there.items() if is_there]
 
     def _texts(self, responses, lengths) -> list[str]:
-        rows = [np.asarray(row[:length]).tolist() for row, length in zip(responses, lengths, strict=True)]
-        texts = self._tokenizer.batch_decode(rows, skip_special_tokens=True)
+        texts = self._response_texts(responses, lengths)
         # Where the prompt itself opens the thinking, a response that never closes it has no answer.
-        return [_THINK + text for text in texts] if self._opens_thinking else texts
+        return [OPEN + text for text in texts] if self._opens_thinking else texts
 
     def _judge(self, split, index, texts):
         """(outcome int32 [B], weighted terms, reasons)."""

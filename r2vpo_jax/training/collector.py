@@ -10,7 +10,7 @@ from r2vpo_jax.config import Config
 from r2vpo_jax.rollout import Rollout
 from r2vpo_jax.run.instruments import Timers
 from r2vpo_jax.sampler import Sampling
-from r2vpo_jax.tasks.base import Task, Verdicts
+from r2vpo_jax.tasks.base import Task, Verdicts, stop_of
 from r2vpo_jax.training import credit
 from r2vpo_jax.training.iteration import problem_positions, rollout_key
 
@@ -32,6 +32,7 @@ def sampling_of(config: Config, task: Task) -> Sampling:
         group_size=config.sampler.group_size,
         max_response_length=task.max_response_length,
         eos_ids=task.eos_ids,
+        stop=stop_of(task),
     )
 
 

@@ -7,6 +7,7 @@ import time
 import r2vpo_jax
 from r2vpo_jax.config import Config
 from r2vpo_jax.errors import UsageError, usage_errors
+from r2vpo_jax.models.identity import refuse_others
 from r2vpo_jax.run import directory, files, instruments
 from r2vpo_jax.run.alarms import Alarms
 from r2vpo_jax.run.checkpoints import Checkpointer
@@ -21,6 +22,7 @@ class Counters:
 
     code: str  # identity of the code that runs
     data: str  # identity of the problems
+    model: dict[str, str] = dataclasses.field(default_factory=dict)  # identity of the base model, by its parts
     iteration: int = 0
     problems: int = 0  # problems taken: the data position
     rollouts: int = 0  # responses sampled
@@ -71,19 +73,22 @@ class Lifecycle:
         """Whether there was a checkpoint to go on from."""
         return bool(self._positions)
 
-    def resume(self, state: LearnerState, learner: Learner, data: str) -> tuple[LearnerState, Counters]:
+    def resume(
+        self, state: LearnerState, learner: Learner, data: str, model: dict[str, str]
+    ) -> tuple[LearnerState, Counters]:
         """State and counters of the last checkpoint that is intact, its replay files too; what is not is said.
 
         Args:
           state: the one to start with if there is no checkpoint.
           learner: for the shape and place of a state.
           data: identity of the problems.
+          model: identity of the base model.
 
         Raises:
-          UsageError: the run was started with other problems.
+          UsageError: the run was started with other problems, or from another base model.
         """
         code = instruments.code_identity()
-        counters = Counters(code=code, data=data)
+        counters = Counters(code=code, data=data, model=model)
         for iteration in self._checkpointer.steps():
             problem = self._checkpointer.problem(iteration)
             restored = (
@@ -109,6 +114,7 @@ class Lifecycle:
                 f"the problems are not those that {self.workdir} was started with; put the data sets back as they were, "
                 "or choose another --workdir"
             )
+        refuse_others(counters.model, model, self.workdir)
         self._checkpointer.discard_after(counters.iteration if self.resumed else None)
         if counters.code != code:
             self._notices.append(

@@ -120,7 +120,7 @@ class _Run:
             self.base = open_base_model(config.model)
             self.model = self.base.model
             self.learner = Learner(self.model, config, self.mesh)
-            self.task = tasks.make(config.task, self.base.tokenizer, self.base.eos_ids)
+            self.task = tasks.make(config.task, self.base.tokenizer, self.base.eos_ids, stop=config.sampler.stop)
         try:
             self._load(workdir, profile_steps)
         except BaseException:
@@ -141,7 +141,7 @@ class _Run:
         self.key = jax.random.key(config.seed)
         # The reference is the base model itself: it is taken before a checkpoint replaces the state.
         self.reference = self.learner.sampler_params(self.state) if config.objective.needs_reference else None
-        self.state, self.counters = self.life.resume(self.state, self.learner, self.task.digest)
+        self.state, self.counters = self.life.resume(self.state, self.learner, self.task.digest, self.base.identity())
 
     def _count(self, **changes) -> None:
         self.counters = dataclasses.replace(self.counters, **changes)

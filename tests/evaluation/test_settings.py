@@ -113,6 +113,7 @@ def test_what_is_taken_from_a_run(run_of):
     run, path = run_of(
         task={"prompt": PROMPTS["chat"], "reward": {"correct": 0.0, "function": "math:floor"}},
         model={"compute_dtype": "bfloat16", "scan_layers": True, "attention_block_size": 16},
+        sampler={"stop": ("\nQuestion:", "</answer>")},
     )
     config = settings.resolve(model=path)
     assert config.tasks == (run.task.text.test,)
@@ -120,6 +121,10 @@ def test_what_is_taken_from_a_run(run_of):
     assert config.task.verifier == run.task.verifier
     assert config.task.reward == run.task.reward
     assert config.evaluation == run.evaluation
+    assert config.sampler.stop == run.sampler.stop == ("\nQuestion:", "</answer>")
+    assert identity(config)["sampler"] == {"stop": run.sampler.stop}
+    other = settings.resolve(model=path, sections={"sampler": {"stop": ("\n",)}})
+    assert settings.differences(other, run) == [f"sampler.stop {run.sampler.stop} there, ('\\n',) here"]
     assert dataclasses.asdict(config.task.text).items() <= dataclasses.asdict(run.task.text).items()
     assert dataclasses.asdict(config.model) == {
         "path": path,

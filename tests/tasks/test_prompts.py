@@ -1,10 +1,13 @@
 """Prompts: chat and plain templates, thinking, system prompt, BOS; end-of-text ids; which tokenizer is opened."""
 
+import datetime
 import json
 
 import numpy as np
 import pytest
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
+from r2vpo_jax.config import to_dict
 from r2vpo_jax.config.task import PromptConfig, RewardConfig, TaskConfig, TextConfig, VerifierConfig
 from r2vpo_jax.models import base as base_model
 from r2vpo_jax.tasks.prompts import PromptTemplate, unknown_share
@@ -48,6 +51,62 @@ def test_bos(template, adds_bos):
     assert count(False) == (0, False)
     # A chat template writes its special tokens itself: the tokenizer adds none.
     assert count(None) == ((1, True) if adds_bos and template == "plain" else (0, False))
+
+
+def test_what_a_tokenizer_puts_behind_plain_text_is_no_part_of_a_prompt():
+    """A text is ended by it, and a prompt is to be gone on with."""
+    for single, first in (("$A </s>", []), ("<s> $A </s>", [256]), ("<s> </s> $A", [256, 257])):
+        tokenizer = byte_tokenizer(bos="<s>")
+        special = [("<s>", 256), ("</s>", 257)]
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=single, special_tokens=special
+        )
+        template = PromptTemplate(PromptConfig(template="plain"), tokenizer)
+        assert template.tokens("1?").tolist() == [*first, *byte_tokenizer()("1?")["input_ids"]]
+        chat = PromptTemplate(PromptConfig(), tokenizer).tokens("1?").tolist()
+        assert not {256, 257} & set(chat)
+
+
+DATED = "{%- if strftime_now is defined %}{% set d = strftime_now('%d %b %Y, %-d.%m.%y %H:%M, 5%%') %}{% endif -%} {{ d }}: "
+
+
+def test_a_template_is_told_a_day_that_does_not_change(monkeypatch):
+    """Else prompts change at midnight, and two evaluations are of different questions."""
+    import transformers.utils.chat_template_utils as library
+
+    class Tomorrow(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2031, 1, 2)
+
+    tokenizer = byte_tokenizer(DATED + "{{ messages[-1].content }}")
+    today = PromptTemplate(PromptConfig(), tokenizer).text("2+2?")
+    monkeypatch.setattr(library, "datetime", Tomorrow)
+    assert PromptTemplate(PromptConfig(), tokenizer).text("2+2?") == today
+    assert today.strip() == "26 Jul 2024, 26.07.24 00:00, 5%: 2+2?"
+    other = PromptTemplate(PromptConfig(date="2025-03-04"), tokenizer).text("2+2?")
+    assert other.strip() == "04 Mar 2025, 4.03.25 00:00, 5%: 2+2?"
+    # It is a part of what a run is.
+    assert to_dict(PromptConfig())["date"] == "2024-07-26"
+    assert "date" not in to_dict(PromptConfig(template="plain"))
+
+
+def test_a_template_that_draws_lots_is_refused():
+    tokenizer = byte_tokenizer("{{ range(10 ** 5) | random }}{{ messages[0].content }}")
+    with pytest.raises(ValueError, match="another prompt each time"):
+        PromptTemplate(PromptConfig(), tokenizer)
+
+
+def test_an_empty_thought_is_where_the_template_puts_it():
+    """Qwen3's template closes an empty thought before an answer that is gone on with. Nothing here goes on with one: a
+    prompt ends where the answer begins, and an open thought of the template's is left open."""
+    template = (
+        "{% for m in messages %}{{ m.content }}{% endfor %}{% if not add_generation_prompt %}<think></think>{% endif %}"
+        "{% if add_generation_prompt %}<think>{% if enable_thinking is defined and not enable_thinking %}</think>{% endif %}"
+        "{% endif %}"
+    )
+    assert rendered(byte_tokenizer(template)) == "1+1?<think>"
+    assert rendered(byte_tokenizer(template), thinking=False) == "1+1?<think></think>"
 
 
 def test_bos_of_the_template_is_not_doubled():
@@ -111,13 +170,40 @@ def test_unknown_share():
     assert unknown_share(tokenizer, []) == 0.0
 
 
-@pytest.mark.parametrize(
-    ("listed", "expected"), [(5, (5, 257)), ([7, 5], (7, 5, 257)), ([257, 9], (257, 9)), (None, (257,))]
+TURNS = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}ENDING{% endif %}{% endfor %}"
 )
-def test_end_of_text_ids(listed, expected, tmp_path):
-    """All of generation_config.json, and the tokenizer's own, each once."""
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": listed}))
-    assert base_model.end_of_text_ids(tmp_path, byte_tokenizer()) == expected
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "ending", "expected"),
+    [
+        (5, None, "", (5, 257)),
+        ([7, 5], None, "", (7, 5, 257)),
+        ([257, 9], None, "", (257, 9)),
+        (None, None, "", (257,)),
+        (None, 5, "", (5, 257)),
+        ([7, 5], [9, 7], "", (7, 5, 9, 257)),
+        (5, 6, "<|eot|>\n", (5, 6, 257, 258)),
+        (258, None, "\n <|eot|>", (258, 257)),
+        (5, None, "</s>", (5, 257)),
+        (5, None, "\n\nEnd.", (5, 257)),  # no token of its own: any text may have it
+    ],
+)
+def test_end_of_text_ids(generation, config, ending, expected, tmp_path):
+    """All of generation_config.json and config.json, the tokenizer's own and the template's, each once."""
+    for name, listed in (("generation_config.json", generation), ("config.json", config)):
+        (tmp_path / name).write_text(json.dumps({"eos_token_id": listed}))
+    tokenizer = byte_tokenizer(TURNS.replace("ENDING", ending))
+    tokenizer.add_tokens([AddedToken("<|eot|>", normalized=False)])
+    assert base_model.end_of_text_ids(tmp_path, tokenizer) == expected
+
+
+def test_a_template_that_writes_no_answers_names_no_end(tmp_path):
+    tokenizer = byte_tokenizer("{{ messages[0].content }}")
+    assert base_model.end_of_text_ids(tmp_path, tokenizer) == (257,)
+    tokenizer.chat_template = "{% if messages[1:] %}{{ raise_exception('one question') }}{% endif %}"
+    assert base_model.end_of_text_ids(tmp_path, tokenizer) == (257,)
 
 
 def test_end_of_text_ids_that_cannot_be(tmp_path):
@@ -181,3 +267,19 @@ def test_a_torn_tokenizer_is_refused_in_words(directory):
         (directory / "tokenizer.json").write_text(text)
         with pytest.raises(ValueError, match="cannot be opened"):
             base_model.load_tokenizer(directory)
+
+
+def test_a_pre_tokenizer_of_ones_own_stays(tmp_path):
+    """Transformers' class for Qwen2 cuts numbers digit by digit, whatever tokenizer.json says."""
+    symbols = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "12", "123", "</s>"]
+    own = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(symbols)}, [("1", "2"), ("12", "3")]))
+    cut = pre_tokenizers.Split(Regex(r"\p{N}{1,3}"), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    own.pre_tokenizer, own.decoder = pre_tokenizers.Sequence([cut, byte_level]), decoders.ByteLevel()
+    own.save(str(tmp_path / "tokenizer.json"))
+    settings = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    tokenizer, (notice,) = base_model.load_tokenizer(tmp_path)
+    assert tokenizer.tokenize("123") == ["123"]
+    assert notice == "tokenizer: tokenizer.json as it is (Qwen2Tokenizer changes it)"

@@ -4,11 +4,15 @@ import json
 
 import numpy as np
 import pytest
+from tokenizers import AddedToken
 
 from r2vpo_jax import tasks
 from r2vpo_jax.config.fields import build
 from r2vpo_jax.config.task import TaskConfig
 from r2vpo_jax.tasks import Outcome
+from r2vpo_jax.tasks import responses as responses_module
+from r2vpo_jax.tasks.base import stop_of
+from r2vpo_jax.tasks.responses import ResponseTexts
 from tests.helpers.tokenizers import byte_tokenizer
 
 EOS = 257
@@ -41,14 +45,14 @@ def make(folder):
     """Makes the task of those files; sections of the configuration as keywords. Closed at the end."""
     made = []
 
-    def make(**sections):
+    def make(tokenizer=TOKENIZER, stop=(), **sections):
         defaults = {
             "text": {"data_dir": str(folder), "max_response_length": SIZE} | FILES,
             "prompt": {"template": "plain"},
             "verifier": {"num_workers": 1, "time_limit": 20.0},
         }
         config = {name: defaults.get(name, {}) | sections.get(name, {}) for name in {*defaults, *sections}}
-        made.append(tasks.make(build(TaskConfig, {"name": "text"} | config), TOKENIZER, (EOS,)))
+        made.append(tasks.make(build(TaskConfig, {"name": "text"} | config), tokenizer, (EOS,), stop=stop))
         return made[-1]
 
     yield make
@@ -167,6 +171,71 @@ def test_thinking_that_the_prompt_opens_must_be_closed(make):
     task = make(prompt={"template": "plain", "text": "{question}<think>\n"})
     assert task.verify("test", [0, 0], *texts).outcome.tolist() == [Outcome.WRONG, Outcome.RIGHT]
     assert task.answers("test", [0, 0], *texts) == [None, "400"]
+
+
+MARKS = [("<think>", "</think>"), *responses_module.KNOWN_MARKS, ("<|begin|>", "<|end|>")]
+
+
+def marked_tokenizer(special, marks=MARKS):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([AddedToken(m, special=special, normalized=False) for pair in marks for m in pair])
+    return tokenizer
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_thoughts_are_in_the_marks_of_the_model(special):
+    """Whether its tokenizer says that they are special tokens, which are no part of a text, or not."""
+    tokenizer = marked_tokenizer(special)
+    for begin, end in MARKS:
+        setting = (begin, end) if (begin, end) == MARKS[-1] else ()
+        texts = ResponseTexts(tokenizer, setting)
+        ids = tokenizer(f"{begin}It is{end} 4</s>", add_special_tokens=False)["input_ids"]
+        assert len(ids) == 10
+        assert texts([ids, ids], [10, 4]) == ["<think>It is</think> 4", "<think>It "], begin
+    # Marks that only text has, and text that only looks like marks of another tokenizer's.
+    plain = byte_tokenizer()
+    ids = plain("[unused16]a<|end|>")["input_ids"]
+    assert ResponseTexts(plain)([ids], [len(ids)]) == ["[unused16]a<|end|>"]
+    assert ResponseTexts(plain, MARKS[-1])([ids], [len(ids)]) == ["[unused16]a</think>"]
+
+
+def test_unfinished_thoughts_have_no_answer_whatever_their_marks(make, tmp_path, monkeypatch):
+    (tmp_path / "seen.py").write_text(
+        "def score(questions, responses, answers):\n    return [float(r.count('<think>')) for r in responses]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    tokenizer = marked_tokenizer(True)
+    begin, end = MARKS[1]
+    texts = [
+        rf"{begin}\boxed{{14}} but",
+        rf"{begin}It is{end} \boxed{{14}}</s>",
+        f"{begin}7 + 7 is 14, or",
+        r"\boxed{14}",
+    ]
+    rows = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    padded, lengths = np.array([ids + [0] * (SIZE - len(ids)) for ids in rows]), [len(ids) for ids in rows]
+    R, W = Outcome.RIGHT, Outcome.WRONG
+    reward = {"format": 0.5, "format_pattern": "think_boxed", "function": "seen:score"}
+    task = make(tokenizer=tokenizer, reward=reward)
+    found = task.verify("train", at(task, *["14"] * 4), padded, lengths)
+    assert found.outcome.tolist() == [W, R, W, R]
+    np.testing.assert_allclose(found.terms["format"], [0, 0.5, 0, 0])
+    np.testing.assert_allclose(found.terms["function"], [1, 1, 1, 0])
+    assert task.answers("train", [0] * 4, padded, lengths) == [None, "14", None, "14"]
+    opened = make(tokenizer=tokenizer, prompt={"template": "plain", "text": "{question}" + begin + "\n"})
+    assert opened.verify("train", at(opened, *["14"] * 4), padded, lengths).outcome.tolist() == [W, R, W, W]
+
+
+def test_what_follows_a_stop_string_is_not_judged(make):
+    texts = responses("It is 400\nQuestion 2: what?\n7", "so\nQuestion 400", "<answer>400</answer> or <answer>7", "400")
+    R, W = Outcome.RIGHT, Outcome.WRONG
+    assert make().verify("test", [0] * 4, *texts).outcome.tolist() == [W, R, W, R]
+    task = make(stop=("\nQuestion 2", "\nQuestion", "</answer>"))
+    found = task.verify("test", [0] * 4, *texts)
+    assert found.outcome.tolist() == [R, W, R, R]
+    assert task.answers("test", [0] * 4, *texts) == ["400", None, "400", "400"]
+    assert stop_of(task).shape[1] == len(TOKENIZER)
+    assert stop_of(make()) is None
 
 
 def test_a_function_alone_decides(make, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
@@ -141,6 +142,57 @@ def test_other_data_are_refused_on_resume(make, data_dir, tmp_path):
         file.write_text(before)
 
 
+def other_weights(base):
+    model, params = models.from_pretrained(base)
+    params = jax.tree.map(lambda x: np.asarray(x) * np.float32(1.001), params)
+    tokenizer, _ = base_model.load_tokenizer(base)
+    models.save_pretrained(base, model, params, tokenizer, eos_ids=(2, 0))
+
+
+def other_prompts(base):
+    file = base / "chat_template.jinja"
+    file.write_text(file.read_text().replace("assistant", "bot"))
+
+
+def another_end(base):
+    (base / "generation_config.json").write_text('{"eos_token_id": [2, 0, 7]}')
+
+
+@pytest.mark.slow
+def test_another_base_is_refused_on_resume(make, tmp_path):
+    """Also where nothing but its weights are others, behind a link. And stop strings end what is learned from."""
+    original = base_model.find_directory("word_problems_base")[0]
+    base = tmp_path / "link"
+    chosen = make(model={"path": str(base)}, sampler={"stop": ("\n",)})
+    base.symlink_to(original)
+    stop(chosen, tmp_path / "run", 1, say=lambda _: None)
+    responses = [sample["response"] for sample in files.read_jsonl(tmp_path / "run" / "samples.jsonl")]
+    assert len(responses) == 3
+    assert all("\n" not in response[:-1] for response in responses)
+    assert any(response.endswith("\n") for response in responses)
+    (row,) = (row for row in files.read_jsonl(tmp_path / "run" / "metrics.jsonl") if row["kind"] == "train")
+    assert row["ratio/variance"] < 1e-3
+    for change, part in ((other_weights, "weights"), (other_prompts, "chat template"), (another_end, "ends of text")):
+        copy = tmp_path / change.__name__
+        shutil.copytree(original, copy)
+        change(copy)
+        base.unlink()
+        base.symlink_to(copy)
+        with pytest.raises(UsageError, match=f"the base model is not the one that .*: it has other .*{part}"):
+            train(chosen, tmp_path / "run", say=lambda _: None)
+    base.unlink()
+    shutil.copytree(original, base)
+    stop(chosen, tmp_path / "run", 1, say=lambda _: None)  # the same, elsewhere
+
+
+def test_stop_strings_are_for_text(make):
+    with pytest.raises(ValueError, match="sampler.stop is for task.name=text: task arithmetic says itself"):
+        config.from_dict({"sampler": {"stop": ("x",)}})
+    for wrong in (("",), (3,)):
+        with pytest.raises(ValueError, match="must be strings that are not empty"):
+            make(sampler={"stop": wrong})
+
+
 def test_errors_are_events_and_cost_no_run(make, tmp_path, monkeypatch):
     """A reward function that fails on every second batch: counted, named, and nothing is learned from those."""
     (tmp_path / "failing.py").write_text(
@@ -171,7 +223,7 @@ def test_cheap_refusals_come_before_the_data_are_read(make, tmp_path, monkeypatc
     """A directory of another run, a mesh that cannot be, an end of text outside of the vocabulary."""
     from r2vpo_jax.training import trainer
 
-    monkeypatch.setattr(trainer.tasks, "make", lambda *_: pytest.fail("the data were read"))
+    monkeypatch.setattr(trainer.tasks, "make", lambda *_, **__: pytest.fail("the data were read"))
     claim(tmp_path / "run", make(trainer={"num_iterations": 3}))
     with pytest.raises(UsageError, match="another configuration"):
         train(make(), tmp_path / "run", say=lambda _: None)
