@@ -32,6 +32,9 @@ class PromptConfig:
             require(self.thinking is None, "task.prompt.thinking needs task.prompt.template=chat")
 
 
+ANSWERS = ("final", "boxed", "answer_tag", "hash", "last_number")  # `verifiers.RESPONSE_STYLES`
+
+
 @dataclasses.dataclass(frozen=True)
 class VerifierConfig:
     """The processes that judge answers (text tasks)."""
@@ -41,6 +44,11 @@ class VerifierConfig:
     max_chars: int = option(200_000, "most characters of a response; a longer one is not judged and counts as an error")
     memory_limit_mb: int = option(2048, "address space of each process, in MiB")
     tolerance: float = option(1e-6, "relative tolerance of numeric answers")
+    answer: str = option(
+        "final",
+        "where the answer of a response is: final (box, tag, ####, the answer is, last number, whichever is first in this "
+        "list), or boxed, answer_tag, hash, last_number alone; a response without it is wrong",
+    )
     bad_gold: str = option(
         "refuse", "gold answers that do not verify against themselves: refuse the data, or drop and count them"
     )
@@ -50,6 +58,10 @@ class VerifierConfig:
             require(getattr(self, name) >= 1, f"task.verifier.{name} must be at least 1, got {getattr(self, name)}")
         require(self.time_limit > 0, f"task.verifier.time_limit must be > 0, got {self.time_limit}")
         require(self.tolerance >= 0, f"task.verifier.tolerance must be >= 0, got {self.tolerance}")
+        require(
+            self.answer in ANSWERS,
+            f"task.verifier.answer={self.answer!r} is unknown; one of {', '.join(ANSWERS)}",
+        )
         require(
             self.bad_gold in ("refuse", "drop"),
             f"task.verifier.bad_gold={self.bad_gold!r} is unknown; one of refuse, drop",

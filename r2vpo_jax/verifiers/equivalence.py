@@ -238,6 +238,8 @@ def _same_quantity(gold, answer) -> bool:
             return True
         if len(letters[0]) > 1 and r"\text" in gold_body + answer_body:
             return letters[0].lower() == letters[1].lower()
+        if words.word(gold_body) is None:
+            return expressions.same(gold_body, answer_body)  # a product: cba is abc
     gold_word, answer_word = words.word(gold_body), words.word(answer_body)
     if gold_word is not None or answer_word is not None:
         if gold_word is None:

@@ -13,6 +13,7 @@ from r2vpo_jax.verifiers.words import MATH_WORDS
 
 _TOLERANCE = 1e-6  # relative, of a rounded decimal
 _DIGITS = 200  # to which numbers are computed where their difference cancels
+_MODULE = re.compile(r"(?<![A-Za-z.])(?:np|math)\.(?=[a-z])")  # np.arcsin(10/13) is an answer of Minerva
 _ROOT = re.compile(r"\\sqrt\s*\(")
 _SET_FUNCTION = re.compile(r"\\(max|min|gcd|lcm)\s*\\\{")
 _TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
@@ -43,7 +44,7 @@ def same(gold: str, answer: str) -> bool:
     parsed = _parse(answer)
     if parsed is None or not _is_defined(parsed):
         return False
-    rounded = _is_rounded(gold) and not _DECIMAL.search(answer) or _is_rounded(answer) and not _DECIMAL.search(gold)
+    rounded = (_is_rounded(gold) and not _DECIMAL.search(answer)) or (_is_rounded(answer) and not _DECIMAL.search(gold))
     return _same(parsed_gold, parsed, rounded)
 
 
@@ -95,7 +96,10 @@ def _same(gold, answer, rounded) -> bool:
             _same(a, b, rounded) for a, b in zip(gold.flat(), answer.flat(), strict=True)
         )
     scalars = all(isinstance(e, sympy.Expr) and not isinstance(e, sympy.MatrixExpr) for e in (gold, answer))
-    equations = isinstance(gold, sympy.Eq) and isinstance(answer, sympy.Eq)
+    equations = all(
+        isinstance(e, sympy.Eq) and not any(isinstance(side, sympy.MatrixBase | sympy.MatrixExpr) for side in e.args)
+        for e in (gold, answer)
+    )
     if scalars:
         exact = _same_scalar(gold, answer, rounded)
         if exact is not None:
@@ -221,6 +225,7 @@ def _parse(text: str):
 
 
 def _for_latex(text) -> str:
+    text = _MODULE.sub("", text)
     text = MATH_WORDS.sub(lambda m: "\\" + (m[1] or m[2]).replace("infinity", "infty") + " ", text)
     text = _with_parentheses(text)
     if _TRIGONOMETRIC.search(text):
@@ -237,6 +242,8 @@ def _named(match) -> str:
     Lower-case letters by themselves stay as they are, since e, i and the d of an integral mean something.
     """
     name, index = match["name"], match["index"]
+    if match.group() == "i":
+        return " i "  # Math-Verify takes symbols for complex where it sees the imaginary unit by itself
     if name is None or (
         len(name) == 1 and name.islower() and not match["primes"] and not match["more"] and index is None
     ):

@@ -9,6 +9,7 @@ Rules:
     no answer: the response was cut off there.
 """
 
+import collections
 import re
 
 from r2vpo_jax.verifiers.prose import last_value, spans
@@ -67,10 +68,8 @@ def extract(text: str, style: str = "final") -> str | None:
         return _answer_tag(text)
     if "####" in text:
         return _hash(text)
-    says = None
-    for says in _SAYS.finditer(text):
-        pass
-    return last_value(text) if says is None else _said(text[says.end() :])
+    ends = collections.deque((match.end() for match in _SAYS.finditer(text)), maxlen=1)
+    return _said(text[ends[0] :]) if ends else last_value(text)
 
 
 def extract_text(text: str) -> str | None:

@@ -46,7 +46,7 @@ _VULGAR = re.compile("[¼-¾⅐-⅞↉]")
 _SCRIPTS = re.compile(f"([{''.join(_SUPERSCRIPTS)}]+)|([{''.join(_SUBSCRIPTS)}]+)")
 _PLAIN_NUMBER = re.compile(r"-?\d+(?:\.\d+)?", re.ASCII)
 _GROUP_MARK = r"(?:,\s*\\!|\{,\}(?:\s*\\!)?|\\!,\\!|\\[,;:]|~|\\ )"
-_GROUPS = re.compile(rf"(?<![\d.,])[1-9]\d{{0,2}}(?:{_GROUP_MARK}\s*\d{{3}})+(?!\d)")
+_GROUPS = re.compile(rf"(?<![\d.])[1-9]\d{{0,2}}(?:{_GROUP_MARK}\s*\d{{3}})+(?!\d)")
 _DECIMAL_GROUPS = re.compile(rf"\.\d{{3}}(?:{_GROUP_MARK}\d{{3}})*{_GROUP_MARK}\d{{1,3}}(?!\d)")
 _COMMA_RUN = re.compile(r"(?<![\d.,])\d+(?:,\d+)+")
 _COMMA_GROUPS = re.compile(r"[1-9]\d{0,2}(?:,\d{3})+")
@@ -108,6 +108,7 @@ _SYNONYMS = [
     (re.compile(r"\\(arc)?(c)?tg(?![a-zA-Z])"), lambda m: "\\" + _OTHER_NAMES[m.group()[1:]] + " "),
     (re.compile(r"\\(?:not\\in|notin)(?![a-zA-Z])"), r"\\notin"),
     (re.compile(r"\\(?:to|rightarrow)(?![a-zA-Z])"), r"\\to"),
+    (re.compile(r"\\mathbb\s*([A-Z])|\\([RZNQ])(?![a-zA-Z])"), r"\\mathbb{\1\2}"),
 ]
 
 
@@ -131,7 +132,6 @@ def clean(text: str) -> str:
     if "C" in text:
         text = _COMBINATIONS.sub(_binomial, text)
     text = _PREFACE.sub("", text.replace("\0", r"\\").strip(), count=1)
-    text = _TEXT_OF_MATH.sub(r"\1", text.rstrip(". "))
     return _join_comma_groups(_strip_outside(text))
 
 
@@ -270,6 +270,7 @@ def _strip_outside(text) -> str:
         text = re.sub(r"^(?:=|\\approx(?![a-zA-Z]))", "", text.strip().rstrip(".,;").strip())
         if text.startswith("{") and closing(text, 0) == len(text) - 1:
             text = text[1:-1]
+        text = _TEXT_OF_MATH.sub(r"\1", text)
     return text
 
 
@@ -322,7 +323,7 @@ _ORDER = re.compile(r"(<=|>=|<|>|\\(?:le|ge|lt|gt|ne)(?![a-zA-Z]))")
 _INDEX = r"(?:\s*_\s*(?:\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}|\\?[A-Za-z]+|\d+))?"
 NAME = (
     r"(?:\\frac\s*\{\s*d\s*\\?[A-Za-z]+\s*\}\s*\{\s*d\s*\\?[A-Za-z]+\s*\}|\\(?:angle|triangle)\s*[A-Z]{1,4}|\\(?:vec|overline|overrightarrow|bar|hat)\s*\{[A-Za-z]+\}|\\text\s*\{[A-Za-z ]+\}"
-    rf"|\|[A-Z]{{2}}\||\\?[A-Za-z]+){_INDEX}'*(?:\s*\([A-Za-z0-9,\s]+\))?"
+    rf"|\|[A-Z]{{2}}\||\\?[A-Za-z]+){_INDEX}'*(?:\^\{{?-1\}}?)?(?:\s*\([A-Za-z0-9,\s]+\))?"
 )
 _NAME = re.compile(rf"{NAME}|\([A-Za-z,\s]+\)")
 _CONSTANT_NAME = re.compile(r"\\(?:pi|infty)|e|i|-?\\infty")

@@ -20,8 +20,19 @@ _OPERATOR = re.compile(r"[-+*/^×÷·−]|\\(?:times|cdot|div|pm)")
 _OPERAND = re.compile(r"[A-Za-z]|.*[\d\\].*|.*[)\]}]")
 _COMMAND = re.compile(r"\\[A-Za-z]+.*")
 _CONNECTIVE = re.compile(r"and|or|&")
-_LABELS = frozenset(
-    "step case equation eq eq. part problem question figure section example chapter no. number option".split()
+_LABELS = (
+    "step",
+    "case",
+    "equation",
+    "eq",
+    "part",
+    "problem",
+    "question",
+    "figure",
+    "section",
+    "example",
+    "number",
+    "option",
 )
 _PERIOD = re.compile(r"[ap]\.?m\.?", re.IGNORECASE)
 _PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
@@ -41,8 +52,8 @@ def spans(text: str) -> list[tuple[int, int, int, int]]:
             opened = None if opened and opened[0] == "$" else opened
         elif mark in (r"\\", r"\$"):
             continue
-        elif (
-            opened is None or mark == "$" == opened[0] and (text[start - 1].isspace() or text[end : end + 1].isdigit())
+        elif opened is None or (
+            mark == "$" == opened[0] and (text[start - 1].isspace() or text[end : end + 1].isdigit())
         ):
             if mark in _CLOSING and not (mark == "$" and text[end : end + 1].isspace()):
                 opened = mark, start, end

@@ -51,8 +51,8 @@ _ORDINAL = re.compile(r"(?<=\d)(?:\s*\^\s*\{?)?\s*\\text\s*\{\s*(?:st|nd|rd|th)\
 _BASE = re.compile(r"(-?\d+)\s*_\s*\{?\s*(?:\\text\s*\{)?\s*(\d+)\s*\}*$")
 _QUANTITY_TAIL = re.compile(r"(?:[\d})]|\\pi|(?<![a-zA-Z])[a-z])$")
 _ATOM = re.compile(
-    rf"\}}\s*(?P<below>\{{)|(?P<over>/|(?<![A-Za-z])per(?![A-Za-z]))"
-    rf"|(?P<word>[A-Za-z¢$]+)\.?\s*\}}?(?:\s*\^\s*\{{?\s*(?P<power>[-+]?\s*\d))?"
+    r"\}\s*(?P<below>\{)|(?P<over>/|(?<![A-Za-z])per(?![A-Za-z]))"
+    r"|(?P<word>[A-Za-z¢$]+)\.?\s*\}?(?:\s*\^\s*\{?\s*(?P<power>[-+]?\s*\d))?"
 )
 _LETTER = re.compile("[A-Za-z¢]")
 _TEXT_COMMAND = re.compile(r"\\text\s*(?=\{)|\\(?:cdot|times|frac)(?![a-zA-Z])")

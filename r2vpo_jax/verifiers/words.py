@@ -9,9 +9,9 @@ MATH_WORDS = re.compile(
 )
 _TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 _HYPHEN = re.compile("(?<=[a-z])-(?=[a-z])")
-_SHORT_WORDS = frozenset("yes no odd none even all up in on off one two six ten".split())
+_SHORT_WORDS = ("yes", "no", "odd", "none", "even", "all", "up", "in", "on", "off", "one", "two", "six", "ten")
 _PRODUCT_LETTERS = 3
-_CHOICE = re.compile(r"\(?(?:\\text\s*\{)?\s*\(?([A-J])\)?\s*\}?\)?")
+_CHOICE = re.compile(r"\(?\s*(?:\\text\s*\{)?\s*\(?\s*([A-J])\s*\)?\s*\}?\s*\)?")
 _CHOICE_WITH_TEXT = re.compile(
     r"\s*(?:\\text\s*\{\s*(?:\(\s*([A-J])\s*\)|([A-J])\s*[.:)])\s*\}?|\(\s*([A-J])\s*\)(?=\s)|([A-J])\s*[.:)]|\(\s*\\text\s*\{\s*([A-J])\s*\}\s*\))"
     r"\s*[.:]?\s*(\S.*)",
@@ -91,7 +91,7 @@ def clock(text: str) -> tuple[int, int, int, str] | None:
 
 def same_clock(a: tuple, b: tuple) -> bool:
     """Whether two times of day are one; 15:30 is 3:30 p.m."""
-    if a[3] and b[3] or not a[3] and not b[3]:
+    if bool(a[3]) == bool(b[3]):
         return a == b
     if not a[3]:
         a, b = b, a
