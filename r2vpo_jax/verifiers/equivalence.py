@@ -258,18 +258,9 @@ def same_number(gold: numbers.Number, answer: numbers.Number) -> bool:
 def _close(gold, answer, a, b) -> bool:
     if a == b:
         return True
-    if not (gold.approximate and not _finite(b)) and not (answer.approximate and not _finite(a)):
+    if not (gold.approximate and not numbers.is_finite(b)) and not (answer.approximate and not numbers.is_finite(a)):
         return False
     return abs(a - b) <= _TOLERANCE * max(abs(a), abs(b))
-
-
-def _finite(value) -> bool:
-    """Whether the decimal expansion ends."""
-    denominator = value.denominator
-    for prime in (2, 5):
-        while denominator % prime == 0:
-            denominator //= prime
-    return denominator == 1
 
 
 def _check_gold(gold) -> None:

@@ -9,6 +9,7 @@ import functools
 import re
 
 from r2vpo_jax.verifiers.notation import GREEK_NAMES, closing
+from r2vpo_jax.verifiers.numbers import is_finite
 from r2vpo_jax.verifiers.words import MATH_WORDS
 
 _TOLERANCE = 1e-6  # relative, of a rounded decimal
@@ -101,17 +102,27 @@ def _same(gold, answer, rounded) -> bool:
         for e in (gold, answer)
     )
     if scalars:
+        gold, answer = _with_values(gold), _with_values(answer)
         exact = _same_scalar(gold, answer, rounded)
         if exact is not None:
             return exact
+        if not rounded and _differ(gold, answer):  # Math-Verify rounds coefficients
+            return False
     elif equations and _are_multiples(gold.lhs - gold.rhs, answer.lhs - answer.rhs):
         return True
     found = verify(gold, answer, strict=True, allow_set_relation_comp=True, timeout_seconds=None, raise_on_error=False)
-    if found and scalars:
-        return rounded or not _differ(gold, answer)
     if found and equations:
         return not _have_other_solutions(gold.lhs - gold.rhs, answer.lhs - answer.rhs)
     return found
+
+
+def _with_values(expression):
+    """With a symbol instead of each f(x) of an unknown function."""
+    import sympy
+    from sympy.core.function import AppliedUndef
+
+    applied = expression.atoms(AppliedUndef)
+    return expression.xreplace({f: sympy.Symbol(str(f), real=True) for f in applied}) if applied else expression
 
 
 def _same_scalar(gold, answer, rounded) -> bool | None:
@@ -120,7 +131,7 @@ def _same_scalar(gold, answer, rounded) -> bool | None:
 
     if gold == answer:
         return True
-    if gold.has(sympy.Integral, sympy.Sum, sympy.Product, sympy.Limit, sympy.Derivative):
+    if gold.has(*_unevaluated()) or answer.has(*_unevaluated()):
         return None
     if gold.free_symbols or answer.free_symbols:
         return True if (gold - answer).expand() == 0 else None
@@ -132,7 +143,15 @@ def _same_scalar(gold, answer, rounded) -> bool | None:
     difference = _distance(gold, answer)
     if difference is None:
         return None
+    if rounded and gold.is_Rational and answer.is_Rational:
+        rounded = not (is_finite(gold) and is_finite(answer))
     return difference == 0 or (rounded and difference <= _TOLERANCE)
+
+
+def _unevaluated() -> tuple:
+    import sympy
+
+    return sympy.Integral, sympy.Sum, sympy.Product, sympy.Limit, sympy.Derivative
 
 
 def _distance(a, b) -> float | None:
@@ -156,18 +175,21 @@ def _points(symbols):
     """Values for symbols at which formulas that differ do so."""
     import sympy
 
-    for seed in (7, 11):
-        yield {
-            symbol: sympy.Rational(seed * (i + 2) + i * i + 1, seed + 2 * i)
-            for i, symbol in enumerate(sorted(symbols, key=str))
-        }
+    ordered = sorted(symbols, key=str)
+    yield {symbol: sympy.Rational(5 + 2 * i, 11 + 5 * i) for i, symbol in enumerate(ordered)}
+    yield {symbol: sympy.Rational(29 + 9 * i, 7 + 2 * i) for i, symbol in enumerate(ordered)}
 
 
 def _differ(gold, answer) -> bool:
-    """Whether two formulas have different values somewhere: Math-Verify rounds their coefficients."""
+    """Whether two formulas have different values somewhere. Points where one is not real are left out: roots have branches."""
+    import sympy
+
+    is_complex = gold.has(sympy.I) or answer.has(sympy.I)
+    if gold.has(*_unevaluated()) or answer.has(*_unevaluated()):
+        return False
     for point in _points(gold.free_symbols | answer.free_symbols):
-        distance = _distance(gold.subs(point), answer.subs(point))
-        if distance:
+        values = gold.subs(point), answer.subs(point)
+        if (is_complex or all(value.is_real for value in values)) and _distance(*values):
             return True
     return False
 

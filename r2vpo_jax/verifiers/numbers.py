@@ -83,3 +83,12 @@ def _decimal(text) -> Fraction | None:
             return None
         value *= Fraction(10) ** power
     return -value if sign == "-" else value
+
+
+def is_finite(value) -> bool:
+    """Whether the decimal expansion of a rational number, Python's or SymPy's, ends."""
+    denominator = int(value.denominator)
+    for prime in (2, 5):
+        while denominator % prime == 0:
+            denominator //= prime
+    return denominator == 1
