@@ -1,10 +1,11 @@
-r"""Whether two final answers are the same mathematics: structure and numbers by our own rules, expressions by Math-Verify.
+r"""Whether two final answers are the same mathematics: structure and numbers by our own rules, the rest by `expressions`.
 
 Rules, from the outside in (gold on the left):
   lists     "1, 2", "1 or 2", "x=1, x=2" and \{1, 2\} are unordered and the same thing; a scalar is not a list of it and
             others, so a response that names several candidates is wrong. "\pm 2" is "2, -2".
   tuples    (1, 2) is ordered; a bare "1, 2" in the same order passes for it, \{1, 2\} and [1, 2] do not.
-  intervals brackets must be the same; unions are compared piece by piece, then by SymPy; x > 3 is (3, \infty).
+  choices   "(B) 12" and "B. 12" are B, and 12 where the gold has both.
+  intervals brackets must be the same; unions are compared piece by piece, then by SymPy; x > 3 is (3, \infty), S is x \in S.
   equations "x = 3" is "3"; of an answer "a = b = c" the last side counts, and plain numbers on the way must agree. A gold
             equation is compared as a whole, or with the right-hand side if its left-hand side is a single name.
   units     5 cm is 5, but not 5 m; there is no conversion.
@@ -12,9 +13,8 @@ Rules, from the outside in (gold on the left):
   numbers   exact; only a decimal of six or more significant digits may stand for a number without a finite decimal
             expansion, within 1e-6 relative.
   words     compared as text, without case: Math-Verify would take them for products of letters.
-  clock     11:30 is not 23:60, though 1:2 is 2:4.
-  the rest  Math-Verify (strict), without its own time limits and fallbacks: a gold that it cannot read raises ValueError, an
-            answer that it cannot read is wrong.
+  clock     11:30 is not 23:60, though 1:2 is 2:4; 15:30 is 3:30 p.m.
+  the rest  `expressions`: a gold that cannot be read raises ValueError, an answer that cannot be read is wrong.
 """
 
 import re
