@@ -42,6 +42,9 @@ class PromptConfig:
             require(self.thinking is None, "task.prompt.thinking needs task.prompt.template=chat")
 
 
+ANSWERS = ("final", "boxed", "answer_tag", "hash", "last_number")  # `verifiers.RESPONSE_STYLES`
+
+
 @dataclasses.dataclass(frozen=True)
 class VerifierConfig:
     """The processes that judge answers (text tasks)."""
@@ -54,6 +57,11 @@ class VerifierConfig:
     thinking_marks: tuple[str, ...] = option(
         (),
         "what a thought begins and ends with, for a model whose own marks the tokenizer does not tell (docs/data.md)",
+    )
+    answer: str = option(
+        "final",
+        "where the answer of a response is: final (box, tag, ####, the answer is, last number, whichever is first in this "
+        "list), or boxed, answer_tag, hash, last_number alone; a response without it is wrong",
     )
     bad_gold: str = option(
         "refuse", "gold answers that do not verify against themselves: refuse the data, or drop and count them"
@@ -75,6 +83,10 @@ class VerifierConfig:
                 and marks[0] != marks[1]
             ),
             f"task.verifier.thinking_marks={marks!r} must be two different texts, such as ('<think>', '</think>')",
+        )
+        require(
+            self.answer in ANSWERS,
+            f"task.verifier.answer={self.answer!r} is unknown; one of {', '.join(ANSWERS)}",
         )
         require(
             self.bad_gold in ("refuse", "drop"),

@@ -77,6 +77,7 @@ class TextTask:
             max_chars=verifier.max_chars,
             memory_limit_mb=verifier.memory_limit_mb,
             tolerance=verifier.tolerance,
+            answer=verifier.answer,
         )
         self._cleanup.enter_context(pool)
         if reward.function is not None:
@@ -206,7 +207,7 @@ class TextTask:
         return Verdicts(values.sum(axis=0), outcome, terms, reasons if any(reasons) else ())
 
     def answers(self, split: str, index, responses, lengths) -> list[str | None]:
-        found = [verifiers.extract(text, "final") for text in self._texts(responses, lengths)]
+        found = [verifiers.extract(text, self._config.verifier.answer) for text in self._texts(responses, lengths)]
         return [None if answer is None else verifiers.canonical(answer) for answer in found]
 
     def close(self) -> None:

@@ -5,7 +5,7 @@ response ──extract──▶ answer ──exact / numeric / math──▶ rig
 
 from fractions import Fraction
 
-from r2vpo_jax.verifiers import equivalence, notation
+from r2vpo_jax.verifiers import equivalence, notation, numbers, units, words
 from r2vpo_jax.verifiers.extraction import extract
 
 TOLERANCE = 1e-6  # relative, of numeric answers
@@ -33,11 +33,12 @@ def _canonical(text, depth=0) -> str:
     sides = notation.sides(text)
     if len(sides) == 2 and notation.is_name(sides[0]):
         text = sides[1]
-    body, _ = notation.split_unit(text)
-    value = notation.number(body)
+    body, _ = units.split_unit(text)
+    value = numbers.number(body)
     if value is not None:
         return _spelled(value.value) + ("%" if value.percent else "")
-    spelled = equivalence.word(text)
+    letters = words.bare_letters(text)
+    spelled = words.word(text) if len(letters) < 2 or words.is_short_word(letters) else letters
     if spelled is not None:
         return spelled.upper() if len(spelled) == 1 else spelled
     if depth < 4:
@@ -73,8 +74,8 @@ def exact(gold: str, answer: str) -> bool:
         raise ValueError("the gold answer is empty")
     if max(len(gold), len(answer)) > notation.MAX_ANSWER_CHARS:
         return gold == answer
-    units = {notation.split_unit(notation.clean(text))[1] for text in (gold, answer)} - {""}
-    return canonical(gold) == canonical(answer) and len(units) < 2
+    found = {units.split_unit(notation.clean(text))[1] for text in (gold, answer)} - {""}
+    return canonical(gold) == canonical(answer) and len(found) < 2
 
 
 def numeric(gold: str, answer: str, tolerance: float = TOLERANCE, absolute: float = 0.0) -> bool:
@@ -106,8 +107,8 @@ def _quantity(text):
     sides = notation.sides(text)
     if len(sides) > 1 and notation.is_name(sides[0]):
         text = sides[-1]
-    body, unit = notation.split_unit(text)
-    return notation.number(body), unit
+    body, unit = units.split_unit(text)
+    return numbers.number(body), unit
 
 
 def math(gold: str, response: str) -> bool:

@@ -12,27 +12,39 @@ Rules:
 import collections
 import re
 
+from r2vpo_jax.verifiers.prose import last_value, spans
+
 RESPONSE_STYLES = ("final", "boxed", "answer_tag", "hash", "last_number")  # where in a response its final answer is
 MAX_FORM_CHARS = 200_000  # a longer response has no form
 
 _BRACE_OR_BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])|\\.|[{}]", re.DOTALL)
 _BARE_BOX = re.compile(r"\s*([^\s$\\{}]+)")
-_SAYS = re.compile(r"answer(?:\s+is|\s*[:：=])(?:\s*[:：])?", re.IGNORECASE)
-_MATH_SPAN = re.compile(r"\$\$(.+?)\$\$|\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
-_SENTENCE_END = re.compile(r"\n|[.?](?=\s|$|\*)|[;,]?\s(?=(?:because|since|which|where|as we)\s)|[。！？]")
-_NUMBER = re.compile(r"(?<![\w.)}\]])[-−]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?|\d[\d,]*(?:\.\d+)?(?:/\d+)?", re.ASCII)
+_BETWEEN_BOXES = re.compile(  # \boxed{1} or \boxed{2}; $a = \boxed{1}$ and $a = \boxed{2}$
+    r"[\s$]*(?:[,;]|,?\s*(?:\\text\s*\{\s*)?,?\s*(?:and|or)\s*\}?)[\s$]*(?:\\?[A-Za-z](?:_\{?\w\}?)?\s*=)?[\s$]*"
+)
+_SAYS = re.compile(r"answers?(?:\s+(?:is|are)|\s*[:：=])(?:\s*[:：])?", re.IGNORECASE)
+_SENTENCE_END = re.compile(
+    r"\n|[.?](?=\s|$|\*)|[;,]?\s(?=(?:because|since|which|where|as we|not|rather)\s|\((?:since|because|as|i\.e|that)\W)|[。！？]"
+)
+_STARTS_WITH_WORD = re.compile(r"[A-Za-z]{2,}(?![A-Za-z(])|[IA]\s")
+_VERB = re.compile(
+    r"\b(?:is|are|was|were|be|has|have|had|equals?|makes?|gets?|takes?|costs?|needs?|becomes?)\b", re.IGNORECASE
+)
+_NEGATION = re.compile(r"\b(?:not|no|none|never|cannot|neither|nor|without)\b|n't", re.IGNORECASE)
 
 
 def extract(text: str, style: str = "final") -> str | None:
     r"""The final answer in a response, or None where there is none.
 
     Styles:
-      boxed        content of the last \boxed{...} or \fbox{...} (braces balanced), or the word after a bare \boxed
+      boxed        content of the last \boxed{...} or \fbox{...} (braces balanced), or the word after a bare \boxed; boxes with
+                   only "or", "and" or a comma between them are a list: \boxed{1} or \boxed{2} is "1, 2"
       answer_tag   content of the last <answer>...</answer>
       hash         what follows the last #### on its line (GSM8K)
-      last_number  the last number, with sign, decimals, or as a fraction a/b
+      last_number  the last number or formula, as `prose.last_value` finds it
       final        the first of these that is there: boxed, answer_tag, hash, what follows the last "answer is" or
-                   "answer:" in its sentence, last_number. A box or tag that is cut off or empty ends the search.
+                   "answer:" in its sentence (where that is a whole sentence: last_number of what follows), last_number.
+                   A box, tag or "answer is" that is cut off or empty ends the search.
 
     Raises:
       ValueError: unknown style.
@@ -49,12 +61,15 @@ def extract(text: str, style: str = "final") -> str | None:
     if style == "hash":
         return _hash(text)
     if style == "last_number":
-        return _last_number(text)
+        return last_value(text)
     if _has_box(text):
         return _boxed(text)
     if "<answer>" in text:
         return _answer_tag(text)
-    return _hash(text) or _said(text) or _last_number(text)
+    if "####" in text:
+        return _hash(text)
+    ends = collections.deque((match.end() for match in _SAYS.finditer(text)), maxlen=1)
+    return _said(text[ends[0] :]) if ends else last_value(text)
 
 
 def extract_text(text: str) -> str | None:
@@ -118,20 +133,28 @@ def _boxed(text) -> str | None:
             closing[stack.pop()] = match.start()
         elif match.group() in ("\\boxed", "\\fbox"):
             boxes.append(match.end())
-    answer, outer_end = None, 0
+    found: list[str | None] = []  # the last box, and those that it is listed with
+    outer_end = previous_end = 0
     for start in boxes:
         if start < outer_end:
             continue  # a box within a box
         bare = _BARE_BOX.match(text, start)
         opening = _skip_spaces(text, start)
+        end = start
         if opening in closing:
-            outer_end = closing[opening]
-            answer = text[opening + 1 : outer_end]
+            end = outer_end = closing[opening]
+            answer = text[opening + 1 : end].strip()
         elif text[opening : opening + 1] == "{":
             answer = None  # never closed
         else:
             answer = bare.group(1).rstrip(".,;:") if bare else None
-    return (answer or "").strip() or None
+        command = text.rfind("\\", previous_end, start)
+        listed = bool(found and found[-1] and _BETWEEN_BOXES.fullmatch(text[previous_end + 1 : command][:100]))
+        found = [*found, answer] if listed else [answer]
+        previous_end = end
+    if not found or not found[-1]:
+        return None
+    return ", ".join(dict.fromkeys(found))
 
 
 def _skip_spaces(text, position) -> int:
@@ -153,28 +176,23 @@ def _hash(text) -> str | None:
     return (rest.strip().partition("\n")[0].strip() or None) if found else None
 
 
-def _said(text) -> str | None:
-    says = _last(_SAYS, text)
-    if says is None:
-        return None
-    rest = text[says.end() :].lstrip(" \t\n*:")[:2000]
-    math = _MATH_SPAN.match(rest)
-    if math:
-        tail = _SENTENCE_END.split(rest[math.end() :], maxsplit=1)[0]
+def _said(rest) -> str | None:
+    """The answer that follows "answer is"."""
+    rest = rest.lstrip(" \t\n*:")
+    short = rest[:2000]
+    start, inner, inner_end, end = next(iter(spans(short)), (-1, 0, 0, 0))
+    if start == 0:
+        tail = _SENTENCE_END.split(short[end:], maxsplit=1)[0]
         if not re.match(r"\s*(?:,|or\b|and\b)", tail):
-            return next(group for group in math.groups() if group is not None).strip() or None
-    answer = _SENTENCE_END.split(rest, maxsplit=1)[0].strip(" \t*")
+            return short[inner:inner_end].strip() or None
+    answer = _SENTENCE_END.split(short, maxsplit=1)[0].strip(" \t*")
+    if answer.endswith(":") or _is_sentence(answer):
+        return last_value(rest)
     return answer or None
 
 
-def _last(pattern, text) -> re.Match | None:
-    return next(iter(collections.deque(pattern.finditer(text), maxlen=1)), None)
-
-
-def _last_number(text) -> str | None:
-    number = _last(_NUMBER, text)
-    if number is None:
-        return None
-    end = number.end()
-    percent = "%" if text[end : end + 1] == "%" or text[end : end + 2] == "\\%" else ""
-    return number.group().rstrip(",") + percent
+def _is_sentence(answer) -> bool:
+    """Whether it tells of the answer rather than being one: "she makes 18 dollars"."""
+    if not _STARTS_WITH_WORD.match(answer) or _NEGATION.search(answer) or last_value(answer) is None:
+        return False
+    return bool(_VERB.search(answer)) or len(re.findall("[A-Za-z]{2,}", answer)) >= 4

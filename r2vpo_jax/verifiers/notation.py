@@ -1,10 +1,13 @@
-r"""Notation of mathematical answers: one spelling for what is written in many ways. Linear time, no heavy imports.
+r"""Notation of mathematical answers: one spelling for what is written in many ways. No heavy imports.
 
 What is taken away or made equal (`clean`):
-  math delimiters ($, \(, \[), \left and \right, spacing commands, \displaystyle, bold and italics, **...**; \dfrac, \tfrac
-  and \cfrac become \frac, also \frac12; Unicode minus, fractions (½), superscripts, full-width characters, Greek π, ∞, √,
-  comparison and set signs become LaTeX; an introduction, as in \text{The value is } 7, and a trailing dot, comma or
-  semicolon go, and so do braces around the whole.
+  layout     math delimiters ($, \(, \[), \left and \right, spacing commands, \displaystyle, colors, **...**, braces around
+             the whole, an introduction as in \text{The value is } 7, a trailing dot, comma or semicolon
+  numbers    the separators of digit groups: 10,\!080, 10{,}080, 10\,080, and 12,500\pi outside of lists and tuples
+  arguments  get their braces: \frac12, \frac\pi2, \frac{12}13, \sqrt3, x^\pi; \dfrac, \tfrac and \cfrac are \frac
+  fonts      bold and italic letters are letters; upright functions and constants are those (\mathrm{e}, \operatorname{lcm});
+             other upright text, as of units, is \text
+  Unicode    minus, fractions (½), superscripts, full-width characters, Greek, ∞, √, comparison and set signs become LaTeX
 """
 
 import re
@@ -12,8 +15,17 @@ import unicodedata
 from fractions import Fraction
 
 MAX_ANSWER_CHARS = 2000  # nothing longer is a final answer
-_MAX_EXPONENT = 300
 
+_GREEK = {
+    character: "\\" + name
+    for characters, names in (
+        ("αβγδεζηθικλμ", "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu"),
+        ("νξπρστυφχψωϵϕϑ", "nu xi pi rho sigma tau upsilon phi chi psi omega epsilon phi theta"),
+        ("ΓΔΘΛΞΠΣΦΨΩℓℏℵ", "Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell hbar aleph"),
+    )
+    for character, name in zip(characters, names.split(), strict=True)
+}
+GREEK_NAMES = sorted(({name[1:] for name in _GREEK.values()} | {"varepsilon", "varphi", "vartheta"}) - {"pi"})
 _SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n", strict=True))
 _SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉", "0123456789", strict=True))
 _SYMBOLS = {
@@ -23,83 +35,108 @@ _SYMBOLS = {
     **dict.fromkeys("÷∕⁄", "/"),
     **dict.fromkeys("°˚º", r"^{\circ}"),
     **dict.fromkeys("∅⌀", r"\emptyset "),
-    **{"π": r"\pi ", "∞": r"\infty ", "√": r"\sqrt ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup "},
-    **{"∩": r"\cap ", "∈": r"\in ", "±": r"\pm ", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "≈": r"\approx "},
+    **dict.fromkeys("\u2009\u202f\u2007\u2006", r"\,"),  # thin spaces part groups of digits
+    **{character: command + " " for character, command in _GREEK.items()},
+    **{"∞": r"\infty ", "√": r"\sqrt ", "∛": r"\sqrt[3]", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup "},
+    **{"∩": r"\cap ", "∈": r"\in ", "±": r"\pm ", "≈": r"\approx ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}"},
     **{"⟨": r"\langle ", "⟩": r"\rangle ", "，": ",", "、": ",", "％": "%", "‘": "'", "’": "'", "“": '"', "”": '"'},
 }
+_UNICODE_ROOT = re.compile(r"([√∛])\s*(\d+(?:\.\d+)?)")
 _VULGAR = re.compile("[¼-¾⅐-⅞↉]")
 _SCRIPTS = re.compile(f"([{''.join(_SUPERSCRIPTS)}]+)|([{''.join(_SUBSCRIPTS)}]+)")
+_PLAIN_NUMBER = re.compile(r"-?\d+(?:\.\d+)?", re.ASCII)
+_GROUP_MARK = r"(?:,\s*\\!|\{,\}(?:\s*\\!)?|\\!,\\!|\\[,;:]|~|\\ )"
+_GROUPS = re.compile(rf"(?<![\d.])[1-9]\d{{0,2}}(?:{_GROUP_MARK}\s*\d{{3}})+(?!\d)")
+_DECIMAL_GROUPS = re.compile(rf"\.\d{{3}}(?:{_GROUP_MARK}\d{{3}})*{_GROUP_MARK}\d{{1,3}}(?!\d)")
+_COMMA_RUN = re.compile(r"(?<![\d.,])\d+(?:,\d+)+")
+_COMMA_GROUPS = re.compile(r"[1-9]\d{0,2}(?:,\d{3})+")
 _DELIMITERS = re.compile(r"(?<!\\)\$|\\[()\[\]]")
 _NOTHING = re.compile(
-    r"\\(?:left|right|displaystyle|textstyle|limits|bigl|bigr|Bigl|Bigr|big|Big|boxed|fbox|nolimits)(?![a-zA-Z])\.?|\\!"
+    r"\\(?:left|right|middle|displaystyle|textstyle|scriptstyle|limits|[bB]igg?[lr]?|boxed|fbox|nolimits|mathstrut)"
+    r"(?![a-zA-Z])\.?|\\!|\\(?:hspace|vspace|color|tag|label)\s*\{[^{}]*\}|\\textcolor\s*\{[^{}]*\}"
 )
 _SPACES = re.compile(r"\\[,;:> ]|\\(?:quad|qquad|enspace|thinspace)(?![a-zA-Z])|(?<!\\)~|[\s\u200b\ufeff]+")
-_FONTS = re.compile(
-    r"\\(?:mathrm|mathbf|mathit|mathsf|boldsymbol|bf|rm|textbf|textit|textrm|textsf|textnormal|mbox|hbox|operatorname\*?)(?=\s*\{)"
+_SWITCHES = re.compile(r"\{\s*\\(?:rm|bf|it|sf|tt|mathrm|mathbf)\s+([^{}]*)\}")
+_MATH_FONTS = re.compile(
+    r"\\(?:mathbf|mathit|mathsf|mathnormal|boldsymbol|bm|bf|it)\s*(?:\{\s*([A-Za-z])\s*\}|([A-Za-z])\b)"
 )
-_PREFACE = re.compile(r"^\\text\s*\{[^{}]*(?:\bis|:|=)\s*\}\s*(?=\S)")
+_FONTS = re.compile(
+    r"\\(?:mathrm|mathbf|mathit|mathsf|mathnormal|boldsymbol|bm|bf|rm|textbf|textit|textrm|textsf|textnormal|emph|underline"
+    r"|mbox|hbox|operatorname\*?)(?:(?=\s*\{)|\s*([A-Za-z])(?![A-Za-z]))"
+)
+_NO_TEXT = re.compile(r"\\text\s*\{\s*(\\[a-zA-Z]+|[-+]?\d+(?:\.\d+)?|[,;&]|)\s*\}")
+_CONSTANT = re.compile(
+    r"\\text\s*\{\s*([ei])\s*\}|\\text\s*\{\s*(d)\s*\}(?=\s*[a-zA-Z\\])|(?<=[_^])\s*\\text\s*\{\s*([T])\s*\}"
+)
+_FUNCTION = re.compile(
+    r"\\text\s*\{\s*(?:(a(?:rc|r)?)?(sin|cos|tan|cot|csc|sec|tg|ctg)(h?)|(ln|log|lg|exp))\s*\}(?=\s*(?:[\w(\[{\\|]|\^))"
+)
+_POWER_AT_END = re.compile(r"\s*(?:\^\s*\{?\s*-?\d\s*\}?)?\s*")
+_FUNCTION_OF_SEVERAL = re.compile(r"\\text\s*\{\s*(max|min|gcd|lcm)\s*\}(?=\s*(?:[(\[{]|\\\{))")
+_OTHER_NAMES = {"tg": "tan", "ctg": "cot", "arctg": "arctan", "arcctg": "arccot"}
+_PREFACE = re.compile(
+    r"^\\text\s*\{[^{}]*(?:\bis|:|=)\s*\}\s*(?=\S)|^(?:[A-Za-z]{2,} )+[a-z]{2,} ?: ?(?=\S)|^No solution ?: ?(?=\S)"
+)
 _TEXT_OF_MATH = re.compile(r"^\\text\s*\{(?=[^{}]*(?:\d|,|\b(?:and|or)\b))([^{}]*)\}$")
+_TEXT_AND_CONNECTIVE = re.compile(r"\\text\s*\{([^{}]*[^{}\s,])(,?\s+(?:and|or)\s*)\}")
 _ENVIRONMENT = re.compile(r"\\begin|\\end|matrix|cases|array")
 _ESCAPED_TWICE = re.compile(r"\\\\(?=[a-zA-Z])")
+_ARGUMENTS = {"frac": 2, "binom": 2, "sqrt": 1}
+_TAKES_ARGUMENTS = re.compile(r"\\(frac|binom|sqrt)(?![a-zA-Z])|\^(?=\s*\\[a-zA-Z])")
+_OVER = re.compile(r"\{([^{}]*)\\(over|choose)(?![a-zA-Z])([^{}]*)\}")
+_COMBINATIONS = re.compile(
+    r"(?<![A-Za-z\\])(?:C_\{?(\d+)\}?\^\{?(\d+)\}?|C\((\d+), ?(\d+)\)|(?:\{\})?[_^]\{?(\d+)\}? ?C ?_\{?(\d+)\}?)(?![\w(])"
+)
 _SYNONYMS = [
     (re.compile(r"\\langle(?![a-zA-Z])|\\lparen(?![a-zA-Z])"), "("),
     (re.compile(r"\\rangle(?![a-zA-Z])|\\rparen(?![a-zA-Z])"), ")"),
-    (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
-    (re.compile(r"\\frac\s*(\d)\s*(\d)(?!\d)"), r"\\frac{\1}{\2}"),
-    (re.compile(r"\\frac\s*(\d)\s*\{"), r"\\frac{\1}{"),
-    (re.compile(r"\\leq(?:slant)?(?![a-zA-Z])"), r"\\le"),
-    (re.compile(r"\\geq(?:slant)?(?![a-zA-Z])"), r"\\ge"),
+    (re.compile(r"\\[dtc](frac|binom)(?![a-zA-Z])"), r"\\\1"),
+    (re.compile(r"\\leq(?:slant|q)?(?![a-zA-Z])|\\leqslant(?![a-zA-Z])"), r"\\le"),
+    (re.compile(r"\\geq(?:slant|q)?(?![a-zA-Z])"), r"\\ge"),
     (re.compile(r"\\neq(?![a-zA-Z])"), r"\\ne"),
-    (re.compile(r"\\l[v]ert(?![a-zA-Z])|\\r[v]ert(?![a-zA-Z])"), "|"),
+    (re.compile(r"\\l[v]ert(?![a-zA-Z])|\\r[v]ert(?![a-zA-Z])|\\[lr]?vert(?![a-zA-Z])"), "|"),
     (re.compile(r"\\lbrace(?![a-zA-Z])"), r"\\{"),
     (re.compile(r"\\rbrace(?![a-zA-Z])"), r"\\}"),
-    (re.compile(r"\\(?:varnothing|O)(?![a-zA-Z])|\\\{\s*\\\}"), r"\\emptyset"),
+    (re.compile(r"\\l(?:brack)(?![a-zA-Z])"), "["),
+    (re.compile(r"\\r(?:brack)(?![a-zA-Z])"), "]"),
+    (re.compile(r"\\(?:varnothing|oslash|O)(?![a-zA-Z])|\\\{\s*\\\}"), r"\\emptyset"),
     (re.compile(r"\^\s*\\circ(?![a-zA-Z])|\^\s*\{\s*\\circ\s*\}|\\degree(?![a-zA-Z])"), r"^{\\circ}"),
+    (re.compile(r"\^\s*(?:\{\s*)?\\(?:top|intercal)(?![a-zA-Z])(\s*\})?"), "^T"),
     (re.compile(r"\{\s*,\s*\}(?=\d)"), ","),
     (re.compile(r"\\%|\\text\s*\{\s*percent\s*\}|(?<=\d)\s*\bpercent\b"), "%"),
+    (re.compile(r"\\lg(?![a-zA-Z])"), r"\\log_{10}"),
+    (re.compile(r"\\(arc)?(c)?tg(?![a-zA-Z])"), lambda m: "\\" + _OTHER_NAMES[m.group()[1:]] + " "),
+    (re.compile(r"\\(?:not\\in|notin)(?![a-zA-Z])"), r"\\notin"),
+    (re.compile(r"\\(?:to|rightarrow)(?![a-zA-Z])"), r"\\to"),
+    (re.compile(r"\\mathbb\s*([A-Z])|\\([RZNQ])(?![a-zA-Z])"), r"\\mathbb{\1\2}"),
 ]
-
-# Units ------------------------------------------------------------------------------------------------------
-
-_UNIT_NAMES = {
-    "cm": "cm centimeter centimetre centimeters centimetres",
-    "mm": "mm millimeter millimetre millimeters millimetres",
-    "km": "km kilometer kilometre kilometers kilometres",
-    "m": "m meter metre meters metres",
-    "in": "in inch inches",
-    "ft": "ft foot feet",
-    "yd": "yd yard yards",
-    "mi": "mi mile miles",
-    "kg": "kg kilogram kilograms",
-    "g": "g gram grams",
-    "lb": "lb lbs pound pounds",
-    "s": "s sec secs second seconds",
-    "min": "min mins minute minutes",
-    "h": "h hr hrs hour hours",
-    "l": "l liter litre liters litres",
-    "ml": "ml milliliter millilitre milliliters millilitres",
-    "deg": "degree degrees deg",
-    "rad": "rad radian radians",
-    "$": "dollar dollars usd bucks",
-    "cent": "cent cents ¢",
-    "mi / h": "mph",
-    "km / h": "kmh kph",
-}
-_UNITS = {name: unit for unit, names in _UNIT_NAMES.items() for name in names.split()}
-_NO_UNITS = re.compile(
-    "pi|sqrt|sin|cos|tan|cot|csc|log|ln|exp|inf|infinity|infty|i|e|and|or|mod|to|if|is|not|cdot|times|frac|pm",
-    re.IGNORECASE,
-)
-_POWER = r"(?:\s*\^\s*\{?\s*([23])\s*\}?)?"
-_TEXT_UNIT = re.compile(r"\\text\s*\{([^{}]*)\}" + _POWER + r"$")
-_BARE_UNIT = re.compile(r"(?<=[\d}.)])(\s*)([A-Za-z][A-Za-z/. ]{0,60})" + _POWER + r"$")
-_BASE = re.compile(r"(-?\d+)\s*_\s*\{?\s*(?:\\text\s*\{)?\s*(\d+)\s*\}*$")
-_QUANTITY_TAIL = re.compile(r"(?:[\d})]|\\pi|(?<![a-zA-Z])[a-z])$")
 
 
 def clean(text: str) -> str:
     """The answer without layout."""
-    text = text.strip().strip("*").replace("**", "^")
+    text = text.strip().strip("*")
+    if _PLAIN_NUMBER.fullmatch(text):
+        return text
+    text = text.replace("**", "^")
+    if not text.isascii():
+        text = _ascii(text)
+    if "\\" in text or "$" in text or "{" in text or "~" in text:
+        text = _without_layout(text)
+    else:
+        text = " ".join(text.split())
+    for pattern, replacement in _SYNONYMS if "\\" in text or "{" in text or "percent" in text else ():
+        text = pattern.sub(replacement, text)
+    if "&" in text and not _ENVIRONMENT.search(text):
+        text = re.sub(r"\\?&", " and ", text)
+    text = _with_arguments(text)
+    if "C" in text:
+        text = _COMBINATIONS.sub(_binomial, text)
+    text = _PREFACE.sub("", text.replace("\0", r"\\").strip(), count=1)
+    return _join_comma_groups(_strip_outside(text))
+
+
+def _ascii(text) -> str:
+    text = _UNICODE_ROOT.sub(lambda m: rf"{m[1]}{{{m[2]}}}", text)
     text = _SCRIPTS.sub(
         lambda m: (
             "^{" + "".join(_SUPERSCRIPTS[c] for c in m[1]) + "}"
@@ -111,15 +148,60 @@ def clean(text: str) -> str:
     text = _VULGAR.sub(lambda m: _vulgar(m.group()), text)
     text = "".join(_SYMBOLS.get(c, c) for c in text)
     text = unicodedata.normalize("NFKC", text)
-    text = "".join(_SYMBOLS.get(c, c) for c in text)
+    return "".join(_SYMBOLS.get(c, c) for c in text)
+
+
+def _without_layout(text) -> str:
     text = _DELIMITERS.sub(" ", _protect_line_breaks(text))
+    text = _GROUPS.sub(_digits, text)
+    text = _DECIMAL_GROUPS.sub(_digits, text)
     text = _NOTHING.sub(" ", text)
-    text = _FONTS.sub(r"\\text", text)
+    text = _SWITCHES.sub(r"\\text{\1}", text)
+    text = _MATH_FONTS.sub(r" \1\2", text)
+    text = _FONTS.sub(lambda m: rf"\text{{{m[1]}}}" if m[1] else r"\text", text)
     text = _SPACES.sub(" ", text)
-    for pattern, replacement in _SYNONYMS:
-        text = pattern.sub(replacement, text)
-    text = _PREFACE.sub("", text.replace("\0", r"\\").strip(), count=1)
-    return _strip_outside(_TEXT_OF_MATH.sub(r"\1", text))
+    if r"\text" in text:
+        text = _NO_TEXT.sub(r" \1 ", text)
+        text = _CONSTANT.sub(r" \1\2\3", text)
+        text = _FUNCTION.sub(_function, text)
+        text = _FUNCTION_OF_SEVERAL.sub(r"\\\1", text)
+        text = _TEXT_AND_CONNECTIVE.sub(r"\\text{\1}\\text{\2}", text)
+        text = " ".join(text.split())
+    return text
+
+
+def _digits(match) -> str:
+    return re.sub(r"[^\d.]", "", match.group())
+
+
+def _function(match) -> str:
+    inverse, name, hyperbolic, other = match.groups()
+    if name == "sec" and not inverse and _POWER_AT_END.fullmatch(match.string, match.end()):
+        return match.group()  # a second
+    name = other or _OTHER_NAMES.get(name, name)
+    return "\\" + ("arc" if inverse else "") + name + (hyperbolic or "") + " "
+
+
+def _binomial(match) -> str:
+    n, k = (int(group) for group in match.groups() if group is not None)
+    return rf"\binom{{{n}}}{{{k}}}" if n >= k else match.group()  # C_1^2 is a constant squared
+
+
+def _join_comma_groups(text) -> str:
+    r"""12,500\pi as 12500\pi; in tuples and sets, where a comma parts the members, digit groups are not joined."""
+    if "," not in text:
+        return text
+    pieces, end, depth, position = [], 0, 0, 0
+    for match in _COMMA_RUN.finditer(text):
+        depth += sum(c in "([" for c in text[position : match.start()])
+        depth += text.count(r"\{", position, match.start())
+        depth -= sum(c in ")]" for c in text[position : match.start()])
+        depth -= text.count(r"\}", position, match.start())
+        position = match.start()
+        if depth <= 0 and _COMMA_GROUPS.fullmatch(match.group()):
+            pieces += [text[end : match.start()], match.group().replace(",", "")]
+            end = match.end()
+    return "".join(pieces) + text[end:]
 
 
 def _protect_line_breaks(text) -> str:
@@ -134,6 +216,53 @@ def _vulgar(character) -> str:
     return rf" \frac{{{value.numerator}}}{{{value.denominator}}}"
 
 
+def _with_arguments(text) -> str:
+    r"""\frac, \binom, \sqrt and ^ with braces around arguments that TeX takes without; {a \over b} as \frac{a}{b}."""
+    if r"\over" in text or r"\choose" in text:
+        text = _OVER.sub(
+            lambda m: rf"\{'frac' if m[2] == 'over' else 'binom'}{{{m[1].strip()}}}{{{m[3].strip()}}}", text
+        )
+    for match in reversed(list(_TAKES_ARGUMENTS.finditer(text))):  # inner commands before those that they are in
+        position, arguments = match.end(), []
+        if match[1] == "sqrt" and text[position:].lstrip().startswith("["):
+            end = closing(text, text.index("[", position))
+            if end < 0:
+                continue
+            arguments.append(text[position : end + 1].strip())
+            position = end + 1
+        for _ in range(_ARGUMENTS.get(match[1], 1)):
+            whole_number = match[1] == "frac" and arguments and text[position - 1] == "}"
+            argument, position = _argument(text, position)
+            if not argument:
+                break
+            if whole_number and argument.isdecimal():  # \frac{12}13 is meant as 12/13
+                digits = re.match(r"\d*", text[position:]).group()
+                argument, position = argument + digits, position + len(digits)
+            arguments.append(f"{{{argument}}}")
+        else:
+            text = f"{text[: match.start()]}{match.group()}{''.join(arguments)}{text[position:]}"
+    return text
+
+
+def _argument(text, position) -> tuple[str, int]:
+    """(what TeX takes as the argument at a position, without its braces; where it ends), ("", position) if there is none."""
+    while text[position : position + 1] == " ":
+        position += 1
+    c = text[position : position + 1]
+    if c == "{":
+        end = closing(text, position)
+        return (text[position + 1 : end].strip(), end + 1) if end > 0 and text[end] == "}" else ("", position)
+    if c == "\\":
+        command = re.match(r"\\([a-zA-Z]+)", text[position:])
+        if command is None or command[1] in ("cdot", "times", "right", "left", "pm", "text", "mathbb", "mathcal"):
+            return "", position
+        end = position + command.end()
+        for _ in range(_ARGUMENTS.get(command[1], 0)):
+            _, end = _argument(text, end)
+        return text[position:end], end
+    return (c, position + 1) if c.isalnum() else ("", position)
+
+
 def _strip_outside(text) -> str:
     before = None
     while before != text:
@@ -141,6 +270,7 @@ def _strip_outside(text) -> str:
         text = re.sub(r"^(?:=|\\approx(?![a-zA-Z]))", "", text.strip().rstrip(".,;").strip())
         if text.startswith("{") and closing(text, 0) == len(text) - 1:
             text = text[1:-1]
+        text = _TEXT_OF_MATH.sub(r"\1", text)
     return text
 
 
@@ -189,7 +319,16 @@ def split(text: str, separators: str = ",;") -> list[str]:
 
 _EQUALS = re.compile(r"(?<![<>!\\:])=(?!=)")
 _RELATION = re.compile(r"[<>]|\\(?:le|ge|ne|lt|gt)(?![a-zA-Z])")
-_NAME = re.compile(r"(?:\\?[A-Za-z]+|\\angle\s*[A-Z]{1,3}|[A-Za-z]?\s*\([A-Za-z,\s]+\))(?:_\{?\w+\}?)?'?")
+_ORDER = re.compile(r"(<=|>=|<|>|\\(?:le|ge|lt|gt|ne)(?![a-zA-Z]))")
+_INDEX = r"(?:\s*_\s*(?:\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}|\\?[A-Za-z]+|\d+))?"
+NAME = (
+    r"(?:\\frac\s*\{\s*d\s*\\?[A-Za-z]+\s*\}\s*\{\s*d\s*\\?[A-Za-z]+\s*\}|\\(?:angle|triangle)\s*[A-Z]{1,4}|\\(?:vec|overline|overrightarrow|bar|hat)\s*\{[A-Za-z]+\}|\\text\s*\{[A-Za-z ]+\}"
+    rf"|\|[A-Z]{{2}}\||\\?[A-Za-z]+){_INDEX}'*(?:\^\{{?-1\}}?)?(?:\s*\([A-Za-z0-9,\s]+\))?"
+)
+_NAME = re.compile(rf"{NAME}|\([A-Za-z,\s]+\)")
+_CONSTANT_NAME = re.compile(r"\\(?:pi|infty)|e|i|-?\\infty")
+_LETTER = re.compile(r"(?<![A-Za-z\\])(?!e(?![A-Za-z]))[A-Za-z]")
+_COMMAND = re.compile(r"\\[A-Za-z]+")
 
 
 def has_relation(text: str) -> bool:
@@ -197,16 +336,53 @@ def has_relation(text: str) -> bool:
     return _RELATION.search(text) is not None
 
 
+def interval(text: str) -> tuple[str, str] | None:
+    r"""(x, "(1,2]") of a cleaned "1 < x \le 2"; None where it is no inequality of a name with constants."""
+    parts = [part.strip() for part in _ORDER.split(text)]
+    if len(parts) not in (3, 5):
+        return None
+    relations = [{"<=": "le", ">=": "ge", "<": "lt", ">": "gt"}.get(part, part.lstrip("\\")) for part in parts[1::2]]
+    values = parts[::2]
+    if len(values) == 2 and not is_variable(values[0]):
+        values.reverse()
+        relations = [{"le": "ge", "ge": "le", "lt": "gt", "gt": "lt"}.get(relations[0], relations[0])]
+    name = values[len(values) // 2] if len(values) == 3 else values[0]
+    bounds = [value for value in values if value is not name]
+    if not is_variable(name) or any(not bound or _LETTER.search(_COMMAND.sub(" ", bound)) for bound in bounds):
+        return None
+    name = name.replace(" ", "")
+    if len(bounds) == 1:
+        (bound,) = bounds
+        return name, {
+            "lt": rf"(-\infty,{bound})",
+            "le": rf"(-\infty,{bound}]",
+            "gt": rf"({bound},\infty)",
+            "ge": rf"[{bound},\infty)",
+            "ne": rf"(-\infty,{bound})\cup({bound},\infty)",
+        }[relations[0]]
+    if {*relations} <= {"gt", "ge"}:
+        bounds.reverse()
+        relations = [{"gt": "lt", "ge": "le"}[relation] for relation in reversed(relations)]
+    if not {*relations} <= {"lt", "le"}:
+        return None
+    return name, f"{'(['[relations[0] == 'le']}{bounds[0]},{bounds[1]}{')]'[relations[1] == 'le']}"
+
+
+def is_variable(text: str) -> bool:
+    r"""Whether it is a name that is no constant: x and ABC, but not \pi."""
+    return is_name(text) and not _CONSTANT_NAME.fullmatch(text)
+
+
 def sides(text: str) -> list[str]:
     """The sides of an equation "a = b = c"; [text] where a cleaned answer is none."""
-    if has_relation(text) or r"\begin" in text or not _EQUALS.search(text):
+    if "=" not in text or has_relation(text) or r"\begin" in text or not _EQUALS.search(text):
         return [text]
     parts = split(text, "=")
     return [text] if any(part.endswith(("<", ">", "!", "\\", ":")) for part in parts) else parts
 
 
 def is_name(text: str) -> bool:
-    r"""Whether a side of an equation is a single name: x, x_1, \angle ABC, f(x)."""
+    r"""Whether a side of an equation is a single name: x, x_1, m_{\max}, \angle ABC, f(x)."""
     return _NAME.fullmatch(text) is not None
 
 
@@ -221,133 +397,3 @@ def bracketed(text: str) -> tuple[str, list[str]]:
         return "", []
     inner = split(text[1:-1])
     return (text[0] + text[-1], inner) if len(inner) > 1 else ("", [])
-
-
-def split_unit(text: str) -> tuple[str, str]:
-    r"""(quantity, unit) of a cleaned answer such as "5\text{ cm}^2"; the unit is "" where there is none.
-
-    A unit is \text after a quantity, words after a number (5 apples), a degree sign, or a currency sign in front, or
-    the base of 101_2. A single letter is one only with a space before it ("5 m", not "5m"). Units are not
-    converted.
-    """
-    if text.startswith((r"\$", "$", "€", "£")):
-        return text.lstrip("\\$€£ "), text.lstrip("\\")[0]
-    if text.endswith(r"^{\circ}") and not re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", text):
-        return text[: -len(r"^{\circ}")].strip(), "deg"
-    if re.search(r"\^\{\\circ\}\s*(?:\\text\s*\{)?\s*[CFK]\}?$", text):
-        body, _, scale = text.rpartition(r"^{\circ}")
-        return body.strip(), "deg " + scale.replace(r"\text", "").strip(" {}")
-    match = _BASE.fullmatch(text)
-    if match:
-        return match[1], f"base {match[2]}"
-    match = _TEXT_UNIT.search(text)
-    if match and _QUANTITY_TAIL.search(text[: match.start()].strip()):
-        name = match[1].strip()
-        if name.lower() in ("or", "and", "i"):
-            return text, ""
-        return text[: match.start()].strip(), _unit_name(name, match[2])
-    match = _BARE_UNIT.search(text)
-    if match is None or number(text[: match.start()]) is None:
-        return text, ""
-    words = match[2].split()
-    known = all(w.strip(".").lower() in _UNITS for w in re.split(r"[\s/]+", match[2].strip()) if w != "per")
-    if any(_NO_UNITS.fullmatch(word) for word in words) or len(words) > 4:
-        return text, ""
-    if (len(match[2].strip()) == 1 or not known) and not match[1]:
-        return text, ""
-    if not known and any(len(word) < 3 and word.strip(".").lower() not in _UNITS for word in words):
-        return text, ""
-    if len(match[2].strip()) == 1 and match[2].strip().lower() not in ("m", "s", "g", "h", "l"):
-        return text, ""
-    return text[: match.start()].strip(), _unit_name(match[2], match[3])
-
-
-def _unit_name(name, power) -> str:
-    words = re.findall(r"[A-Za-z¢$]+|/|\^\d", name.lower())
-    squared = {"square": "2", "sq": "2", "squared": "2", "cubic": "3", "cu": "3", "cubed": "3"}
-    power = power or next((squared[w] for w in words if w in squared), "")
-    words = ["/" if w == "per" else w for w in words if w not in squared]
-    names = [
-        _UNITS.get(w) or _UNITS.get(w.rstrip("s")) or (w[:-1] if len(w) > 3 and w.endswith("s") else w) for w in words
-    ]
-    return " ".join(names) + (f"^{power}" if power else "")
-
-
-# Numbers ----------------------------------------------------------------------------------------------------
-
-_PLAIN = r"(?:\d{1,3}(?:(?:,|\\,|\s)\d{3})+(?!\d)|\d+)?(?:\.\d*)?"
-_SCIENTIFIC = re.compile(
-    rf"([-+]?)\s*({_PLAIN})\s*(?:[eE]([-+]?\d{{1,4}})|(?:(?:\\times|\\cdot|\*|x)\s*)?10\s*\^\s*(?:\{{\s*([-+]?\s*\d{{1,4}})\s*\}}|([-+]?\d{{1,4}})))?"
-)
-_LATEX_FRACTION = re.compile(r"([-+]?)\s*(\d*)\s*\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
-_SLASH_FRACTION = re.compile(r"([-+]?)\s*(?:(\d+)\s+)?\(?\s*([-+]?[\d,.]+)\s*\)?\s*/\s*\(?\s*([-+]?[\d,.]+)\s*\)?")
-_REPEATING = re.compile(r"([-+]?)\s*(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{?\s*(\d+)\s*\}?")
-
-
-class Number:
-    """A rational number as it was written."""
-
-    __slots__ = ("approximate", "percent", "value")
-
-    def __init__(self, value: Fraction, approximate: bool, percent: bool):
-        self.value = value
-        self.approximate = approximate  # a decimal with six or more significant digits: may be rounded
-        self.percent = percent
-
-
-def number(text: str) -> Number | None:
-    r"""A rational number out of a cleaned answer, or None: integer, decimal, 1,000, a/b, \frac, mixed, scientific, percent.
-
-    Nothing is evaluated; exponents beyond +-300 are refused.
-    """
-    text = text.strip()
-    if not text or len(text) > 400:
-        return None
-    percent = text.endswith("%")
-    value = _rational(text[:-1].strip() if percent else text)
-    if value is None:
-        return None
-    digits = re.sub(r"\D", "", text.partition("e")[0]).lstrip("0")
-    return Number(value, "." in text and "frac" not in text and len(digits) >= 6, percent)
-
-
-def _rational(text) -> Fraction | None:
-    while text.startswith(("(", "{")) and closing(text, 0) == len(text) - 1 and "," not in text:
-        text = text[1:-1].strip()
-    negative = text.startswith("-")
-    match = _LATEX_FRACTION.fullmatch(text) or _SLASH_FRACTION.fullmatch(text)
-    if match:
-        whole, top, bottom = match[2], _decimal(match[3]), _decimal(match[4])
-        if top is None or not bottom:
-            return None
-        if whole and (top < 0 or bottom < 0):
-            return None
-        value = Fraction(whole or 0) + top / bottom
-        return -value if negative else value
-    match = _REPEATING.fullmatch(text)
-    if match:
-        _, whole, fixed, repeated = match.groups()
-        value = Fraction(whole or 0) + Fraction(int(fixed or 0), 10 ** len(fixed))
-        value += Fraction(int(repeated), (10 ** len(repeated) - 1) * 10 ** len(fixed))
-        return -value if negative else value
-    return _decimal(text)
-
-
-def _decimal(text) -> Fraction | None:
-    match = _SCIENTIFIC.fullmatch(text.strip())
-    if match is None:
-        return None
-    sign, digits, *exponents = match.groups()
-    exponent = next((e for e in exponents if e), None)
-    digits = re.sub(r"[,\s\\]", "", digits)
-    if digits in ("", "."):
-        if exponent is None or "^" not in text or not text.lstrip("-+ ").startswith("10"):
-            return None
-        digits = "1"
-    value = Fraction(digits.rstrip("."))
-    if exponent is not None:
-        power = int(exponent.replace(" ", ""))
-        if abs(power) > _MAX_EXPONENT:
-            return None
-        value *= Fraction(10) ** power
-    return -value if sign == "-" else value

@@ -83,9 +83,10 @@ class VerifierPool:
       max_chars: a longer response is an ERROR and is not looked at.
       memory_limit_mb: address space of each process, MiB. JAX in a function of yours takes several thousand.
       tolerance: relative tolerance of kind "numeric".
+      answer: where in a response its final answer is, one of RESPONSE_STYLES.
 
     Raises:
-      ValueError: parameters out of range.
+      ValueError: parameters out of range, unknown `answer`.
     """
 
     def __init__(
@@ -95,10 +96,14 @@ class VerifierPool:
         max_chars: int = 200_000,
         memory_limit_mb: int = 2048,
         tolerance: float = answers.TOLERANCE,
+        answer: str = "final",
     ):
         if num_workers < 1 or time_limit <= 0 or max_chars < 1 or memory_limit_mb < 1 or tolerance < 0:
             raise ValueError("num_workers, time_limit, max_chars and memory_limit_mb must be > 0, tolerance >= 0")
+        if answer not in extraction.RESPONSE_STYLES:
+            raise ValueError(f"answer={answer!r} is unknown; one of {', '.join(extraction.RESPONSE_STYLES)}")
         self.time_limit, self.max_chars, self.tolerance = float(time_limit), max_chars, tolerance
+        self.answer = answer
         self._memory_limit_mb = memory_limit_mb
         self._lock = threading.Lock()
         self._slots = [_Slot() for _ in range(num_workers)]
@@ -127,8 +132,8 @@ class VerifierPool:
     def check(self, checks: Sequence[Check]) -> list[Judgement]:
         """Judgements, in the order of the checks.
 
-        A response without a final answer is WRONG. Kind "reasoning_gym" takes the answer tag, the box, or all that follows
-        the thinking; the others take `extract(response, "final")`.
+        A response without a final answer is WRONG. The answer is `extract(response, answer)` with the pool's `answer`; kind
+        "reasoning_gym" takes the answer tag, the box, or all that follows the thinking for "final".
 
         Raises:
           ValueError: unknown kind, or a package that it needs is missing; nothing about a response.
@@ -143,7 +148,8 @@ class VerifierPool:
                 judgements[row] = self._too_long(response)
                 continue
             text = kind == "reasoning_gym"
-            answer = extraction.extract_text(response) if text else extraction.extract(response, "final")
+            whole = text and self.answer == "final"
+            answer = extraction.extract_text(response) if whole else extraction.extract(response, self.answer)
             if answer is None or (len(answer) > notation.MAX_ANSWER_CHARS and not text):
                 judgements[row] = _WRONG
             else:

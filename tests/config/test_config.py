@@ -79,6 +79,7 @@ SPLITS = {"train": "word_problems", "validation": "word_problems", "test": "word
         (VerifierConfig, {"num_workers": 0}, "task.verifier.num_workers must be at least 1"),
         (VerifierConfig, {"time_limit": 0.0}, "task.verifier.time_limit must be > 0"),
         (VerifierConfig, {"tolerance": -1.0}, "task.verifier.tolerance must be >= 0"),
+        (VerifierConfig, {"answer": "tag"}, "task.verifier.answer='tag' is unknown; one of final, boxed"),
         (VerifierConfig, {"bad_gold": "ignore"}, "task.verifier.bad_gold='ignore' is unknown; one of refuse, drop"),
         (RewardConfig, {"correct": 0.0}, "task.reward.correct=0 leaves nothing to learn from"),
         (RewardConfig, {"correct": -1.0, "function": "a:b"}, "task.reward.correct must be >= 0"),

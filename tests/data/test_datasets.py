@@ -228,7 +228,7 @@ def test_fixtures_are_what_the_script_makes(tmp_path):
         ("so\n#### 1,234", "hash", "numeric", "1234"),
         ("#### 1 #### $5", "hash", "numeric", "5"),
         ("no marks", "hash", "numeric", ""),
-        (r"\boxed{1} and \boxed{\frac{1}{2}}", "boxed", "math", r"\frac{1}{2}"),
+        (r"\boxed{1} and \boxed{\frac{1}{2}}", "boxed", "math", r"1, \frac{1}{2}"),
         (r"\boxed 7", "boxed", "math", "7"),
         (r"\boxed{\left\{1, 2\right\}}", "boxed", "math", r"\left\{1, 2\right\}"),
         (r"\boxed{1", "boxed", "math", ""),

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from r2vpo_jax import verifiers
+from r2vpo_jax.config.task import ANSWERS
 from r2vpo_jax.verifiers import Check, VerifierPool, answers, canonical, extract, format_score, pool
 from r2vpo_jax.verifiers.outcome import Outcome
 
@@ -52,12 +53,12 @@ RIGHT, WRONG, ERROR = Outcome.RIGHT, Outcome.WRONG, Outcome.ERROR
         ("last_number", "2 + 3 = 5", "5"),
         ("last_number", "it is -5.", "-5"),
         ("last_number", "it is −5.", "−5"),
-        ("last_number", "8-3", "3"),
+        ("last_number", "8-3", "8-3"),
         ("last_number", "1,234.5 of them", "1,234.5"),
         ("last_number", "a 3/4 share", "3/4"),
         ("last_number", "about .5", ".5"),
         ("last_number", "some 25%", "25%"),
-        ("last_number", "x2", "2"),
+        ("last_number", "x2", None),
         ("last_number", "none", None),
         ("final", r"#### 1 <answer>2</answer> \boxed{3} 4", "3"),
         ("final", r"#### 1 <answer>2</answer> 4", "2"),
@@ -72,7 +73,7 @@ RIGHT, WRONG, ERROR = Outcome.RIGHT, Outcome.WRONG, Outcome.ERROR
         ("final", "The answer is 1 or 2", "1 or 2"),
         ("final", "The answer is $1$ or $2$", "$1$ or $2$"),
         ("final", "The answer is \\(x=3\\)", "x=3"),
-        ("final", "1, 2, 3", "3"),
+        ("final", "1, 2, 3", "1, 2, 3"),
         ("final", "no idea", None),
         ("final", "</think>", None),
     ],
@@ -338,6 +339,18 @@ def test_tolerance_is_the_pools():
     with VerifierPool(num_workers=1, tolerance=0.01) as rough:
         judgements = rough.check([Check("numeric", "1/3", r"\boxed{0.333}"), Check("numeric", "1/3", r"\boxed{0.32}")])
     assert [j.outcome for j in judgements] == [RIGHT, WRONG]
+
+
+def test_where_the_answer_must_be():
+    assert ANSWERS == verifiers.RESPONSE_STYLES
+    checks = [Check("exact", "5", response) for response in (r"\boxed{5}", "The answer is 5.", "#### 5", "it is 5")]
+    checks.append(Check("reasoning_gym", "{}", "the answer is 5"))
+    for style, right in (("boxed", 1), ("hash", 1), ("last_number", 4)):
+        with VerifierPool(num_workers=1, answer=style) as strict:
+            assert sum(j.outcome == RIGHT for j in strict.check(checks[:4])) == right, style
+            assert style == "last_number" or strict.check(checks[4:])[0].outcome == WRONG
+    with pytest.raises(ValueError, match="answer='tag' is unknown; one of final, boxed"):
+        VerifierPool(answer="tag")
 
 
 def test_equal_items_are_judged_once(two, monkeypatch):
