@@ -4,7 +4,16 @@ import collections
 import dataclasses
 
 from r2vpo_jax.config import grid, presets
-from r2vpo_jax.config.fields import Options, build, option, require, require_choice, require_range, section
+from r2vpo_jax.config.fields import (
+    Options,
+    build,
+    option,
+    require,
+    require_choice,
+    require_integers,
+    require_range,
+    section,
+)
 from r2vpo_jax.config.objective import ObjectiveConfig
 from r2vpo_jax.config.task import TaskConfig
 
@@ -87,6 +96,7 @@ class SamplerConfig:
             f"sampler.group_size={self.group_size}",
         )
         object.__setattr__(self, "prompt_buckets", tuple(self.prompt_buckets))
+        require_integers("sampler", self, "prompt_buckets", ">= 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -313,6 +323,7 @@ class SweepConfig:
         object.__setattr__(self, "seeds", tuple(self.seeds))
         require(self.cells, "sweep.cells must have at least one cell; ({},) is the base alone")
         require(self.seeds, "sweep.seeds must name at least one seed")
+        require_integers("sweep", self, "seeds", ">= 0")
         require(len(set(self.seeds)) == len(self.seeds), f"sweep.seeds has a value twice: {self.seeds}")
         counts = collections.Counter(grid.to_text([cell]) for cell in self.cells)
         for text, count in counts.items():

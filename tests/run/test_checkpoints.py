@@ -175,6 +175,10 @@ def test_a_step_that_exists_is_left_alone(saved):
     ("max_to_keep", "scores", "kept"),
     [
         (1, [0, 0, 0, 0, 0], [5]),  # the newer of equal ones is the best
+        (2, [None, 0.2, None, 0.1, None], [2, 4, 5]),  # what was not scored is not the best
+        (1, [None, None, None], [3]),
+        (1, [0.4, float("nan"), 0.3, None], [1, 4]),  # NaN is no score: Orbax would take it for the best
+        (1, [float("nan"), None, 0.0, float("inf"), None], [3, 5]),
         (2, [0, 0, 0, 0, 0], [4, 5]),
         (9, [0, 0, 0, 0, 0], [1, 2, 3, 4, 5]),
         (2, [0.1, 0.5, 0.3, 0.2, 0.1], [2, 4, 5]),
@@ -188,6 +192,8 @@ def test_the_last_ones_and_the_best_are_kept(max_to_keep, scores, kept, open_at,
     for iteration, score in enumerate(scores, start=1):
         save(checkpointer, iteration, score)
     assert checkpointer.steps() == kept[::-1]
+    judged = [(score, step) for step, score in enumerate(scores, start=1) if score is not None and np.isfinite(score)]
+    assert checkpoints.best(folder) == max(judged, default=(None, None))[1]
     for iteration in kept:
         assert checkpointer.problem(iteration) is None
         assert_holds(checkpointer, iteration)
