@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from r2vpo_jax.errors import UsageError
 from r2vpo_jax.run import files
 
 # What is on disk: looked at only, so that a run which is going on is not disturbed --------------------------
@@ -78,6 +79,14 @@ def _checksums(directory, iteration: int) -> dict[str, str]:
     return {str(p.relative_to(folder)): files.sha256_of(p) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+def _arrays(tree) -> dict[str, str]:
+    """Name -> dtype and shape of each array."""
+    return {
+        jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
 # Writing ---------------------------------------------------------------------------------------------------
 
 
@@ -136,7 +145,7 @@ class Checkpointer:
             args=ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress)),
             force=True,
         )
-        details = {"score": score, "replay": progress.get("replay")}
+        details = {"score": score, "replay": progress.get("replay"), "arrays": _arrays(state)}
         self._thread = threading.Thread(target=self._commit, args=(iteration, details), name="checkpoint")
         self._thread.start()
 
@@ -222,7 +231,19 @@ class Checkpointer:
             self._prune()
 
     def restore(self, iteration: int, abstract_state, shardings) -> tuple:
-        """(state placed by `shardings`, progress) of that iteration."""
+        """(state placed by `shardings`, progress) of that iteration.
+
+        Raises:
+          UsageError: an array has another shape or dtype there: Orbax would cut it or cast it without a word.
+        """
+        here = _arrays(abstract_state)
+        there = _read_manifest(self._directory, iteration).get("arrays", here)  # older checkpoints do not say
+        for name in sorted(there.keys() | here.keys()):
+            if there.get(name) != here.get(name):
+                raise UsageError(
+                    f"checkpoint {iteration} was written by other code: {name} is {there.get(name, 'absent')} there and "
+                    f"{here.get(name, 'absent')} here"
+                )
         target = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract_state, shardings
         )

@@ -72,7 +72,10 @@ def run_sweep(
 def _forget_failures(plan: Plan, folder: Callable[[str], pathlib.Path], say) -> None:
     """Runs that have failed have not ended."""
     failed = [run.name for run in plan.runs if results.status(folder(run.name)) == "failed"]
-    say(f"{len(failed)} runs that failed are tried again" if failed else "no run has failed: there is nothing to try again")
+    if failed:
+        say(f"trying {len(failed)} failed run{'s' * (len(failed) > 1)} again:")
+    else:
+        say("no run has failed: nothing to try again")
     for name in failed:
         say(f"  {name}: {workers.forget_failure(folder(name))}")
 

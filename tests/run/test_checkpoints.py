@@ -159,6 +159,24 @@ def test_saving_goes_on_in_the_background(open_at, monkeypatch):
     assert open_at().latest() == 1
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"version": jnp.float32(0)}, r"\['version'\] is int32\[\] there and float32\[\] here"),
+        ({"params": {"w": jnp.zeros(WIDTH, jnp.int32)}}, r"\['w'\] is float32\[1000\] there and int32\[1000\] here"),
+        ({"params": {"w": jnp.zeros(9)}}, r"is float32\[1000\] there and float32\[9\] here"),
+        ({"params": {}}, r"\['w'\] is float32\[1000\] there and absent here"),
+    ],
+)
+def test_what_would_be_cut_or_cast_is_refused(changed, message, saved):
+    """Orbax alone makes 0.5 of a float32 array 0 of an int32 one, and says nothing."""
+    checkpointer, _ = saved
+    state = state_of(3) | changed
+    where = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), state)
+    with pytest.raises(ValueError, match=f"checkpoint 3 was written by other code: .*{message}"):
+        checkpointer.restore(3, state, where)
+
+
 def test_a_step_that_exists_is_left_alone(saved):
     checkpointer, folder = saved
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}

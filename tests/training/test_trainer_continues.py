@@ -12,6 +12,7 @@ import pytest
 from r2vpo_jax.errors import UsageError
 from r2vpo_jax.evaluation import model_source
 from r2vpo_jax.evaluation.validation import Evaluation
+from r2vpo_jax.models.base import open_base_model
 from r2vpo_jax.run import checkpoints, instruments
 from r2vpo_jax.training.trainer import train
 from tests.helpers.paths import ROOT
@@ -117,6 +118,17 @@ def test_a_finished_run_gets_more_iterations(finished_run, tiny_config, tiny_mod
         train(longer, tmp_path / "bare")
     assert (tmp_path / "bare" / "report" / "summary.json").exists()
     assert len(rows(tmp_path / "bare")) == len(rows(finished_run[0]))
+
+
+@pytest.mark.slow
+def test_a_run_with_bfloat16_weights_ends_the_same_after_a_stop(tiny_config, tmp_path, mesh):
+    """The optimizer's moments are restored in the dtype that they are computed in."""
+    config = tiny_config(model={"param_dtype": "bfloat16"})
+    model = open_base_model(config.model).model
+    train(config, tmp_path / "whole")
+    stop(config, tmp_path / "parts", 2)
+    train(config, tmp_path / "parts")
+    assert_same_run(tmp_path / "parts", tmp_path / "whole", config, (model, None), mesh)
 
 
 @pytest.mark.slow
