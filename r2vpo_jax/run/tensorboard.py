@@ -25,7 +25,9 @@ class TensorBoard:
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         earlier = sorted(pathlib.Path(directory).glob(_EVENT_FILES))
-        times = {event.step: event.wall_time for file in earlier for event in _events(file) if event.HasField("summary")}
+        times = {
+            event.step: event.wall_time for file in earlier for event in _events(file) if event.HasField("summary")
+        }
         for file in earlier:
             file.unlink()
         self._writer = FileWriter(str(directory))

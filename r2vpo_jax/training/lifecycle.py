@@ -141,7 +141,11 @@ class Lifecycle:
         self._checkpointer.discard_after(counters.iteration if self.resumed else None)
         self._compare("code_changed", counters, counters.code, code, instruments.CODE_CHANGED.format("run"))
         self._compare(
-            "machine_changed", counters, counters.machine, machine, instruments.machine_changed(counters.machine, machine)
+            "machine_changed",
+            counters,
+            counters.machine,
+            machine,
+            instruments.machine_changed(counters.machine, machine),
         )
         return state, dataclasses.replace(counters, code=code, machine=machine)
 

@@ -62,7 +62,9 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
     said = []
     with directory.lock(tmp_path, say=said.append):
         pass
-    assert said == [f"note: {tmp_path} cannot be locked (Operation not supported): see to it that nobody else works in it"]
+    assert said == [
+        f"note: {tmp_path} cannot be locked (Operation not supported): see to it that nobody else works in it"
+    ]
     directory.refuse_if_in_use(tmp_path)
 
 

@@ -41,6 +41,7 @@ def test_the_numbers_are_there_those_that_are_finite(tmp_path):
 
 def test_a_run_that_goes_on_leaves_no_point_twice(tmp_path):
     """Killed after 4, with a checkpoint at 2: the board goes back to 2 as metrics.jsonl does, and keeps its times."""
+
     def opened(positions):
         return RunFiles(tmp_path, positions, write=True, tensorboard=True)
 

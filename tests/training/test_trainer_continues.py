@@ -19,7 +19,6 @@ from tests.helpers.paths import ROOT
 from tests.helpers.runs import assert_same_run, rows, snapshot, stop, train_rows
 
 
-
 def score_of(folder, iteration):
     return json.loads(checkpoints.manifest(folder, iteration).read_text())["score"]
 

@@ -114,7 +114,9 @@ def spoil(rollout, row):
 def test_a_minibatch_that_was_skipped_moves_no_multiplier(run):
     """Not even where its own V is finite: only its gradient was not."""
     one = jnp.ones(2)
-    settings = dataclasses.replace(run.settings, objective=make_objective("r2vpo_before", kl={"coef": 0.1, "target": 0.01}))
+    settings = dataclasses.replace(
+        run.settings, objective=make_objective("r2vpo_before", kl={"coef": 0.1, "target": 0.01})
+    )
     for nonfinite, moves in (([0, 0], True), ([1, 0], True), ([0, 1], False)):
         sums = {"ratio_variance": (0.5 * one, one), "kl": (one, one), "nonfinite": (jnp.float32(nonfinite), one)}
         stats = TrainStats(sums, {}, jnp.zeros((2, 1)), {})
