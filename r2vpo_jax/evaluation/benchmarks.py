@@ -12,6 +12,7 @@ the evaluation was interrupted, so all its files end the same, byte for byte.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -214,9 +215,11 @@ def run(config: EvaluationConfig, output, *, say=console.say) -> dict:
                 benchmarks.append(open_benchmark(spec, config, base))
                 stack.callback(benchmarks[-1].task.close)
             evaluated = _evaluated(config, source, benchmarks)
+            claim = functools.partial(claim_file, output, "config.json", evaluated, flag="--output")
+            path = claim(write=False)  # 2
             if chief:
                 stack.enter_context(lock(output, say=say, flag="--output"))
-            path = claim_file(output, "config.json", evaluated, write=chief, flag="--output")  # 2
+                claim()
             problems = [(b.spec, i) for b in benchmarks for i in range(b.num_problems)]
             rows = _read_outcomes(path / _OUTCOMES, problems) if chief else []
         if source.run and (differs := settings.differences(config, source.run)):

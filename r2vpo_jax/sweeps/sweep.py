@@ -62,6 +62,7 @@ def run_sweep(
     def folder(name: str) -> pathlib.Path:
         return workdir / "runs" / name
 
+    _claim(workdir, base, sweep, plan, mode, write=False)
     with directory.lock(workdir, say=say):
         _claim(workdir, base, sweep, plan, mode)
         if retry_failed:
@@ -140,7 +141,7 @@ def _refusal(plan: Plan) -> str | None:
     return next((f"{name}: {reason}" for name, reason in refusals if reason), None)
 
 
-def _claim(workdir: pathlib.Path, base: dict, sweep: SweepConfig, plan: Plan, mode: str) -> None:
+def _claim(workdir: pathlib.Path, base: dict, sweep: SweepConfig, plan: Plan, mode: str, *, write=True) -> None:
     cells = {cell.name: dict(given) for cell, given in zip(plan.cells, sweep.cells, strict=True)}
     identity = {"base": base, "sweep": dataclasses.asdict(sweep) | {"cells": cells}, "mode": mode}
-    directory.claim_file(workdir, "sweep.json", identity)
+    directory.claim_file(workdir, "sweep.json", identity, write=write)
