@@ -16,7 +16,7 @@ from r2vpo_jax.errors import UsageError
 from r2vpo_jax.run import files
 
 _CONFIG = "config.json"
-_LOCK = "lock"  # stays there; what counts is who holds it
+_LOCK = "lock"  # a file; what counts is who holds it, not that it is there
 
 
 def local(path, flag="--workdir") -> pathlib.Path:
@@ -42,7 +42,8 @@ def local(path, flag="--workdir") -> pathlib.Path:
 def lock(workdir, *, say: Callable[[str], None], flag="--workdir"):
     """Inside, no other process (and nobody else in this one) works in the directory; it is made if needed.
 
-    The lock is the operating system's and is gone with the process that holds it, however that ends.
+    The lock is the operating system's and is gone with the process that holds it, however that ends. Its file is there
+    meanwhile, and after a crash, when it locks nothing.
 
     Raises:
       UsageError: somebody else works there, or it cannot be written to.
@@ -50,19 +51,36 @@ def lock(workdir, *, say: Callable[[str], None], flag="--workdir"):
     path = local(workdir, flag)
     with files.disk_errors(f"{flag}={path}"):
         path.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor, locked = _open_locked(path, flag, say)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(_in_use(path, descriptor, flag)) from error
-        except OSError as error:  # not all network file systems have locks
-            say(f"note: {path} cannot be locked ({error.strerror}): see to it that nobody else works in it")
         with files.disk_errors(f"{flag}={path}"):
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         yield
     finally:
+        if locked:
+            (path / _LOCK).unlink(missing_ok=True)  # while it is held: nobody can have taken it
+        os.close(descriptor)
+
+
+def _open_locked(path: pathlib.Path, flag: str, say) -> tuple[int, bool]:
+    """(file descriptor of the lock's file, whether it is locked); it is not where the file system has no locks."""
+    while True:
+        with files.disk_errors(f"{flag}={path}"):
+            descriptor = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            message = _in_use(path, descriptor, flag)
+            os.close(descriptor)
+            raise UsageError(message) from error
+        except OSError as error:  # not all network file systems have locks
+            say(f"note: {path} cannot be locked ({error.strerror}): see to it that nobody else works in it")
+            return descriptor, False
+        # Whoever held it may have taken the file away since it was opened: then this one locks nothing.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path / _LOCK)):
+                return descriptor, True
         os.close(descriptor)
 
 

@@ -38,6 +38,7 @@ def test_two_cannot_work_in_one_directory_and_the_dead_hold_nothing(tmp_path):
     assert not path.exists(), "asking writes nothing"
     with directory.lock(path, say=silent):
         assert_in_use(path, os.getpid())
+    assert list(path.iterdir()) == [], "nothing is left of it"
     directory.refuse_if_in_use(path)
     with pytest.raises(KeyError), directory.lock(path, say=silent):
         raise KeyError
@@ -52,6 +53,26 @@ def test_two_cannot_work_in_one_directory_and_the_dead_hold_nothing(tmp_path):
         process.communicate()
     with directory.lock(path, say=silent):
         assert_in_use(path, os.getpid())
+
+
+def test_a_lock_that_was_given_back_in_between_is_taken_anew(tmp_path, monkeypatch):
+    """Opened while another held it, locked after that one has taken the file away: the next one makes a new file."""
+    flock, first = directory.fcntl.flock, []
+
+    def late(descriptor, how):
+        if not first:
+            first.append(descriptor)
+            (tmp_path / "lock").unlink()
+        flock(descriptor, how)
+
+    monkeypatch.setattr(directory.fcntl, "flock", late)
+    with (
+        directory.lock(tmp_path, say=silent),
+        pytest.raises(UsageError, match="in use"),
+        directory.lock(tmp_path, say=silent),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
