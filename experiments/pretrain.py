@@ -16,6 +16,7 @@ from absl import flags
 
 from experiments.base_models import pretraining, word_problems
 from r2vpo_jax import cli
+from r2vpo_jax.run import directory
 
 _TASK = flags.DEFINE_enum("task", "arithmetic", list(pretraining.CONFIGS), "What the model is to learn.")
 _OUTPUT = flags.DEFINE_string("output", None, "Directory for the model, in Hugging Face format.")
@@ -33,6 +34,9 @@ _SEED = flags.DEFINE_integer("seed", 0, "Seed of the initial weights and the dem
 
 
 def main():
+    for flag in (_OUTPUT, _DATA_OUTPUT):
+        if flag.value:
+            directory.local(flag.value, f"--{flag.name}")
     if _DATA_OUTPUT.value:
         if _TASK.value != "word_problems":
             raise cli.UsageError("--data_output is for --task=word_problems: the others have no data set")

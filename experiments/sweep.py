@@ -7,7 +7,7 @@ allows it; otherwise each is a run of the ordinary trainer (mode processes). Bot
 continues a sweep that was stopped: fused after the last chunk of at most ten iterations, processes where each run was.
 
 A run whose updates became non-finite has collapsed. It is a result, is counted apart from runs that failed otherwise, and
-does not touch the others.
+does not touch the others. With --retry_failed the same command tries those again that failed otherwise.
 
 The grid is in the config file (docs/extending.md, "A grid of your own"); flags set its seeds,
 --config.sweep.seeds="(0, 1)", and what all runs share, --config.base.trainer.num_iterations=20.
@@ -38,6 +38,10 @@ _RUNS_AT_ONCE = flags.DEFINE_integer(
     "runs_at_once", None, "Mode fused: runs in one program (default: as many as the device's memory holds)."
 )
 
+_RETRY_FAILED = flags.DEFINE_bool(
+    "retry_failed", False, "Try the runs again that have failed (not those that collapsed), each from where it was."
+)
+
 
 def main():
     base, sweep = cli.resolve_sweep(_CONFIG)
@@ -51,6 +55,7 @@ def main():
         processes=_PROCESSES.value,
         runs_at_once=_RUNS_AT_ONCE.value,
         all_cores=True,
+        retry_failed=_RETRY_FAILED.value,
     )
     print(table)
 

@@ -69,6 +69,8 @@ BAD_VALUES = {
     "--profile_steps=5": ["--profile_steps=5", "first:last"],
     "stray": ["unexpected argument 'stray'"],
     "--config.model.path=/nowhere/at/all": ["/nowhere/at/all"],
+    "--config.sampler.prompt_buckets=16,x": ["sampler.prompt_buckets must be whole numbers >= 1; '16,x' is not"],
+    "--workdir=gs://bucket/run": ["--workdir=gs://bucket/run is an address"],
 }
 
 
@@ -88,6 +90,7 @@ def test_bad_values_are_one_line(flag, answers):
     answer, workdir = answers[flag]
     assert_refused(answer.result(), *BAD_VALUES[flag])
     assert not workdir.exists()
+    assert not (ROOT / "gs:").exists()
 
 
 def test_what_is_missing_is_named(config_file, tmp_path):
@@ -188,6 +191,8 @@ BAD_SWEEPS = {
     ],
     "--config.sweep.nonsense=1": ["unknown config field sweep.nonsense"],
     "--config.sweep.seeds=(1, 1)": ["sweep.seeds has a value twice"],
+    "--config.sweep.seeds=0.5,1": ["sweep.seeds must be whole numbers >= 0; 0.5 is not"],
+    "--config.sweep.seeds=True,-1": ["sweep.seeds must be whole numbers >= 0; True is not"],
     "--config.sweep.cells=nothing": ["a grid's text must be JSON"],
     '--config.sweep.cells=[{"objective.dual.cof": 1}]': ["cof=1: unknown config field objective.dual.cof", "coef"],
     "--config.base.objective.kl_coef=0.1": ["config field base.objective.kl_coef is now base.objective.kl.coef"],

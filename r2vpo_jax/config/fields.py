@@ -66,6 +66,16 @@ def require_choice(prefix: str, node, choices: dict[str, tuple]) -> None:
         require(value in known, f"{prefix}.{name}={value!r} is unknown; one of {', '.join(map(str, known))}")
 
 
+def require_integers(prefix: str, node, names: str, range_: str) -> None:
+    """Raise ValueError unless all members of each tuple field (names with spaces between) are integers in a range."""
+    for name in names.split():
+        for value in getattr(node, name):
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            require(
+                whole and _RANGES[range_](value), f"{prefix}.{name} must be whole numbers {range_}; {value!r} is not"
+            )
+
+
 # text in a message -> test of a number
 _RANGES = {
     ">= 0": lambda v: v >= 0,

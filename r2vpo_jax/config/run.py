@@ -4,7 +4,16 @@ import collections
 import dataclasses
 
 from r2vpo_jax.config import grid, presets
-from r2vpo_jax.config.fields import Options, build, option, require, require_choice, require_range, section
+from r2vpo_jax.config.fields import (
+    Options,
+    build,
+    option,
+    require,
+    require_choice,
+    require_integers,
+    require_range,
+    section,
+)
 from r2vpo_jax.config.objective import ObjectiveConfig
 from r2vpo_jax.config.task import TaskConfig
 
@@ -35,15 +44,17 @@ class TrainerConfig:
     eval_samples: int = option(4, "samples per validation problem")
     test_problems: int = option(512, "test problems, for the base score and the final score")
     test_samples: int = option(16, "samples per test problem: pass@1 from the first 8, pass@k from all")
-    checkpoint_every: int = option(20, "iterations between checkpoints")
-    max_checkpoints: int = option(2, "checkpoints kept")
+    checkpoint_every: int = option(
+        20, "iterations between checkpoints; a validation that is the best so far saves one too"
+    )
+    max_checkpoints: int = option(2, "checkpoints kept, besides the one with the best validation score of its own")
     samples_per_iteration: int = option(2, "responses written to samples.jsonl per iteration")
     max_nonfinite_updates: int = option(0, "updates in a row with NaN or inf that are skipped before the run stops")
     max_noise_floor: float = option(
         1e-6, "start-up limit on E[(r-1)^2] with unchanged weights (bfloat16: budget / 4)", derived=True
     )
     allow_single_update: bool = option(False, "allow one update per rollout, where r = 1 and all objectives agree")
-    tensorboard: bool = option(False, "also write TensorBoard events")
+    tensorboard: bool = option(False, "also write metrics and scores as TensorBoard events")
 
     def __post_init__(self):
         for item in dataclasses.fields(self):
@@ -104,6 +115,7 @@ class SamplerConfig(StopConfig):
             f"sampler.group_size={self.group_size}",
         )
         object.__setattr__(self, "prompt_buckets", tuple(self.prompt_buckets))
+        require_integers("sampler", self, "prompt_buckets", ">= 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -334,6 +346,7 @@ class SweepConfig:
         object.__setattr__(self, "seeds", tuple(self.seeds))
         require(self.cells, "sweep.cells must have at least one cell; ({},) is the base alone")
         require(self.seeds, "sweep.seeds must name at least one seed")
+        require_integers("sweep", self, "seeds", ">= 0")
         require(len(set(self.seeds)) == len(self.seeds), f"sweep.seeds has a value twice: {self.seeds}")
         counts = collections.Counter(grid.to_text([cell]) for cell in self.cells)
         for text, count in counts.items():

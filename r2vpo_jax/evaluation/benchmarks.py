@@ -12,6 +12,7 @@ the evaluation was interrupted, so all its files end the same, byte for byte.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -29,7 +30,7 @@ from r2vpo_jax.evaluation.draws import Outcomes, draw
 from r2vpo_jax.models.base import BaseModel, open_base_model
 from r2vpo_jax.models.identity import digest
 from r2vpo_jax.run import console, files, instruments
-from r2vpo_jax.run.directory import claim_file
+from r2vpo_jax.run.directory import claim_file, local, lock
 from r2vpo_jax.run.interrupts import any_process, graceful_stop
 from r2vpo_jax.sampler import Sampling
 from r2vpo_jax.tasks.base import Outcome, Problems, Task, stop_of
@@ -203,10 +204,11 @@ def run(config: EvaluationConfig, output, *, say=console.say) -> dict:
 
     Raises:
       Stopped: the evaluation was stopped before its end; what was drawn is kept.
-      UsageError: bad input, before weights are read and before anything is overwritten.
+      UsageError: bad input, or a directory that is in use, before weights are read and before anything is overwritten.
     """
     chief = jax.process_index() == 0
     say = say if chief else lambda _: None
+    local(output, "--output")
     with contextlib.ExitStack() as stack:
         with usage_errors():
             mesh = sharding.make_mesh((config.mesh.data, config.mesh.fsdp, config.mesh.tensor))
@@ -217,7 +219,11 @@ def run(config: EvaluationConfig, output, *, say=console.say) -> dict:
                 benchmarks.append(open_benchmark(spec, config, base))
                 stack.callback(benchmarks[-1].task.close)
             evaluated = _evaluated(config, source, base, benchmarks)
-            path = claim_file(output, "config.json", evaluated, write=chief, flag="--output")  # 2
+            claim = functools.partial(claim_file, output, "config.json", evaluated, flag="--output")
+            path = claim(write=False)  # 2
+            if chief:
+                stack.enter_context(lock(output, say=say, flag="--output"))
+                claim()
             problems = [(b.spec, i) for b in benchmarks for i in range(b.num_problems)]
             rows = _read_outcomes(path / _OUTCOMES, problems) if chief else []
         if source.run and (differs := settings.differences(config, source.run)):

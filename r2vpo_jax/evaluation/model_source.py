@@ -100,6 +100,10 @@ def _refuse_checkpoint(checkpoint, what) -> None:
 def _choose(folder: pathlib.Path, wanted: str, directory) -> int:
     if wanted in ("latest", "best"):
         found = checkpoints.latest(folder) if wanted == "latest" else checkpoints.best(folder)
+        if found is None and checkpoints.latest(folder) is not None:
+            raise ValueError(
+                f"no checkpoint of {directory} has a validation score of its own yet; use --checkpoint=latest"
+            )
         if found is None:
             raise ValueError(f"{directory} is a run without an intact checkpoint")
         return found

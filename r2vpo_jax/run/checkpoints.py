@@ -8,6 +8,7 @@ nor a file that is cut. A step without a manifest, or one that fails it, is torn
 
 import copy
 import json
+import math
 import pathlib
 import threading
 
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from r2vpo_jax.errors import UsageError
 from r2vpo_jax.run import files
 
 # What is on disk: looked at only, so that a run which is going on is not disturbed --------------------------
@@ -46,9 +48,15 @@ def latest(directory) -> int | None:
 
 
 def best(directory) -> int | None:
-    """The iteration with the best validation score among the intact checkpoints, the last of several; or None."""
+    """The iteration with the best score among the intact checkpoints that have one, the last of several; or None."""
     intact = [step for step in steps(directory) if problem(directory, step) is None]
-    return max(intact, key=lambda step: (_read_manifest(directory, step)["score"], step), default=None)
+    return _best({step: _read_manifest(directory, step)["score"] for step in intact})
+
+
+def _best(scores: dict[int, float | None]) -> int | None:
+    """Of iteration -> score; what has no score of its own is not the best."""
+    judged = [(score, step) for step, score in scores.items() if score is not None]
+    return max(judged, default=(None, None))[1]
 
 
 def manifest(directory, iteration: int) -> pathlib.Path:
@@ -61,7 +69,7 @@ def _read_manifest(directory, iteration: int) -> dict:
     found = json.loads(manifest(directory, iteration).read_bytes())
     if not (isinstance(found, dict) and {"files", "score", "replay"} <= found.keys()):
         raise ValueError("a field is missing")
-    if not (isinstance(found["files"], dict) and isinstance(found["score"], (int, float))):
+    if not (isinstance(found["files"], dict) and isinstance(found["score"], (int, float, type(None)))):
         raise ValueError("a field has the wrong type")
     return found
 
@@ -71,11 +79,19 @@ def _checksums(directory, iteration: int) -> dict[str, str]:
     return {str(p.relative_to(folder)): files.sha256_of(p) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+def _arrays(tree) -> dict[str, str]:
+    """Name -> dtype and shape of each array."""
+    return {
+        jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
 # Writing ---------------------------------------------------------------------------------------------------
 
 
 class Checkpointer:
-    """Checkpoints of one run directory: the last few, and the best by score."""
+    """Checkpoints of one run directory: the last few, and the one with the best score of its own."""
 
     def __init__(self, directory, *, max_to_keep: int, write=True):
         """Open, or make, the directory.
@@ -102,14 +118,14 @@ class Checkpointer:
             if self.problem(step) is None:
                 self._scores[step] = _read_manifest(self._directory, step)["score"]
 
-    def save(self, iteration: int, state, progress: dict, *, score: float = 0.0) -> None:
+    def save(self, iteration: int, state, progress: dict, *, score: float | None = None) -> None:
         """Start writing a checkpoint; returns as soon as the arrays may be overwritten.
 
         Args:
           iteration: iterations done; a step that exists is left alone.
           state: a LearnerState of device arrays.
           progress: JSON-compatible positions and counters.
-          score: of the policy on the validation split, to keep the best.
+          score: of this very policy on the validation split, to keep the best; None: it was not scored.
 
         Raises:
           OSError: this or the last checkpoint could not be written; what was on disk before is intact.
@@ -120,6 +136,8 @@ class Checkpointer:
         if jax.default_backend() == "cpu":
             # There Orbax may write from the very buffers that the next update is given to overwrite.
             state = jax.tree.map(jnp.copy, state)
+        if score is not None and not math.isfinite(score):
+            score = None  # nothing could be judged
         self._scores[iteration] = score
         progress = copy.deepcopy(progress)  # it is written while the run goes on counting
         self._manager.save(
@@ -127,7 +145,7 @@ class Checkpointer:
             args=ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress)),
             force=True,
         )
-        details = {"score": score, "replay": progress.get("replay")}
+        details = {"score": score, "replay": progress.get("replay"), "arrays": _arrays(state)}
         self._thread = threading.Thread(target=self._commit, args=(iteration, details), name="checkpoint")
         self._thread.start()
 
@@ -165,7 +183,7 @@ class Checkpointer:
 
     def _prune(self) -> None:
         steps = sorted(self._manager.all_steps())
-        best = max(steps, key=lambda s: (self._scores.get(s, float("-inf")), s))
+        best = _best({step: self._scores.get(step) for step in steps})
         for step in steps[: -self._max_to_keep]:
             if step != best:
                 self._delete(step)
@@ -213,7 +231,19 @@ class Checkpointer:
             self._prune()
 
     def restore(self, iteration: int, abstract_state, shardings) -> tuple:
-        """(state placed by `shardings`, progress) of that iteration."""
+        """(state placed by `shardings`, progress) of that iteration.
+
+        Raises:
+          UsageError: an array has another shape or dtype there: Orbax would cut it or cast it without a word.
+        """
+        here = _arrays(abstract_state)
+        there = _read_manifest(self._directory, iteration).get("arrays", here)  # older checkpoints do not say
+        for name in sorted(there.keys() | here.keys()):
+            if there.get(name) != here.get(name):
+                raise UsageError(
+                    f"checkpoint {iteration} was written by other code: {name} is {there.get(name, 'absent')} there and "
+                    f"{here.get(name, 'absent')} here"
+                )
         target = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract_state, shardings
         )

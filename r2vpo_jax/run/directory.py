@@ -1,15 +1,119 @@
-"""The directory of one run: whose it is, and what is in it."""
+"""The directory of one run: whose it is, who works in it now, and what may change in between."""
 
+import contextlib
+import fcntl
 import json
+import os
 import pathlib
+import re
+import socket
+from collections.abc import Callable
 
 from r2vpo_jax import config as config_lib
-from r2vpo_jax.config import Config
+from r2vpo_jax.config import Config, continuing
+from r2vpo_jax.config.continuing import Changes
 from r2vpo_jax.errors import UsageError
 from r2vpo_jax.run import files
 
+_CONFIG = "config.json"
+_LOCK = "lock"  # a file; what counts is who holds it, not that it is there
 
-def claim(workdir, config: Config, *, write=True) -> pathlib.Path:
+
+def local(path, flag="--workdir") -> pathlib.Path:
+    """The path, if it is one of this file system.
+
+    Raises:
+      UsageError: it is an address (gs://bucket/run), or begins with a ~ that no shell has replaced.
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):  # pathlib makes one slash of two
+        raise UsageError(
+            f"{flag}={path} is an address, and only folders of this machine can be written to; mount the bucket as a "
+            f"folder, or choose a local {flag} and copy it afterwards"
+        )
+    if pathlib.Path(path).parts[:1] == ("~",):
+        raise UsageError(f"{flag}={path}: the shell does not replace ~ there; write the folder's full name, or $HOME")
+    return pathlib.Path(path)
+
+
+# Who works in it ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def lock(workdir, *, say: Callable[[str], None], flag="--workdir"):
+    """Inside, no other process (and nobody else in this one) works in the directory; it is made if needed.
+
+    The lock is the operating system's and is gone with the process that holds it, however that ends. Its file is there
+    meanwhile, and after a crash, when it locks nothing.
+
+    Raises:
+      UsageError: somebody else works there, or it cannot be written to.
+    """
+    path = local(workdir, flag)
+    with files.disk_errors(f"{flag}={path}"):
+        path.mkdir(parents=True, exist_ok=True)
+    descriptor, locked = _open_locked(path, flag, say)
+    try:
+        with files.disk_errors(f"{flag}={path}"):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        yield
+    finally:
+        if locked:
+            (path / _LOCK).unlink(missing_ok=True)  # while it is held: nobody can have taken it
+        os.close(descriptor)
+
+
+def _open_locked(path: pathlib.Path, flag: str, say) -> tuple[int, bool]:
+    """(file descriptor of the lock's file, whether it is locked); it is not where the file system has no locks."""
+    while True:
+        with files.disk_errors(f"{flag}={path}"):
+            descriptor = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            message = _in_use(path, descriptor, flag)
+            os.close(descriptor)
+            raise UsageError(message) from error
+        except OSError as error:  # not all network file systems have locks
+            say(f"note: {path} cannot be locked ({error.strerror}): see to it that nobody else works in it")
+            return descriptor, False
+        # Whoever held it may have taken the file away since it was opened: then this one locks nothing.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path / _LOCK)):
+                return descriptor, True
+        os.close(descriptor)
+
+
+def refuse_if_in_use(workdir, flag="--workdir") -> None:
+    """What `lock` would refuse, found early and without writing anything.
+
+    Raises:
+      UsageError: somebody else works in the directory.
+    """
+    path = local(workdir, flag)
+    try:
+        descriptor = os.open(path / _LOCK, os.O_RDWR)
+    except OSError:
+        return  # nobody has worked there yet; whether it can be written to is found when it is
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UsageError(_in_use(path, descriptor, flag)) from error
+    except OSError:
+        return  # no locks here: `lock` says so
+    finally:
+        os.close(descriptor)
+
+
+def _in_use(path: pathlib.Path, descriptor: int, flag: str) -> str:
+    who = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
+    return f"{path} is in use by {who}; wait until that has ended, stop it, or choose another {flag}"
+
+
+# Whose it is -------------------------------------------------------------------------------------------------
+
+
+def claim(workdir, config: Config, *, write=True) -> Changes:
     """Make the directory this run's own, or find that it already is.
 
     Args:
@@ -17,35 +121,69 @@ def claim(workdir, config: Config, *, write=True) -> pathlib.Path:
       config: the run's; written to config.json of a new directory.
       write: False on processes that only read.
 
+    Returns:
+      What the run may go on with although it was started with something else; `record` keeps it.
+
     Raises:
       UsageError: the directory belongs to a run with another configuration, or cannot be written.
     """
-    return claim_file(workdir, "config.json", config_lib.to_dict(config), write=write)
+    changes = Changes()
+
+    def differences(there: dict, here: dict):
+        nonlocal changes
+        changes = continuing.compare(there, here)
+        return changes.refused
+
+    claim_file(workdir, _CONFIG, config_lib.to_dict(config), write=write, differences=differences)
+    return changes
 
 
-def claim_file(workdir, name: str, identity: dict, *, write=True, flag="--workdir") -> pathlib.Path:
-    """`claim` for any JSON identity kept in `workdir/name`; `flag` is the one that names the directory."""
-    path = pathlib.Path(workdir)
-    mine = json.loads(json.dumps(identity))
-    file = path / name
+def record(workdir, config: Config) -> None:
+    """Write the configuration that the run goes on with to config.json."""
+    _write(local(workdir) / _CONFIG, config_lib.to_dict(config))
+
+
+def _all_differences(there: dict, here: dict):
+    changes = continuing.compare(there, here)
+    return sorted((*changes.refused, *changes.accepted))
+
+
+def claim_file(
+    workdir, name: str, identity: dict, *, write=True, flag="--workdir", differences=_all_differences
+) -> pathlib.Path:
+    """`claim` for any JSON identity kept in `workdir/name`.
+
+    Args:
+      workdir: created if needed.
+      name: of the file.
+      identity: what is compared, or written to a new directory.
+      write: False on processes that only read.
+      flag: the one that names the directory.
+      differences: (identity there, identity here) -> the differences that are refused, as texts.
+
+    Returns:
+      The directory.
+
+    Raises:
+      UsageError: the identities differ, or the directory cannot be written.
+    """
+    path = local(workdir, flag)
+    file, mine = path / name, json.loads(json.dumps(identity))
     if file.exists():
         try:
-            theirs = dict(config_lib.leaves(json.loads(file.read_text())))
+            theirs = json.loads(file.read_text())
         except json.JSONDecodeError as error:
             raise UsageError(f"{file} is not valid JSON ({error}); choose another {flag}") from error
-        flat = dict(config_lib.leaves(mine))
-        differences = [
-            f"{field}: {theirs.get(field, 'absent')} there, {flat.get(field, 'absent')} here"
-            for field in sorted(theirs.keys() | flat.keys())
-            if theirs.get(field) != flat.get(field)
-        ]
-        if differences:
+        if refused := differences(theirs, mine):
             raise UsageError(
-                f"{path} holds a run with another configuration ({'; '.join(differences[:4])}"
-                f"{'; ...' if len(differences) > 4 else ''}); choose another {flag}"
+                f"{path} holds a run with another configuration ({'; '.join(refused[:4])}"
+                f"{'; ...' if len(refused) > 4 else ''}); choose another {flag}"
             )
-        return path
-    if write:
+    elif write:
         with files.disk_errors(f"{flag}={path}"):
-            files.write_atomically(file, json.dumps(mine, indent=2) + "\n")
+            _write(file, mine)
     return path
+
+
+def _write(file: pathlib.Path, values: dict) -> None:
+    files.write_atomically(file, json.dumps(values, indent=2) + "\n")

@@ -10,6 +10,7 @@ import pathlib
 import numpy as np
 
 from r2vpo_jax.errors import UsageError
+from r2vpo_jax.run.tensorboard import TensorBoard
 
 # Fields that measure the machine and not the run; everything else is reproducible bit for bit.
 TIME_PREFIXES = ("time/", "throughput/")
@@ -56,6 +57,10 @@ def disk_errors(path, intact: str | None = None):
 def _plain(value):
     if isinstance(value, (bool, str, int)) or value is None:
         return value
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
     number = float(np.asarray(value))
     # JSON has no NaN; a name is readable and cannot pass for a number.
     return number if math.isfinite(number) else repr(number)
@@ -130,24 +135,6 @@ def read_jsonl(path) -> list[dict]:
     return rows
 
 
-class TensorBoard:
-    """Scalars to TensorBoard event files by tensorboardX, which needs no TensorFlow."""
-
-    def __init__(self, directory):
-        from tensorboardX import SummaryWriter
-
-        self._writer = SummaryWriter(str(directory))
-
-    def write(self, step: int, row: dict) -> None:
-        for name, value in row.items():
-            # A NaN (nothing was cut, say) would be drawn as nothing, and complained of on the terminal each time.
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-                self._writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self._writer.close()
-
-
 class RunFiles:
     """The line files of a run directory: metrics, samples, events; and TensorBoard if asked for."""
 
@@ -172,13 +159,15 @@ class RunFiles:
             self._files = files | {"events": JsonlWriter(workdir / "events.jsonl")}
         else:
             self._files = {n: NullWriter() for n in (*self._NAMES, "events")}
-        self._tensorboard = TensorBoard(workdir / "tensorboard") if write and tensorboard else None
+        self._tensorboard = None
+        if write and tensorboard:
+            self._tensorboard = TensorBoard(workdir / "tensorboard", read_jsonl(workdir / "metrics.jsonl"))
 
     def metrics(self, row: dict) -> None:
         """One iteration or one evaluation."""
         self._files["metrics"].write(row)
-        if self._tensorboard and row["kind"] != "evaluation":
-            self._tensorboard.write(row["iteration"], row)
+        if self._tensorboard:
+            self._tensorboard.write(row)
 
     def sample(self, row: dict) -> None:
         """One response."""

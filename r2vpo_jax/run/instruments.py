@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 import pathlib
 import time
 
@@ -65,6 +66,32 @@ class Profiler:
 
 
 CODE_CHANGED = "warning: the code has changed since this {} was started; the rest of it runs the new code"
+
+
+def machine() -> dict[str, str | int]:
+    """What decides the last digits besides configuration and code: JAX, the devices, and on processors the cores.
+
+    XLA shares a sum out over the threads of its pool, one for each core that the process may use.
+    """
+    device = jax.devices()[0]
+    said = {"jax": jax.__version__, "device": device.device_kind, "devices": jax.device_count()}
+    if device.platform == "cpu":
+        said["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return said
+
+
+def machine_changed(before: dict | None, now: dict) -> str:
+    """A line for people about two different results of `machine`."""
+    before = before or {}
+    changes = [
+        f"{name} {before.get(name, 'unknown')} there, {now.get(name, 'none')} here"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
+    return (
+        f"warning: the run goes on with {'; '.join(changes)}: from here on the last digits may differ from those of a run "
+        "on one machine"
+    )
 
 
 def code_identity() -> str:

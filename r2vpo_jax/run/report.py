@@ -123,7 +123,8 @@ def table(summary: dict) -> str:
             for level, value in summary["final_by_level"].items()
         ),
         "",
-        f"validation pass@1           best {summary['best_pass_at_1']:.3f}, last {summary['final_validation_pass_at_1']:.3f}",
+        f"validation pass@1           best {_score(summary['best_pass_at_1'])}, last "
+        f"{summary['final_validation_pass_at_1']:.3f}",
         f"rollouts                    {summary['num_rollouts']} ({summary['num_rollout_tokens']} tokens sampled, "
         f"{summary['num_trained_tokens']} trained on)",
         f"time                        {summary['train_seconds']:.0f} s; in the last process: "
@@ -151,6 +152,10 @@ def table(summary: dict) -> str:
     return "\n".join(lines)
 
 
+def _score(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
 def _one_line(text: str) -> str:
     return text.replace("\n", "↵")
 
@@ -168,6 +173,11 @@ def _kept(summary: dict) -> list[str]:
 def is_finished(workdir) -> bool:
     """Whether a run ended here."""
     return (pathlib.Path(workdir) / "report" / "summary.json").exists()
+
+
+def withdraw(workdir) -> None:
+    """The run goes on: it has not finished until there is a summary again."""
+    (pathlib.Path(workdir) / "report" / "summary.json").unlink(missing_ok=True)
 
 
 def read_summary(workdir) -> dict:

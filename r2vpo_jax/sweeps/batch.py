@@ -36,7 +36,7 @@ class Progress:
     rollouts: int = 0
     rollout_tokens: int = 0
     trained_tokens: int = 0
-    best_validation: float = 0.0
+    best_validation: float | None = None  # of those after an iteration, as of the ordinary trainer
     last_validation: float = 0.0
     noise_floor: float | None = None  # V of the first minibatch of all, before anything was learned
     error: str | None = None  # why it has ended before its time
@@ -172,7 +172,8 @@ class Batch:
                 continue
             if evaluation.split == "validation":
                 progress.last_validation = scores["pass_at_1"]
-                progress.best_validation = max(progress.best_validation, scores["pass_at_1"])
+                if iteration > 0:
+                    progress.best_validation = max(progress.best_validation or 0.0, scores["pass_at_1"])
             counts = {"iteration": iteration, "rollouts": progress.rollouts}
             self._rows.write({"run": name, "kind": "evaluation", **counts, **evaluation.row(scores)})
 

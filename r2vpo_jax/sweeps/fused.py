@@ -73,8 +73,11 @@ def run(
             with contextlib.closing(Group(family, runs_at_once, say)) as group:
                 for first in range(0, len(names), group.size):
                     batch = names[first : first + group.size]
-                    if not all(_is_done(folder(name)) for name in batch):
-                        Batch(group, batch, folder, scratch / _identity(batch, group.size), stop).go()
+                    left = [name for name in batch if not _is_done(folder(name))]
+                    if left and (scratch / _identity(batch, group.size)).exists():
+                        left = batch  # it was stopped, perhaps while results were written
+                    if left:
+                        Batch(group, left, folder, scratch / _identity(left, group.size), stop).go()
             seconds.update(group.timers.seconds)
     shutil.rmtree(scratch, ignore_errors=True)
     return dict(seconds)

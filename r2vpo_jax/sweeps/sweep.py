@@ -30,6 +30,7 @@ def run_sweep(
     processes: int | None = None,
     runs_at_once: int | None = None,
     all_cores: bool = False,
+    retry_failed: bool = False,
     say: Callable[[str], None] = console.say,
 ) -> str:
     """Make the runs that have not ended yet, then write results and pictures.
@@ -43,6 +44,7 @@ def run_sweep(
       processes: runs at a time of the mode processes, each in a process of its own; 1 (the default): in this one.
       runs_at_once: runs in one program of the mode fused; by default as many as the device's memory holds.
       all_cores: mode fused on processors: make a device of each core (`fused.run`).
+      retry_failed: try the runs again that have failed; those that collapsed are results and stay.
       say: where progress lines go.
 
     Returns:
@@ -50,16 +52,37 @@ def run_sweep(
 
     Raises:
       Stopped: it was stopped before its end (Ctrl-C); the same call goes on there.
-      UsageError: the directory holds another sweep, a run's configuration is invalid, or the mode does not fit.
+      UsageError: the directory holds another sweep or is in use, a run's configuration is invalid, or the mode does not
+        fit.
     """
+    workdir = directory.local(workdir)
     plan = runs.plan(base, sweep)
-    workdir = pathlib.Path(workdir)
     mode = _mode(plan, mode, processes, runs_at_once, say)
-    _claim(workdir, base, sweep, plan, mode)
 
     def folder(name: str) -> pathlib.Path:
         return workdir / "runs" / name
 
+    _claim(workdir, base, sweep, plan, mode, write=False)
+    with directory.lock(workdir, say=say):
+        _claim(workdir, base, sweep, plan, mode)
+        if retry_failed:
+            _forget_failures(plan, folder, say)
+        return _make_and_write(plan, sweep, folder, workdir, mode, processes, runs_at_once, all_cores, say)
+
+
+def _forget_failures(plan: Plan, folder: Callable[[str], pathlib.Path], say) -> None:
+    """Runs that have failed have not ended."""
+    failed = [run.name for run in plan.runs if results.status(folder(run.name)) == "failed"]
+    if failed:
+        say(f"trying {len(failed)} failed run{'s' * (len(failed) > 1)} again:")
+    else:
+        say("no run has failed: nothing to try again")
+    for name in failed:
+        say(f"  {name}: {workers.forget_failure(folder(name))}")
+
+
+def _make_and_write(plan, sweep, folder, workdir, mode, processes, runs_at_once, all_cores, say) -> str:
+    """The runs that have not ended, and then all files of results."""
     started, total = time.perf_counter(), len(plan.runs)
     todo = [run for run in plan.runs if results.status(folder(run.name)) is None]
     cells, seeds = len(plan.cells), len(sweep.seeds)
@@ -81,6 +104,7 @@ def run_sweep(
     say(
         f"{len(todo)} runs in {time.perf_counter() - started:.0f} s, compilation included"
         + (f"; {lost} of {total} did not finish" if lost else "")
+        + ("; --retry_failed tries those that failed again" if any(row["status"] == "failed" for row in found) else "")
     )
     return results.table(plan, found)
 
@@ -117,7 +141,7 @@ def _refusal(plan: Plan) -> str | None:
     return next((f"{name}: {reason}" for name, reason in refusals if reason), None)
 
 
-def _claim(workdir: pathlib.Path, base: dict, sweep: SweepConfig, plan: Plan, mode: str) -> None:
+def _claim(workdir: pathlib.Path, base: dict, sweep: SweepConfig, plan: Plan, mode: str, *, write=True) -> None:
     cells = {cell.name: dict(given) for cell, given in zip(plan.cells, sweep.cells, strict=True)}
     identity = {"base": base, "sweep": dataclasses.asdict(sweep) | {"cells": cells}, "mode": mode}
-    directory.claim_file(workdir, "sweep.json", identity)
+    directory.claim_file(workdir, "sweep.json", identity, write=write)

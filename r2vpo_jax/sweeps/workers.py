@@ -44,7 +44,7 @@ class Job:
 
 
 def write_failure(folder, error: str, *, collapsed: bool, trace: str = "") -> None:
-    """failed.json of a run: it is a result, and is not tried again while the file is there.
+    """failed.json of a run: it is a result, and is not tried again while the file is there (`forget_failure`).
 
     Args:
       folder: of the run.
@@ -54,6 +54,14 @@ def write_failure(folder, error: str, *, collapsed: bool, trace: str = "") -> No
     """
     content = {"error": error, "collapsed": collapsed} | ({"traceback": trace} if trace else {})
     files.write_atomically(pathlib.Path(folder) / "failed.json", json.dumps(content, indent=2) + "\n")
+
+
+def forget_failure(folder) -> str:
+    """Take failed.json away, so that the run is tried again, from its last checkpoint if it has one; what it said."""
+    file = pathlib.Path(folder) / "failed.json"
+    error = json.loads(file.read_text())["error"]
+    file.unlink()
+    return error
 
 
 def train_here(jobs: Sequence[Job], say: Callable[[str], None]) -> None:

@@ -2,13 +2,14 @@
 
 import contextlib
 import dataclasses
+import math
 import time
 
 import r2vpo_jax
 from r2vpo_jax.config import Config
 from r2vpo_jax.errors import UsageError, usage_errors
 from r2vpo_jax.models.identity import refuse_others
-from r2vpo_jax.run import directory, files, instruments
+from r2vpo_jax.run import directory, files, instruments, report
 from r2vpo_jax.run.alarms import Alarms
 from r2vpo_jax.run.checkpoints import Checkpointer
 from r2vpo_jax.training.learner import Learner
@@ -23,6 +24,7 @@ class Counters:
     code: str  # identity of the code that runs
     data: str  # identity of the problems
     model: dict[str, str] = dataclasses.field(default_factory=dict)  # identity of the base model, by its parts
+    machine: dict | None = None  # what decides the last digits: `instruments.machine`
     iteration: int = 0
     problems: int = 0  # problems taken: the data position
     rollouts: int = 0  # responses sampled
@@ -30,10 +32,24 @@ class Counters:
     trained_tokens: int = 0
     nonfinite_in_a_row: int = 0
     seconds: float = 0.0  # before this process
-    best_validation: float = 0.0
+    best_validation: float | None = None  # of those after an iteration; the base model's is none of them
     last_validation: float = 0.0
+    validated: int | None = None  # iteration after which that was measured
     noise_floor: float | None = None
     base: dict | None = None  # test scores before training
+
+    @property
+    def own_score(self) -> float | None:
+        """The validation score of the policy as it is now, where it was scored since it last changed; not the base's."""
+        return self.last_validation if self.iteration > 0 and self.validated == self.iteration else None
+
+    def after_validation(self, score: float) -> "Counters":
+        """With the score of the policy as it is now."""
+        now = dataclasses.replace(self, last_validation=score, validated=self.iteration)
+        if now.own_score is None or not math.isfinite(score):
+            return now
+        best = self.best_validation
+        return dataclasses.replace(now, best_validation=score if best is None else max(score, best))
 
 
 class Lifecycle:
@@ -46,7 +62,7 @@ class Lifecycle:
     """
 
     def __init__(self, config: Config, workdir, *, chief: bool, say, started: float):
-        """Claim the directory.
+        """Lock the directory, and claim it; `close` gives it back.
 
         Args:
           config: the run's.
@@ -56,17 +72,25 @@ class Lifecycle:
           started: when this process began to work on the run, by time.perf_counter().
 
         Raises:
-          UsageError: the directory belongs to another run, or cannot be written.
+          UsageError: the directory belongs to another run, is in use, or cannot be written.
         """
-        self.workdir = directory.claim(workdir, config, write=chief)
-        self._chief, self._say, self._started = chief, say, started
-        self._tensorboard = config.trainer.tensorboard
-        self._checkpointer = Checkpointer(
-            self.workdir / "checkpoints", max_to_keep=config.trainer.max_checkpoints, write=chief
-        )
-        self.replay = ReplayBuffer(self.workdir / "replay", config.replay, config.sampler.group_size, write=chief)
-        self.alarms = Alarms(config.alarms)
+        self.workdir = directory.local(workdir)
+        self._config, self._chief, self._say, self._started = config, chief, say, started
         self._positions, self._notices = {}, []
+        with contextlib.ExitStack() as stack:
+            if chief:
+                stack.enter_context(directory.lock(workdir, say=say))
+            self._changes = directory.claim(workdir, config, write=chief)
+            self._checkpointer = Checkpointer(
+                self.workdir / "checkpoints", max_to_keep=config.trainer.max_checkpoints, write=chief
+            )
+            self.replay = ReplayBuffer(self.workdir / "replay", config.replay, config.sampler.group_size, write=chief)
+            self.alarms = Alarms(config.alarms)
+            self._held = stack.pop_all()
+
+    def close(self) -> None:
+        """Others may work in the directory again."""
+        self._held.close()
 
     @property
     def resumed(self) -> bool:
@@ -85,10 +109,11 @@ class Lifecycle:
           model: identity of the base model.
 
         Raises:
-          UsageError: the run was started with other problems, or from another base model.
+          UsageError: the run was started with other problems, or from another base model; or it has ended, and nothing is
+            left to go on from.
         """
-        code = instruments.code_identity()
-        counters = Counters(code=code, data=data, model=model)
+        code, machine = instruments.code_identity(), instruments.machine()
+        counters = Counters(code=code, data=data, model=model, machine=machine)
         for iteration in self._checkpointer.steps():
             problem = self._checkpointer.problem(iteration)
             restored = (
@@ -115,27 +140,61 @@ class Lifecycle:
                 "or choose another --workdir"
             )
         refuse_others(counters.model, model, self.workdir)
-        self._checkpointer.discard_after(counters.iteration if self.resumed else None)
-        if counters.code != code:
-            self._notices.append(
-                {"name": "code_changed", "iteration": counters.iteration, "before": counters.code, "now": code}
+        if report.is_finished(self.workdir) and not self.resumed:
+            raise UsageError(
+                f"{self.workdir} holds a finished run without an intact checkpoint: it cannot go on; start again in a "
+                "new --workdir"
             )
-            self._say(instruments.CODE_CHANGED.format("run"))
-        return state, dataclasses.replace(counters, code=code)
+        self._checkpointer.discard_after(counters.iteration if self.resumed else None)
+        self._compare("code_changed", counters, counters.code, code, instruments.CODE_CHANGED.format("run"))
+        self._compare(
+            "machine_changed",
+            counters,
+            counters.machine,
+            machine,
+            instruments.machine_changed(counters.machine, machine),
+        )
+        return state, dataclasses.replace(counters, code=code, machine=machine)
+
+    def _compare(self, name: str, counters: Counters, before, now, line: str) -> None:
+        """A notice, and a line for people, where something is not as it was."""
+        if before != now:
+            self._notices.append({"name": name, "iteration": counters.iteration, "before": before, "now": now})
+            self._say(line)
+
+    def _go_on_with_changes(self, iteration: int) -> None:
+        """Say and keep what the run was started without, but goes on with."""
+        if not self._changes.accepted:
+            return
+        self._say(f"going on with other settings: {'; '.join(self._changes.accepted)}")
+        if self._changes.rounding:
+            self._say(
+                f"note: {', '.join(text.partition(':')[0] for text in self._changes.rounding)} take the same sums in "
+                "other pieces: from here on the last digits may differ from those of the run as it was started"
+            )
+        self.files.event("settings_changed", iteration, settings=list(self._changes.accepted))
+        if self._chief:
+            if self._changes.longer:
+                report.withdraw(self.workdir)
+            directory.record(self.workdir, self._config)
 
     @contextlib.contextmanager
     def open(self, iteration: int):
         """Around the run: its line files are open, and closed at the end; a disk that fails is one clear line."""
         with usage_errors():  # a file may be gone, or shorter than the checkpoint says
-            self.files = files.RunFiles(self.workdir, self._positions, write=self._chief, tensorboard=self._tensorboard)
+            self.files = files.RunFiles(
+                self.workdir, self._positions, write=self._chief, tensorboard=self._config.trainer.tensorboard
+            )
         for notice in self._notices:
             self.files.event(**notice)
-        self.files.event("resume" if self.resumed else "start", iteration, version=r2vpo_jax.__version__)
+        details = {"version": r2vpo_jax.__version__, "machine": instruments.machine()}
+        self.files.event("resume" if self.resumed else "start", iteration, **details)
         with (
             files.disk_errors(self.workdir, "the last checkpoint"),
             contextlib.closing(self._checkpointer),
             contextlib.closing(self.files),
         ):
+            self._go_on_with_changes(iteration)
             yield
 
     def save(self, state: LearnerState, counters: Counters) -> None:
@@ -149,7 +208,7 @@ class Lifecycle:
             "replay": self.replay.listing(),
             "alarms": self.alarms.state,
         }
-        self._checkpointer.save(counters.iteration, state, saved, score=counters.last_validation)
+        self._checkpointer.save(counters.iteration, state, saved, score=counters.own_score)
 
     def seconds(self, counters: Counters) -> float:
         """Seconds that the run has taken, over all processes that worked on it one after the other."""

@@ -16,7 +16,8 @@ One iteration:
      fills. Learn: N minibatch updates, then one step of the multipliers.
   6. Write metrics and samples; look for signs of a collapse.
   7. Every `eval_every` iterations, score the validation split.
-  8. Every `checkpoint_every` iterations, save everything the run needs to continue.
+  8. Every `checkpoint_every` iterations, and when the score is the best so far, save everything the run needs to
+     continue.
 
 After the loop: score the test split once, export the policy as a Hugging Face directory, write the report.
 
@@ -92,18 +93,18 @@ def train(
 
     Raises:
       Stopped: the run was stopped before its end, and saved.
-      UsageError: bad input, before anything is overwritten.
+      UsageError: bad input, or a directory that is in use, before anything is overwritten.
       NonFiniteUpdateError: more non-finite updates in a row than allowed; the batch is saved.
     """
     say = say if jax.process_index() == 0 else lambda _: None
     if report.is_finished(workdir):
-        directory.claim(workdir, config, write=False)
-        summary = report.read_summary(workdir)
-        say(f"{workdir} holds a finished run; its result:\n")
-        say(report.table(summary))
-        return summary
-    run = _Run(config, workdir, profile_steps, say, started)
-    with contextlib.closing(run.task):
+        changes = directory.claim(workdir, config, write=False)
+        if not changes.longer:
+            summary = report.read_summary(workdir)
+            say(f"{workdir} holds a finished run; its result:\n")
+            say(report.table(summary))
+            return summary
+    with contextlib.closing(_Run(config, workdir, profile_steps, say, started)) as run:
         return run.go(stop_after_iteration, on_iteration or (lambda _: None))
 
 
@@ -115,25 +116,27 @@ class _Run:
         self.chief = jax.process_index() == 0
         # The cheap first: what is refused here costs no reading of data, nor of weights.
         directory.claim(workdir, config, write=False)
+        if self.chief:
+            directory.refuse_if_in_use(workdir)
         with usage_errors():
             self.mesh = sharding.make_mesh((config.mesh.data, config.mesh.fsdp, config.mesh.tensor))
             self.base = open_base_model(config.model)
             self.model = self.base.model
             self.learner = Learner(self.model, config, self.mesh)
             self.task = tasks.make(config.task, self.base.tokenizer, self.base.eos_ids, stop=config.sampler.stop)
-        try:
-            self._load(workdir, profile_steps)
-        except BaseException:
-            self.task.close()
-            raise
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.task.close)
+            self._load(workdir, profile_steps, stack)
+            self._open = stack.pop_all()
 
-    def _load(self, workdir, profile_steps):
+    def _load(self, workdir, profile_steps, stack: contextlib.ExitStack):
         """The weights, the last checkpoint, and the parts that need the run directory or the task."""
         config = self.config
         with usage_errors():
             self.base.check_length(self.task.max_prompt_length + self.task.max_response_length)
         self.state = self.learner.init_state(self.base.load_params(self.mesh))
         self.life = Lifecycle(config, workdir, chief=self.chief, say=self._say, started=self._started)
+        stack.callback(self.life.close)
         self.workdir, self.replay = self.life.workdir, self.life.replay
         self.profiler = Profiler(self.workdir, profile_steps)
         self.timers = Timers()
@@ -142,6 +145,10 @@ class _Run:
         # The reference is the base model itself: it is taken before a checkpoint replaces the state.
         self.reference = self.learner.sampler_params(self.state) if config.objective.needs_reference else None
         self.state, self.counters = self.life.resume(self.state, self.learner, self.task.digest, self.base.identity())
+
+    def close(self) -> None:
+        """The task ends, and others may work in the run directory."""
+        self._open.close()
 
     def _count(self, **changes) -> None:
         self.counters = dataclasses.replace(self.counters, **changes)
@@ -164,9 +171,8 @@ class _Run:
                 number, row = done.number, done.row
                 on_iteration(done)
                 alarmed = self._sound_alarms(row)
-                if number % trainer.eval_every == 0 or number == total:
-                    self._validate()  # 7
-                if number % trainer.checkpoint_every == 0 or number == total:
+                better = self._validate() if number % trainer.eval_every == 0 or number == total else False  # 7
+                if better or number % trainer.checkpoint_every == 0 or number == total:
                     self.life.save(self.state, self.counters)  # 8
                 bar.update(number, self._progress_text(row))
                 if alarmed and self.config.alarms.stop:
@@ -334,11 +340,13 @@ class _Run:
 
     # 7. Scores -------------------------------------------------------------------------------------------
 
-    def _validate(self) -> None:
+    def _validate(self) -> bool:
+        """Scores the validation split; whether the policy is the best so far."""
         result = self._evaluate("validation")
-        score = result.average_at(self.config.trainer.eval_samples)
-        self._count(last_validation=score, best_validation=max(self.counters.best_validation, score))
+        score, before = result.average_at(self.config.trainer.eval_samples), self.counters.best_validation
+        self.counters = self.counters.after_validation(score)
         self._write_evaluation(result, {"pass_at_1": score})
+        return self.counters.best_validation != before
 
     def _test_scores(self) -> dict:
         result = self._evaluate("test")

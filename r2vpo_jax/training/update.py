@@ -96,7 +96,8 @@ def init_state(params, model, optimizers: Optimizers, settings: UpdateSettings) 
     objective = settings.objective
     return LearnerState(
         params=params,
-        opt_state=optimizers.policy.init(params),
+        # Moments are float32 whatever the parameters are, as the gradients that they are sums of.
+        opt_state=optimizers.policy.init(jax.tree.map(lambda x: x.astype(jnp.float32), params)),
         # Objectives without a penalty have no multiplier: it is 0.
         dual=dual.init(objective.dual.coef if objective.has_multiplier else 0.0),
         kl_coef=jnp.float32(objective.kl.coef),
@@ -141,7 +142,8 @@ def update(
         new["critic"] = CriticState(*optax.apply_updates(head, head_updates), head_opt_state)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     old = {name: getattr(state, name) for name in new}
-    new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+    # In the dtypes of `init_state`, whatever the optimizer makes of them: a checkpoint restores these.
+    new = jax.tree.map(lambda new, old: jnp.where(finite, new.astype(old.dtype), old), new, old)
     one = jnp.float32(1)
     measured = {
         "loss": (loss, one),
@@ -387,8 +389,10 @@ def step_multipliers(
         stats = jax.tree.map(lambda *x: jnp.stack(x), *stats)
     first_stats, last_stats = (jax.tree.map(lambda x: x[i], stats) for i in (0, -1))  # noqa: B023
     first, last = first_stats.mean("ratio_variance"), last_stats.mean("ratio_variance")
-    # A minibatch that was skipped as non-finite (and counted), or in which nothing counts, measures nothing.
-    measured = jnp.isfinite(last) & (last_stats.sums["ratio_variance"][1] > 0)
+    # A minibatch that was skipped as non-finite (and counted), be it for its gradient alone, or in which nothing counts,
+    # measures nothing.
+    skipped = stats.sums["nonfinite"][0]
+    measured = jnp.isfinite(last) & (last_stats.sums["ratio_variance"][1] > 0) & (skipped[-1] == 0)
     measure = objective.dual.measure if objective.dual.adaptive else "before"
     if measure == "after" and (variance_after is None or (settings.excess and variance_before is None)):
         raise ValueError("objective.dual.measure=after needs variance_after, and variance_before with stale data")
@@ -425,7 +429,7 @@ def step_multipliers(
         variance_last=last,
         variance_after=variance_after,
         dual_signal=signal,
-        skipped=stats.sums["nonfinite"][0],
+        skipped=skipped,
     )
     return dual_state, kl_coef, report
 

@@ -159,6 +159,24 @@ def test_saving_goes_on_in_the_background(open_at, monkeypatch):
     assert open_at().latest() == 1
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"version": jnp.float32(0)}, r"\['version'\] is int32\[\] there and float32\[\] here"),
+        ({"params": {"w": jnp.zeros(WIDTH, jnp.int32)}}, r"\['w'\] is float32\[1000\] there and int32\[1000\] here"),
+        ({"params": {"w": jnp.zeros(9)}}, r"is float32\[1000\] there and float32\[9\] here"),
+        ({"params": {}}, r"\['w'\] is float32\[1000\] there and absent here"),
+    ],
+)
+def test_what_would_be_cut_or_cast_is_refused(changed, message, saved):
+    """Orbax alone makes 0.5 of a float32 array 0 of an int32 one, and says nothing."""
+    checkpointer, _ = saved
+    state = state_of(3) | changed
+    where = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), state)
+    with pytest.raises(ValueError, match=f"checkpoint 3 was written by other code: .*{message}"):
+        checkpointer.restore(3, state, where)
+
+
 def test_a_step_that_exists_is_left_alone(saved):
     checkpointer, folder = saved
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
@@ -175,6 +193,10 @@ def test_a_step_that_exists_is_left_alone(saved):
     ("max_to_keep", "scores", "kept"),
     [
         (1, [0, 0, 0, 0, 0], [5]),  # the newer of equal ones is the best
+        (2, [None, 0.2, None, 0.1, None], [2, 4, 5]),  # what was not scored is not the best
+        (1, [None, None, None], [3]),
+        (1, [0.4, float("nan"), 0.3, None], [1, 4]),  # NaN is no score: Orbax would take it for the best
+        (1, [float("nan"), None, 0.0, float("inf"), None], [3, 5]),
         (2, [0, 0, 0, 0, 0], [4, 5]),
         (9, [0, 0, 0, 0, 0], [1, 2, 3, 4, 5]),
         (2, [0.1, 0.5, 0.3, 0.2, 0.1], [2, 4, 5]),
@@ -188,6 +210,8 @@ def test_the_last_ones_and_the_best_are_kept(max_to_keep, scores, kept, open_at,
     for iteration, score in enumerate(scores, start=1):
         save(checkpointer, iteration, score)
     assert checkpointer.steps() == kept[::-1]
+    judged = [(score, step) for step, score in enumerate(scores, start=1) if score is not None and np.isfinite(score)]
+    assert checkpoints.best(folder) == max(judged, default=(None, None))[1]
     for iteration in kept:
         assert checkpointer.problem(iteration) is None
         assert_holds(checkpointer, iteration)

@@ -15,7 +15,7 @@ import pytest
 
 from r2vpo_jax.errors import Stopped
 from r2vpo_jax.run import checkpoints
-from r2vpo_jax.sweeps import batch, fused, group, sharing
+from r2vpo_jax.sweeps import batch, fused, group, sharing, workers
 from r2vpo_jax.sweeps.group import Group
 from tests.helpers.compilations import compilations
 from tests.helpers.fused import STEADY, SharedGroup, assert_same, parted, side_by_side
@@ -260,6 +260,23 @@ def test_what_has_ended_is_not_repeated(whole, configs, make, tmp_path, advanced
     side_by_side(more, tmp_path, runs_at_once=SIZE)
     assert snapshot(tmp_path / "runs") == after
     assert not (tmp_path / "fused").exists()
+
+
+def test_what_is_tried_again_is_made_alone_and_the_same(whole, configs, tmp_path, advanced):
+    """The runs beside it stay as they are, and are not made anew; stopped in between it goes on."""
+    side_by_side(configs, tmp_path)
+    before = snapshot(tmp_path / "runs")
+    shutil.rmtree(tmp_path / "runs" / "other" / "report")
+    workers.write_failure(tmp_path / "runs" / "other", "made up", collapsed=False)
+    assert workers.forget_failure(tmp_path / "runs" / "other") == "made up"
+    advanced.clear()
+    stopped(configs, tmp_path)
+    side_by_side(configs, tmp_path)
+    assert advanced == [("other", now) for now in BOUNDARIES]
+    after = snapshot(tmp_path / "runs")
+    assert {path for path in after if after[path] != before.get(path)} <= set((tmp_path / "runs" / "other").rglob("*"))
+    for name in configs:
+        assert left(tmp_path, name) == left(whole[0], name)
 
 
 def test_a_torn_checkpoint_is_not_gone_on_from(whole, configs, tmp_path, advanced):

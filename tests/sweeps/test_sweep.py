@@ -113,6 +113,50 @@ def test_a_stopped_sweep_goes_on_and_failures_are_results(base, tmp_path, traini
     assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize("mode", ["processes", "fused"])
+def test_failed_runs_are_tried_again_and_collapsed_ones_are_not(base, tmp_path, training, fused, mode):
+    training.outcomes = {f"{CLIPPED}_seed=0": ValueError("boom"), f"{ADAPTIVE}_seed=0": NonFiniteUpdateError("NaN")}
+    sweep(base, tmp_path, mode="processes")
+    if mode == "fused":  # there a failure is a replay buffer that runs dry: it is made up
+        identity = json.loads((tmp_path / "sweep.json").read_text())
+        (tmp_path / "sweep.json").write_text(json.dumps(identity | {"mode": "fused"}))
+    training.calls.clear()
+    training.outcomes, said = {}, []
+    table = run_sweep(base, GRID, tmp_path, mode=mode, retry_failed=True, say=said.append)
+    assert "trying 1 failed run again:" in said
+    assert f"  {CLIPPED}_seed=0: ValueError('boom')" in said
+    assert training.calls == ([f"{CLIPPED}_seed=0"] if mode == "processes" else [])
+    assert len(fused.calls) == (mode == "fused")
+    statuses = {name: row["status"] for name, row in results(tmp_path).items()}
+    assert statuses.pop(f"{ADAPTIVE}_seed=0") == "collapsed"
+    assert set(statuses.values()) == {"finished"}
+    assert (tmp_path / "table.md").read_text() == table + "\n"
+    run_sweep(base, GRID, tmp_path, mode=mode, retry_failed=True, say=said.append)
+    assert "no run has failed: nothing to try again" in said
+
+
+def test_a_second_sweep_in_the_same_directory_is_refused_while_the_first_lives(base, tmp_path, training, monkeypatch):
+    train, refused = trainer.train, []
+
+    def training_while_another_comes(*args, **settings):
+        with pytest.raises(UsageError, match="is in use by process"):
+            sweep(base, tmp_path)
+        refused.append(True)
+        train(*args, **settings)
+
+    monkeypatch.setattr(trainer, "train", training_while_another_comes)
+    sweep(base, tmp_path)
+    assert len(refused) == 6
+    sweep(base, tmp_path)
+
+
+def test_a_sweep_into_a_bucket_is_refused(base, tmp_path, training, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="--workdir=gs://bucket/sweep is an address"):
+        sweep(base, "gs://bucket/sweep")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_is_written_can_be_read_back(base, tmp_path, training):
     training.outcomes = {f"{CLIPPED}_seed=1": ValueError("boom")}
     sweep(base, tmp_path)

@@ -1,13 +1,18 @@
 """A rollout batch: two epochs of two minibatches, then one step of the multiplier; and the same functions by hand."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r2vpo_jax import losses, scoring, sharding
-from r2vpo_jax.config import make_objective
+from r2vpo_jax import dual, losses, scoring, sharding
+from r2vpo_jax.config import OptimizerConfig, make_objective
+from r2vpo_jax.train_stats import TrainStats
 from r2vpo_jax.training import update
 from r2vpo_jax.training.learner import Learner, settings_of
+from r2vpo_jax.training.optimizer import make_optimizer
 from r2vpo_jax.training.update import UpdateSettings
 from tests.helpers.learner import KEY
 from tests.helpers.rollouts import empty
@@ -104,6 +109,37 @@ def spoil(rollout, row):
     logp = rollout.behavior_logp.copy()
     logp[row, 0] = np.nan
     return rollout.replace(behavior_logp=logp)
+
+
+def test_a_minibatch_that_was_skipped_moves_no_multiplier(run):
+    """Not even where its own V is finite: only its gradient was not."""
+    one = jnp.ones(2)
+    settings = dataclasses.replace(
+        run.settings, objective=make_objective("r2vpo_before", kl={"coef": 0.1, "target": 0.01})
+    )
+    for nonfinite, moves in (([0, 0], True), ([1, 0], True), ([0, 1], False)):
+        sums = {"ratio_variance": (0.5 * one, one), "kl": (one, one), "nonfinite": (jnp.float32(nonfinite), one)}
+        stats = TrainStats(sums, {}, jnp.zeros((2, 1)), {})
+        after, kl_coef, _ = update.step_multipliers(dual.init(1.0), jnp.float32(0.1), stats, settings)
+        assert (float(after.variance_coef) != 1.0) == moves == (float(kl_coef) != np.float32(0.1)), nonfinite
+
+
+def test_an_update_keeps_the_dtypes_of_the_state(tiny_model, rollout):
+    """With bfloat16 weights too: moments are float32 from the beginning, as they are restored."""
+    model, params = tiny_model
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
+    settings = UpdateSettings(objective=make_objective("r2vpo"), group_size=4, num_minibatches=2, micro_batch_size=4)
+    optimizers = update.Optimizers(make_optimizer(OptimizerConfig(weight_decay=0.1)))
+
+    def dtypes(state):
+        return jax.tree.map(lambda x: x.dtype, state)
+
+    state = jax.eval_shape(lambda p: update.init_state(p, model, optimizers, settings), params)
+    batch = jax.tree.map(lambda x: x[:8], rollout)
+    after, _ = jax.eval_shape(lambda s, b: update.update(s, b, model, optimizers, settings), state, batch)
+    assert dtypes(after) == dtypes(state)
+    assert {x.dtype for x in jax.tree.leaves(state.params)} == {np.dtype(jnp.bfloat16)}
+    assert {x.dtype for x in jax.tree.leaves(state.opt_state) if x.ndim} == {np.dtype(np.float32)}
 
 
 def test_a_non_finite_update_is_skipped_and_counted(run, tiny_model, rollout, device_rollout):

@@ -1,0 +1,78 @@
+"""What a run that has begun may go on with."""
+
+import json
+
+import pytest
+
+from r2vpo_jax import config
+from r2vpo_jax.config import continuing
+
+TEXT = {
+    "name": "text",
+    "text": {"train": "gsm8k", "validation": "gsm8k", "test": "gsm8k"},
+}
+
+
+def compared(here, there=None):
+    def values(sections):
+        return json.loads(json.dumps(config.to_dict(config.from_flags(config.make(**sections)))))
+
+    return continuing.compare(values(there or {}), values(here))
+
+
+def test_every_name_on_the_lists_is_a_field_or_a_section():
+    fields = {path for path, _ in config.leaves(config.to_dict(config.from_flags(config.make(task=TEXT))))}
+    sections = {path.partition(".")[0] for path in fields}
+    assert not {*continuing.FREE, *continuing.ROUNDING} - fields - sections
+
+
+@pytest.mark.parametrize(
+    ("changed", "kind"),
+    [
+        ({"trainer": {"micro_batch_size": 16}}, "rounding"),
+        ({"trainer": {"scoring_chunk_size": 64}}, "rounding"),
+        ({"mesh": {"data": 2}}, "rounding"),
+        ({"model": {"remat": True}}, "rounding"),
+        ({"evaluation": {"batch_size": 512}}, "rounding"),
+        ({"sampler": {"batch_size": 512}}, "rounding"),
+        ({"trainer": {"checkpoint_every": 3}}, "free"),
+        ({"trainer": {"eval_every": 3}}, "free"),
+        ({"trainer": {"tensorboard": True}}, "free"),
+        ({"trainer": {"max_nonfinite_updates": 2}}, "free"),
+        ({"alarms": {"stop": True}}, "free"),
+        ({"trainer": {"num_iterations": 101}}, "longer"),
+        ({"trainer": {"num_iterations": 99}}, "refused"),
+        ({"trainer": {"eval_problems": 10}}, "refused"),
+        ({"trainer": {"num_minibatches": 4}}, "refused"),
+        ({"seed": 1}, "refused"),
+        ({"evaluation": {"temperature": 0.5}}, "refused"),
+        ({"model": {"compute_dtype": "bfloat16"}, "trainer": {"max_noise_floor": 1e-6}}, "refused"),
+        ({"objective": {"name": "grpo"}}, "refused"),
+        ({"sampler": {"temperature": 0.9}}, "refused"),
+    ],
+)  # fmt: skip
+def test_a_change_of_one_field(changed, kind):
+    found = compared(changed)
+    assert getattr(found, kind), found
+    assert sum(map(bool, (found.refused, found.free, found.rounding, found.longer))) == 1
+    assert bool(found.accepted) == (kind != "refused")
+    assert not compared(changed, changed).accepted
+
+
+def test_verifiers_may_change_in_what_the_machine_decides():
+    limits = {"num_workers": 5, "time_limit": 9.0, "memory_limit_mb": 999}
+    assert len(compared({"task": TEXT | {"verifier": limits}}, {"task": TEXT}).free) == 3
+    assert compared({"task": TEXT | {"verifier": {"tolerance": 0.1}}}, {"task": TEXT}).refused
+
+
+def test_more_iterations_need_a_schedule_that_does_not_know_how_many():
+    for schedule in ("linear", "cosine"):
+        both = {"optimizer": {"schedule": schedule}}
+        (text,) = compared(both | {"trainer": {"num_iterations": 200}}, both).refused
+        assert text == (
+            f"trainer.num_iterations: 100 there, 200 here, and optimizer.schedule={schedule} is over all of them"
+        )
+    assert compared({"trainer": {"num_iterations": 200}}).longer == ("trainer.num_iterations: 100 there, 200 here",)
+    assert compared({"trainer": {"num_iterations": 9}}).refused == (
+        "trainer.num_iterations: 100 there, 9 here, fewer than it was started for",
+    )
