@@ -8,8 +8,8 @@ SUFFIXES = (".jsonl", ".json", ".parquet")
 _GIT_LFS = b"version https://git-lfs"
 
 
-def read_rows(path: pathlib.Path, columns: set[str]) -> Iterator[tuple[int, dict]]:
-    """(row number from 1, row) of a file, in its order; of Parquet only the top-level `columns`, read in pieces.
+def read_rows(path: pathlib.Path, columns: set[str] | None) -> Iterator[tuple[int, dict]]:
+    """(row number from 1, row) of a file, in its order; of Parquet only the top-level `columns` (None: all), read in pieces.
 
     A .json file holds an array of objects, or is read like a .jsonl file: one object per line. A byte order mark and
     empty lines at the end are ignored.
@@ -134,10 +134,10 @@ def _open_parquet(path: pathlib.Path):
         raise ValueError(f"{path} is not a Parquet file, or a broken one: {error}") from error
 
 
-def _parquet(path: pathlib.Path, columns: set[str]) -> Iterator[tuple[int, dict]]:
+def _parquet(path: pathlib.Path, columns: set[str] | None) -> Iterator[tuple[int, dict]]:
     with _open_parquet(path) as file:
         number = 0
-        wanted = [name for name in file.schema_arrow.names if name in columns]
+        wanted = [name for name in file.schema_arrow.names if columns is None or name in columns]
         if not wanted:
             yield 1, {}  # for the reader to say which fields it misses
             return
