@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from r2vpo_jax.config import Config
-from r2vpo_jax.evaluation import estimators
+from r2vpo_jax.evaluation import estimators, subsets
 from r2vpo_jax.evaluation.draws import draw
 from r2vpo_jax.sampler import Sampling
 from r2vpo_jax.tasks.base import Outcome, Problems
@@ -163,21 +163,19 @@ def evaluate(
     batch_size=1024,
     **how,
 ) -> Evaluation:
-    """Sample and judge the first `num_problems` problems of a split, with the keys that all evaluations of runs have.
+    """Sample and judge problems of a split, with the keys that all evaluations of runs have.
 
     Args:
       model, params: the policy; params in its compute dtype.
       task: a `tasks.base.Task`.
       split: "validation" while training; "test" for base and final scores only.
-      num_problems: all of the split if it has fewer.
+      num_problems: all of the split if it has no more, else a fixed sample (`subsets`).
       num_samples: samples per problem.
       mesh: the run's mesh.
       batch_size: responses sampled at one time.
       **how: temperature, top_p and top_k of `sampling`.
     """
-    available = task.num_problems(split)
-    num_problems = num_problems if available is None else min(num_problems, available)
-    problems = task.problems(split, np.arange(num_problems))
+    problems = task.problems(split, subsets.choose(task, split, num_problems))
     drawn = draw(
         model,
         params,

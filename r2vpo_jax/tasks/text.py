@@ -213,6 +213,10 @@ class TextTask:
         examples = [self.example(split, i)[0] for i in np.asarray(index)]
         return np.array([f"{e.source} {e.level}".strip() for e in examples])
 
+    def sources(self, split: str) -> list[str]:
+        """The name of the data set of each problem of a finite split."""
+        return [example.source for example in self._data[split].examples()]
+
     def decode(self, tokens) -> str:
         return self._tokenizer.decode(np.asarray(tokens).tolist(), skip_special_tokens=False)
 

@@ -279,9 +279,7 @@ def test_a_function_gets_columns_of_the_data_by_name(make, module, folder):
         """,
     )
     prompt = {"template": "plain", "text": "Q: {question}"}
-    task = make(
-        text={"train": "units.jsonl + bare.jsonl"}, reward={"function": f"{name}:ours"}, prompt=prompt
-    )
+    task = make(text={"train": "units.jsonl + bare.jsonl"}, reward={"function": f"{name}:ours"}, prompt=prompt)
     index = {task.example("train", i)[0].answer: i for i in range(60)}
     wanted = {"2": 1101, "4": 2, "6": 1103, "55": 1}
     found = task.verify("train", [index[answer] for answer in wanted], *responses(*"abcd"))

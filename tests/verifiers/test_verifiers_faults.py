@@ -217,7 +217,10 @@ def test_batches_share_their_fate(pool):
     [
         ("too_few", "ValueError: the function returned 1 values for 3 responses"),
         ("words", "the value is no number but a str 'one'"),
-        ("nothing", "TypeError: the function returned nothing; a list of one number for each of the 3 responses is needed"),
+        (
+            "nothing",
+            "TypeError: the function returned nothing; a list of one number for each of the 3 responses is needed",
+        ),
     ],
 )
 def test_values_of_no_use(pool, function, reason):

@@ -106,11 +106,20 @@ def score(pool, function, columns=COLUMNS):
 
 
 def test_every_kind_of_signature(pool):
-    names = (
-        "ours ours_with_columns ours_with_all trl trl_by_keyword trl_alone by_name anything scorer scorer.method"
-    ).split()
+    names = [
+        "ours",
+        "ours_with_columns",
+        "ours_with_all",
+        "trl",
+        "trl_by_keyword",
+        "trl_alone",
+        "by_name",
+        "anything",
+        "scorer",
+        "scorer.method",
+    ]
     found = {name: score(pool, name) for name in names}
-    assert {name: values.tolist() for name, (values, _) in found.items()} == dict.fromkeys(names, [1, 1]), found
+    assert {name: values.tolist() for name, (values, _) in found.items()} == {name: [1, 1] for name in names}, found
 
 
 def test_an_argument_that_is_not_there_is_named(pool):
