@@ -70,7 +70,7 @@ def workplace(tmp_path_factory):
     shutil.copytree(ROOT / "r2vpo_jax" / "assets" / "models" / "word_problems_base", directory / BASE)
     shape = json.loads((directory / BASE / "config.json").read_text())
     (directory / BASE / "config.json").write_text(json.dumps(shape | {"max_position_embeddings": 4096}))
-    run(directory, ["-m", "experiments.train", "--workdir=runs/arithmetic", *OF_TRAIN])
+    run(directory, ["-m", "experiments.train", "--config=experiments/configs/arithmetic.py", *OF_TRAIN])
     return directory
 
 

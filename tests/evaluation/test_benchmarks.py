@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from r2vpo_jax import tasks
-from r2vpo_jax.evaluation import benchmarks
+from r2vpo_jax.evaluation import benchmarks, subsets
 from r2vpo_jax.models.base import open_base_model
 from r2vpo_jax.run import files
 from r2vpo_jax.tasks import Outcome, Verdicts
@@ -161,6 +161,11 @@ def test_a_task_of_ones_own(make, tmp_path):
     spec = "tests.helpers.own_tasks:FirstDigit?digit=7"
     summary = silent(make(tasks=spec, num_problems=6, greedy=False), tmp_path)
     rows = files.read_jsonl(tmp_path / "outcomes.jsonl")
-    assert [r["prompt"] for r in rows] == [f"{i}+7=" for i in range(6)]
+    chosen = subsets.positions(10, 6).tolist()
+    assert [r["index"] for r in rows] == chosen
+    assert [r["prompt"] for r in rows] == [f"{i}+7=" for i in chosen]
+    notice = "test: scored on a fixed sample of 6 of 10 problems, the same for all runs"
+    assert summary["benchmarks"][0]["notices"] == [notice]
+    assert notice in (tmp_path / "evaluation.md").read_text()
     assert [r["outcomes"][0] for r in rows] == [int(r["texts"][0].startswith("7")) for r in rows]
     assert [b["task"] for b in summary["benchmarks"]] == [spec]
