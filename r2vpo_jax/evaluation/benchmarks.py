@@ -32,6 +32,7 @@ from r2vpo_jax.run.directory import claim_file
 from r2vpo_jax.run.interrupts import any_process, graceful_stop
 from r2vpo_jax.sampler import Sampling
 from r2vpo_jax.tasks.base import Outcome, Problems, Task
+from r2vpo_jax.verifiers.outcome import unjudged
 
 _SPLIT = "test"
 _OUTCOMES = "outcomes.jsonl"
@@ -232,6 +233,9 @@ def run(config: EvaluationConfig, output, *, say=console.say) -> dict:
     if not chief:
         return {}
     summary = benchmark_report.summarize(evaluated, rows)  # 4
+    for benchmark in benchmarks:
+        if line := _without_verdicts([row for row in rows if row["task"] == benchmark.spec]):
+            say(f"warning: {benchmark.spec}: {line}")
     with files.disk_errors(path, "what is there"):
         files.write_atomically(path / "evaluation.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
         files.write_atomically(path / "evaluation.md", benchmark_report.markdown(summary))
@@ -284,6 +288,15 @@ def _evaluate_rest(config, source, base, mesh, benchmarks, file, rows, say) -> l
             before += benchmark.num_problems
         bar.close()
     return rows
+
+
+def _without_verdicts(rows: list[dict]) -> str:
+    """A line that says so if most samples of a benchmark have no verdict; else ""."""
+    none = unjudged(np.array([row["outcomes"] for row in rows]))
+    if 2 * none.sum() <= none.size:
+        return ""
+    reason = next((row["reason"] for row in rows if "reason" in row), "the task gives no reason")
+    return f"{none.sum()} of {none.size} samples have no verdict, and count as not right; the first reason: {reason}"
 
 
 def _running_score(spec: str, rows: list[dict]) -> str:

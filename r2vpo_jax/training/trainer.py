@@ -372,6 +372,8 @@ class _Run:
             return validation.evaluate_run(self.config, self.model, params, self.task, split=split, mesh=self.mesh)
 
     def _write_evaluation(self, result: validation.Evaluation, scores: dict) -> None:
+        if line := result.without_verdicts():
+            self._say(line)
         counts = {"iteration": self.counters.iteration, "rollouts": self.counters.rollouts}
         self.life.files.metrics({"kind": "evaluation", **counts, **result.row(scores)})
 

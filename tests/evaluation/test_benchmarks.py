@@ -12,7 +12,7 @@ from r2vpo_jax.evaluation import benchmarks, subsets
 from r2vpo_jax.models.base import open_base_model
 from r2vpo_jax.run import files
 from r2vpo_jax.tasks import Outcome, Verdicts
-from tests.helpers.evaluations import BATCH, FILES, NUM_PROBLEMS, TINY, K, contents, silent
+from tests.helpers.evaluations import BATCH, FILES, NUM_PROBLEMS, TINY, K, contents, row, silent
 
 
 def test_outcomes_are_those_of_the_texts(make, finished):
@@ -135,6 +135,11 @@ def test_errors_and_timeouts_are_counted_apart(make, monkeypatch, tmp_path):
     assert benchmark["scores"]["greedy"]["value"] == 1.0
     assert all(r["reason"] == "reason 2" for r in files.read_jsonl(tmp_path / "outcomes.jsonl"))
     assert f"{TINY}: a notice" in said
+    assert not any("no verdict" in line for line in said), "not most"
+    none = [row([Outcome.ERROR] * 3 + [Outcome.WRONG]) | {"reason": "KeyError: 1"}]
+    assert benchmarks._without_verdicts(none).startswith(
+        "3 of 4 samples have no verdict, and count as not right; the first"
+    )
     assert "a notice" in (tmp_path / "evaluation.md").read_text()
 
 

@@ -181,6 +181,8 @@ def test_a_run_without_verdicts_says_why_blames_nothing_else_and_ends(make, tmp_
     assert line.startswith("iteration 1: 16 of 16 responses have no verdict; the first reason: KeyError: 'no box'")
     (alarm,) = [line for line in said if line.startswith("ALARM")]
     assert alarm.startswith("ALARM verdicts: outcome/judged = 0 for 2 iterations")
+    # Validation judges by correctness alone, and has its verdicts.
+    assert not any(line.startswith("validation: ") and "have no verdict" in line for line in said)
     (row, _) = (row for row in files.read_jsonl(tmp_path / "run" / "metrics.jsonl") if row["kind"] == "train")
     over_verdicts = ("mean", "learned", "correct", "function", "zero_variance_groups", "all_right_groups")
     assert {row[f"reward/{name}"] for name in over_verdicts} == {"nan"}
