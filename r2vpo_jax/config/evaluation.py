@@ -43,7 +43,9 @@ class EvaluationConfig:
     checkpoint: str | None = option(
         None, "checkpoint of a run: an iteration, latest or best (default: its hf/ if it has finished, else latest)"
     )
-    num_problems: int | None = option(None, "problems per benchmark (default: all; 256 of an endless source)")
+    num_problems: int | None = option(
+        None, "problems per benchmark, a fixed sample of a larger one (default: all; 256 of an endless source)"
+    )
     k: int = option(16, "samples per problem")
     greedy: bool = option(True, "also draw one sample per problem at temperature 0")
     seed: int = option(0, "seed of the samples")

@@ -40,9 +40,11 @@ class TrainerConfig:
     micro_batch_size: int = option(32, "responses whose activations exist at one time, all devices together")
     scoring_chunk_size: int = option(128, "response columns whose logits exist at one time")
     eval_every: int = option(10, "iterations between validations")
-    eval_problems: int = option(256, "validation problems")
+    eval_problems: int = option(256, "validation problems, a fixed sample of a larger split")
     eval_samples: int = option(4, "samples per validation problem")
-    test_problems: int = option(512, "test problems, for the base score and the final score")
+    test_problems: int = option(
+        512, "test problems, for the base score and the final score; a fixed sample of a larger split"
+    )
     test_samples: int = option(16, "samples per test problem: pass@1 from the first 8, pass@k from all")
     checkpoint_every: int = option(
         20, "iterations between checkpoints; a validation that is the best so far saves one too"
@@ -219,6 +221,7 @@ class AlarmConfig:
     max_ratio_variance: float = option(10.0, "ratio/variance above this")
     max_truncated: float = option(0.5, "response/truncated above this")
     max_zero_variance_groups: float = option(0.9, "reward/zero_variance_groups above this")
+    min_judged: float = option(0.5, "outcome/judged below this; a run whose responses all have no verdict ends then")
 
     def __post_init__(self):
         require(self.patience >= 1, f"alarms.patience must be at least 1, got {self.patience}")

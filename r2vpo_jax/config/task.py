@@ -96,16 +96,21 @@ class VerifierConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RewardConfig:
-    """reward = correct * [right] + format * [form is kept] + function_weight * f(question, response, answer).
+    """reward = correct * [right] + format * [form is kept] + the sum over functions of weight * value.
 
     The penalty for length is the objective's (`objective.groups.overlong_penalty`): it is no part of the verdict.
     """
 
-    correct: float = option(1.0, "weight of a right answer; 0: the function alone decides, right above 0.5")
+    correct: float = option(1.0, "weight of a right answer; 0: the functions alone decide, right above 0.5")
     format: float = option(0.0, "weight of the form, a bonus for a response that keeps it")
     format_pattern: str = option("boxed", "boxed, think_boxed, or a regular expression that the whole response matches")
-    function: str | None = option(None, "module:function of your own: (questions, responses, answers) -> floats")
-    function_weight: float = option(1.0, "weight of the function's value")
+    function: str | None = option(
+        None, "module:function of your own, or several with commas between them (docs/rewards.md has their signatures)"
+    )
+    function_weight: float = option(1.0, "weight of the function's value", when=lambda s: len(s.functions) < 2)
+    function_weights: tuple[float, ...] = option(
+        (), "weights of several functions, in their order (default: 1 each)", when=lambda s: len(s.functions) > 1
+    )
     function_batch_size: int = option(32, "responses per call of the function")
 
     def __post_init__(self):
@@ -115,15 +120,37 @@ class RewardConfig:
         )
         require(self.correct >= 0, f"task.reward.correct must be >= 0, got {self.correct}")
         require(self.function_batch_size >= 1, "task.reward.function_batch_size must be at least 1")
-        if self.function is not None:
+        paths = [] if self.function is None else [path.strip() for path in self.function.split(",")]
+        numbers = all(isinstance(weight, (int, float)) for weight in self.function_weights)
+        require(numbers, f"task.reward.function_weights must be numbers, got {self.function_weights}")
+        for path in paths:
             require(
-                re.fullmatch(r"[\w.]+:\w+", self.function) is not None,
-                f"task.reward.function={self.function!r} must be module:function",
+                re.fullmatch(r"[\w.]+:[\w.]+", path) is not None,
+                f"task.reward.function={self.function!r} must be module:function, or several with commas between them",
             )
+        require(len(set(paths)) == len(paths), f"task.reward.function={self.function!r} names a function twice")
+        weights = self.function_weights if len(paths) > 1 else ()
+        require(
+            len(weights) in (0, len(paths)),
+            f"task.reward.function_weights has {len(weights)} weights for {len(paths)} functions",
+        )
+        require(
+            self.correct > 0 or any(weight for _, weight in self.functions),
+            "task.reward.correct=0 leaves nothing to learn from if every function has the weight 0",
+        )
         try:
             re.compile(self.format_pattern)
         except re.error as error:
             raise ValueError(f"task.reward.format_pattern is not a regular expression: {error}") from error
+
+    @property
+    def functions(self) -> tuple[tuple[str, float], ...]:
+        """(module:function, weight) of each function of the user."""
+        if self.function is None:
+            return ()
+        paths = [path.strip() for path in self.function.split(",")]
+        weights = (self.function_weight,) if len(paths) == 1 else self.function_weights or (1.0,) * len(paths)
+        return tuple(zip(paths, map(float, weights), strict=True))
 
 
 @dataclasses.dataclass(frozen=True)

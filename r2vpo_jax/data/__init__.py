@@ -5,8 +5,10 @@
 Nothing here imports JAX; pyarrow, tensorflow_datasets and reasoning_gym are imported by those who need them.
 """
 
+import dataclasses
 import fractions
 import pathlib
+from collections.abc import Collection
 
 from r2vpo_jax.data import files, generators, gsm8k, rows, specs
 from r2vpo_jax.data.base import Dataset, Example, InMemoryDataset, same_question
@@ -33,13 +35,16 @@ __all__ = [
 _SHIPPED = pathlib.Path(__file__).parents[1] / "assets" / "data"
 
 
-def load(spec: str, split: str, data_dir: str | pathlib.Path | None = None) -> Dataset:
+def load(
+    spec: str, split: str, data_dir: str | pathlib.Path | None = None, columns: Collection[str] | None = ()
+) -> Dataset:
     """The data set that a text names (specs.py has its grammar).
 
     Args:
       spec: one source, or several with ' + ' between them.
       split: train, validation or test: how positions are used, and which files are read unless the text says split=.
       data_dir: folder of known data sets; relative paths are looked up there first, then in the working directory.
+      columns: top-level columns of rows that are kept in `Example.columns`; None: all.
 
     Raises:
       ValueError: what is wrong with the text or the data, and what to do.
@@ -51,20 +56,21 @@ def load(spec: str, split: str, data_dir: str | pathlib.Path | None = None) -> D
     for source in sources:
         if source.weight is not None and split != "train":
             raise ValueError(f"{source.text!r}: weight= is for training; {split} has all problems of all its sources")
-    parts = [_load_one(source, split, data_dir) for source in sources]
+    columns = None if columns is None else frozenset(columns)
+    parts = [_load_one(source, split, data_dir, columns) for source in sources]
     if len(parts) == 1:
         return parts[0]
     return Mixture(parts, [source.weight or fractions.Fraction(1) for source in sources], split)
 
 
-def _load_one(spec: SourceSpec, split: str, data_dir) -> Dataset:
+def _load_one(spec: SourceSpec, split: str, data_dir, columns) -> Dataset:
     is_path = "/" in spec.name or spec.name.endswith(SUFFIXES)
     if spec.name in RENAMED:
         raise ValueError(f"{spec.text!r}: the data set {spec.name} is called {RENAMED[spec.name]} now")
     if spec.name in KNOWN:
-        return _load_known(spec, KNOWN[spec.name], split, data_dir)
+        return _load_known(spec, KNOWN[spec.name], split, data_dir, columns)
     if is_path:
-        return _load_path(spec, split, data_dir)
+        return _load_path(spec, split, data_dir, columns)
     there = generators.names()
     if spec.name not in (*there, *generators.REFUSED):
         hint = "" if there else " Generators need reasoning-gym: pip install 'r2vpo_jax[reasoning]'."
@@ -75,7 +81,7 @@ def _load_one(spec: SourceSpec, split: str, data_dir) -> Dataset:
     return generators.load(spec, split)
 
 
-def _load_path(spec: SourceSpec, split: str, data_dir) -> InMemoryDataset:
+def _load_path(spec: SourceSpec, split: str, data_dir, columns) -> InMemoryDataset:
     path = pathlib.Path(spec.name).expanduser()
     roots = [pathlib.Path(root) for root in (data_dir, ".") if root is not None]
     tried = [root / path for root in roots]
@@ -83,11 +89,13 @@ def _load_path(spec: SourceSpec, split: str, data_dir) -> InMemoryDataset:
     if base is None:
         raise FileNotFoundError(f"{spec.text!r}: there is no {' and no '.join(map(str, dict.fromkeys(tried)))}")
     plan, stated = rows.make_plan(spec, LOCAL_FILE, path.stem)
+    plan = dataclasses.replace(plan, kept=columns)
     return rows.from_files(plan, files.find(base, stated or split, stated=stated is not None), split)
 
 
-def _load_known(spec: SourceSpec, known: KnownDataset, split: str, data_dir) -> InMemoryDataset:
+def _load_known(spec: SourceSpec, known: KnownDataset, split: str, data_dir, columns) -> InMemoryDataset:
     plan, stated = rows.make_plan(spec, known, known.name)
+    plan = dataclasses.replace(plan, kept=columns)
     wanted = stated or split
     if known.shipped:
         base = _SHIPPED / known.name

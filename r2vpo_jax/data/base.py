@@ -6,7 +6,7 @@ import functools
 import hashlib
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from r2vpo_jax.data.positions import row_of_position
 
@@ -21,6 +21,9 @@ class Example:
     kind: str  # the verifier: math, numeric, exact or reasoning_gym
     level: str  # as the source states it; "" if it does not
     source: str  # name of the data set
+    columns: Mapping[str, object] = dataclasses.field(
+        default_factory=dict, compare=False
+    )  # of its row, as far as asked for
 
 
 def same_question(text: str) -> str:

@@ -11,8 +11,9 @@ _SAVED = "data-*-of-*.arrow"  # the files of `save_to_disk` of the package datas
 _GIT_LFS = b"version https://git-lfs"
 
 
-def read_rows(path: pathlib.Path, columns: set[str]) -> Iterator[tuple[int, dict]]:
-    """(row number from 1, row) of a file, in its order; of Parquet and Arrow only the top-level `columns`, read in pieces.
+def read_rows(path: pathlib.Path, columns: set[str] | None) -> Iterator[tuple[int, dict]]:
+    """(row number from 1, row) of a file, in its order; of Parquet and Arrow only the top-level `columns` (None: all), read in
+    pieces.
 
     A .json file holds an array of objects, or is read like a .jsonl file: one object per line. The first row of a .csv or
     .tsv file names its fields, and all values are text. A byte order mark and empty lines at the end are ignored.
@@ -192,9 +193,9 @@ def _open_table(path: pathlib.Path):
         raise ValueError(f"{path} is not {kind} file, or a broken one: {error}") from error
 
 
-def _table(path: pathlib.Path, columns: set[str]) -> Iterator[tuple[int, dict]]:
+def _table(path: pathlib.Path, columns: set[str] | None) -> Iterator[tuple[int, dict]]:
     there, batches_of = _open_table(path)
-    wanted = [name for name in there if name in columns]
+    wanted = [name for name in there if columns is None or name in columns]
     if not wanted:
         yield 1, {}  # for the reader to say which fields it misses
         return

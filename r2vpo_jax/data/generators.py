@@ -6,6 +6,7 @@ whatever the seeds and parameters. The gold answer is the recipe of the problem,
 again: {"dataset", "config", "seed", "index"}.
 """
 
+import collections
 import collections.abc
 import functools
 import hashlib
@@ -19,8 +20,10 @@ import types
 import typing
 from collections.abc import Iterator, Sequence
 
+from r2vpo_jax.data import probe
 from r2vpo_jax.data.base import Dataset, Example, InMemoryDataset, same_question
 from r2vpo_jax.data.specs import SourceSpec, near, parse_size
+from r2vpo_jax.verifiers import procedural
 
 KIND = "reasoning_gym"
 _CANDIDATES = 64
@@ -34,6 +37,11 @@ _PROBE_SECONDS = 90.0
 # Seen with reasoning-gym 0.1.25. What else there is of the kind, `_probe` finds.
 _UNORDERED = "its problems depend on the order of sets, so that another process makes others of the same seed"
 _NO_ANSWER = "its scorer does not accept the answer that comes with the problem"
+_PAYS = "its scorer gives full marks for wrong answers"
+_EVALUATES = (
+    "its scorer evaluates what a response says as Python: a model may run whatever it writes, with your rights. "
+    f"{procedural.ALLOW}=allow in its text lets it, at your risk"
+)
 REFUSED = {
     "composite": "mixtures are written A?weight=2 + B?weight=1",
     "isomorphic_strings": _UNORDERED,
@@ -47,6 +55,10 @@ REFUSED = {
     "propositional_logic": _NO_ANSWER,
     "rubiks_cube": _NO_ANSWER,
     "rush_hour": _NO_ANSWER,
+    "coin_flip": f"{_PAYS}: '0' for most problems",
+    "complex_arithmetic": f"{_PAYS}: 'nan' for all problems",
+    "game_of_life_halting": f"{_PAYS}: any text for all problems that do not halt",
+    "puzzle24": f"{_PAYS}: any four numbers that make 24, whatever the problem's are",
 }
 
 
@@ -71,7 +83,10 @@ def load(spec: SourceSpec, split: str) -> Dataset:
     if spec.name not in registry:
         raise ValueError(f"{spec.text!r}: there is no generator {spec.name!r}; {near(spec.name, names())}")
     hints = typing.get_type_hints(registry[spec.name][1])
-    options = spec.take([*hints, "seed", "size"])
+    options = spec.take([*hints, "seed", "size", procedural.ALLOW])
+    allowed = options.pop(procedural.ALLOW, None)
+    if allowed not in (None, "allow"):
+        raise ValueError(f"{spec.text!r}: {procedural.ALLOW}={allowed!r} is unknown; leave it out, or write allow")
     seed = parse_size(spec.text, "seed", options.pop("seed", "0"), 0)
     size = options.pop("size", None)
     size = None if size is None else parse_size(spec.text, "size", size, 1)
@@ -79,19 +94,25 @@ def load(spec: SourceSpec, split: str) -> Dataset:
         raise ValueError(f"{spec.text!r}: size={size} is above {_LARGEST_SIZE}; leave it out for problems without end")
     config = {key: _value(spec, key, value, hints[key]) for key, value in options.items()}
     _check_config(spec, registry[spec.name][1], config)
-    if wrong := _probe(spec.name, json.dumps(config, sort_keys=True)):
+    wrong = _probe(spec.name, json.dumps(config, sort_keys=True))
+    if wrong and not (allowed and wrong == _EVALUATES):
         raise ValueError(f"{spec.text!r}: the generator {spec.name} cannot be used: {wrong}")
-    endless = Endless(spec.name, config, seed, split)
+    endless = Endless(spec.name, config, seed, split, evaluated_answers=bool(allowed))
     return endless if size is None else _first(endless, size, spec.text)
 
 
 class Endless(Dataset):
-    """A generator's problems of one split."""
+    """A generator's problems of one split.
+
+    Args:
+      evaluated_answers: whether its scorer may evaluate whatever a response says.
+    """
 
     num_examples = None
 
-    def __init__(self, name: str, config: dict, seed: int, split: str):
+    def __init__(self, name: str, config: dict, seed: int, split: str, evaluated_answers: bool = False):
         self.split, self.counts = split, {}
+        self._more = {procedural.ALLOW: True} if evaluated_answers else {}
         self._name, self._config, self._seed = name, json.dumps(config, sort_keys=True), seed
         self._example = functools.lru_cache(maxsize=8192)(self._make)
 
@@ -125,6 +146,7 @@ class Endless(Dataset):
             question = entry["question"].strip()
             if quarter(question) in _QUARTERS[self.split]:
                 gold = {"dataset": self._name, "config": json.loads(self._config), "seed": seed, "index": index}
+                gold |= self._more
                 return Example(question, entry["answer"], json.dumps(gold), KIND, _level(entry["metadata"]), self._name)
         raise ValueError(
             f"the generator {self._name} with {self._config} has too few different problems: none of {_CANDIDATES} falls "
@@ -237,7 +259,8 @@ def _check_config(spec: SourceSpec, config_type, config: dict) -> None:
 def _probe(name: str, config: str) -> str:
     """Makes a few problems in another process, and here, and compares; their answers must be accepted there.
 
-    Returns what is wrong: they differ, are not accepted, or are not made in time; "" if nothing is.
+    Returns what is wrong: they differ, are not made in time, their answers are not accepted, wrong ones are, or answers are
+    evaluated by a scorer that no gate is known for; "" if nothing is.
     """
     other = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
     process = subprocess.Popen(
@@ -260,10 +283,28 @@ def _probe(name: str, config: str) -> str:
     if process.returncode:
         said = err.decode(errors="replace").strip().splitlines()[-1:]
         return f"it fails: {' '.join(said) or f'exit code {process.returncode}'}"
-    for index, there in enumerate(json.loads(out)):
+    found = json.loads(out)
+    for index, there in enumerate(found["problems"]):
         entry = _dataset(name, config, 0)[index]
         if there["made"] != [entry["question"], entry["answer"]]:
             return _UNORDERED
         if not isinstance(entry["answer"], str) or there["score"] < 1 - 1e-6:
             return f"{_NO_ANSWER} (score {there['score']:g})"
-    return ""
+    if paid := _paid(found["problems"]):
+        return f"{_PAYS}: {paid}"
+    return _EVALUATES if found["evaluates"] and name not in procedural.EVALUATED else ""
+
+
+def _paid(problems: list[dict]) -> str:
+    """The wrong answers that a scorer gives full marks for, in words; "" if there are none.
+
+    One that is right by chance for a problem or two proves nothing, unless it says that there is no answer.
+    """
+    tried = collections.defaultdict(list)
+    for problem in problems:
+        for answer, score in problem["wrong"].items():
+            what = "the answer of another problem" if answer in problem["others"] else repr(answer)
+            tried[what].append(score >= procedural.FULL_SCORE)
+    bad = [what for what, paid in tried.items() if sum(paid) >= 2 and 2 * sum(paid) >= len(paid)]
+    bad += [repr(answer) for answer in probe.NO_ANSWERS if any(tried[repr(answer)]) and repr(answer) not in bad]
+    return ", ".join(f"{what} ({sum(tried[what])} of {len(tried[what])} problems)" for what in bad)

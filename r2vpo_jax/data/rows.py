@@ -1,6 +1,7 @@
 """Data sets of rows: from a spec and files to examples, with counts of what was left out."""
 
 import dataclasses
+import json
 import pathlib
 from collections.abc import Iterable, Iterator
 
@@ -31,6 +32,7 @@ class RowPlan:
     missing: str
     conflicts: str
     selection: slice  # of the examples that are left
+    kept: frozenset[str] | None = frozenset()  # columns that go into Example.columns; None: all
 
 
 def make_plan(spec: SourceSpec, known: KnownDataset, source: str) -> tuple[RowPlan, str | None]:
@@ -80,8 +82,8 @@ def from_files(plan: RowPlan, paths: list[pathlib.Path], split: str) -> InMemory
 
     def read():
         for path in paths:
-            wanted = plan.columns.top_level() | {column for column, _ in plan.where}
-            yield str(path), read_rows(path, wanted), path
+            wanted = plan.columns.top_level() | {column for column, _ in plan.where} | (plan.kept or set())
+            yield str(path), read_rows(path, None if plan.kept is None else wanted), path
 
     return _collect(plan, read(), split)
 
@@ -113,7 +115,7 @@ class _Collector:
         key = " ".join(example.question.split())
         if key not in self._places:
             self._places[key] = len(self.examples), where
-            self.examples.append(example)
+            self.examples.append(dataclasses.replace(example, columns=_kept(row, self.plan.kept)))
             return
         place, first = self._places[key]
         if self.examples[place].gold == example.gold:
@@ -146,6 +148,12 @@ class _Collector:
         if plan.selection != slice(None, None):
             counts["not in rows="] = len(kept) - len(chosen)
         return InMemoryDataset(chosen, split, {name: n for name, n in counts.items() if n or name == "rows"})
+
+
+def _kept(row: dict, names: frozenset[str] | None) -> dict:
+    """The values of these columns as JSON has them: what it does not know (dates, bytes) becomes text."""
+    chosen = {name: value for name, value in row.items() if names is None or name in names}
+    return json.loads(json.dumps(chosen, default=str)) if chosen else {}
 
 
 def _collect(plan: RowPlan, tables: Iterable[tuple[str, Iterator, pathlib.Path | None]], split: str) -> InMemoryDataset:

@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 from r2vpo_jax import sharding, tasks
 from r2vpo_jax.config.evaluation import EvaluationConfig, identity
 from r2vpo_jax.errors import Stopped, usage_errors
-from r2vpo_jax.evaluation import model_source, settings
+from r2vpo_jax.evaluation import model_source, settings, subsets
 from r2vpo_jax.evaluation import report as benchmark_report
 from r2vpo_jax.evaluation.draws import Outcomes, draw
 from r2vpo_jax.models.base import BaseModel, open_base_model
@@ -34,6 +34,7 @@ from r2vpo_jax.run.directory import claim_file, local, lock
 from r2vpo_jax.run.interrupts import any_process, graceful_stop
 from r2vpo_jax.sampler import Sampling
 from r2vpo_jax.tasks.base import Outcome, Problems, Task, stop_of
+from r2vpo_jax.verifiers.outcome import unjudged
 
 _SPLIT = "test"
 _OUTCOMES = "outcomes.jsonl"
@@ -52,10 +53,16 @@ class Benchmark:
     task: Task
     problems: Problems  # all that are evaluated
     levels: tuple[str, ...]  # of each
+    notices: tuple[str, ...]  # what a reader of its scores should know
 
     @property
     def num_problems(self) -> int:
         return len(self.levels)
+
+    @property
+    def index(self) -> list[int]:
+        """Their positions in the split."""
+        return self.problems.index.tolist()
 
     def identity(self) -> dict:
         return {
@@ -63,7 +70,7 @@ class Benchmark:
             "digest": self.task.digest,
             "max_prompt_length": self.task.max_prompt_length,
             "max_response_length": self.task.max_response_length,
-            "notices": list(self.task.notices),  # beside the scores: what was dropped, what cannot be read
+            "notices": list(self.notices),  # beside the scores: what was dropped, what cannot be read
         }
 
     def prompt(self, position: int) -> str:
@@ -86,11 +93,12 @@ def open_benchmark(spec: str, config: EvaluationConfig, base: BaseModel) -> Benc
         base.check_length(task.max_prompt_length + task.max_response_length)
         available = task.num_problems(_SPLIT)
         size = config.num_problems or available or _OF_ENDLESS
-        index = np.arange(size if available is None else min(size, available))
+        index = subsets.choose(task, _SPLIT, size)
         problems = task.problems(_SPLIT, index)
         longest = -(-int(problems.length.max()) // _PROMPT_COLUMNS) * _PROMPT_COLUMNS
         problems = problems.replace(tokens=problems.tokens[:, -longest:])
-        return Benchmark(spec, task, problems, tuple(str(level) for level in task.level(_SPLIT, index)))
+        levels = tuple(str(level) for level in task.level(_SPLIT, index))
+        return Benchmark(spec, task, problems, levels, (*task.notices, *subsets.notices(task, _SPLIT, size)))
     except BaseException:
         task.close()
         raise
@@ -114,7 +122,7 @@ class Evaluator:
         greedy = self._draw(benchmark, positions, 1, temperature=0.0) if config.greedy else None
         rows = []
         for number, position in enumerate(positions):
-            row = {"task": benchmark.spec, "index": int(position), "level": benchmark.levels[position]}
+            row = {"task": benchmark.spec, "index": benchmark.index[position], "level": benchmark.levels[position]}
             row |= {name: columns[number] for name, columns in _columns(drawn).items()}
             row["greedy"] = None
             if greedy is not None:
@@ -224,17 +232,20 @@ def run(config: EvaluationConfig, output, *, say=console.say) -> dict:
             if chief:
                 stack.enter_context(lock(output, say=say, flag="--output"))
                 claim()
-            problems = [(b.spec, i) for b in benchmarks for i in range(b.num_problems)]
+            problems = [(b.spec, i) for b in benchmarks for i in b.index]
             rows = _read_outcomes(path / _OUTCOMES, problems) if chief else []
         if source.run and (differs := settings.differences(config, source.run)):
             say(f"differs from the run: {'; '.join(differs)}")
-        for notice in (*(f"{b.spec}: {notice}" for b in benchmarks for notice in b.task.notices), *base.notices):
+        for notice in (*(f"{b.spec}: {notice}" for b in benchmarks for notice in b.notices), *base.notices):
             say(notice)
         with files.disk_errors(path, "what is there"):
             rows = _evaluate_rest(config, source, base, mesh, benchmarks, path / _OUTCOMES, rows, say)  # 3
     if not chief:
         return {}
     summary = benchmark_report.summarize(evaluated, rows)  # 4
+    for benchmark in benchmarks:
+        if line := _without_verdicts([row for row in rows if row["task"] == benchmark.spec]):
+            say(f"warning: {benchmark.spec}: {line}")
     with files.disk_errors(path, "what is there"):
         files.write_atomically(path / "evaluation.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
         files.write_atomically(path / "evaluation.md", benchmark_report.markdown(summary))
@@ -289,6 +300,15 @@ def _evaluate_rest(config, source, base, mesh, benchmarks, file, rows, say) -> l
             before += benchmark.num_problems
         bar.close()
     return rows
+
+
+def _without_verdicts(rows: list[dict]) -> str:
+    """A line that says so if most samples of a benchmark have no verdict; else ""."""
+    none = unjudged(np.array([row["outcomes"] for row in rows]))
+    if 2 * none.sum() <= none.size:
+        return ""
+    reason = next((row["reason"] for row in rows if "reason" in row), "the task gives no reason")
+    return f"{none.sum()} of {none.size} samples have no verdict, and count as not right; the first reason: {reason}"
 
 
 def _running_score(spec: str, rows: list[dict]) -> str:

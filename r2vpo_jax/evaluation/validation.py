@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from r2vpo_jax.config import Config
-from r2vpo_jax.evaluation import estimators
+from r2vpo_jax.evaluation import estimators, subsets
 from r2vpo_jax.evaluation.draws import draw
 from r2vpo_jax.sampler import Sampling
 from r2vpo_jax.tasks.base import Outcome, Problems, stop_of
@@ -31,6 +31,17 @@ class Evaluation:
     truncated: np.ndarray  # bool [problems, n]
     texts: tuple[str, ...]  # first response to each of the first problems
     prompts: tuple[str, ...]
+    reason: str = ""  # the first why there is no verdict
+
+    def without_verdicts(self) -> str:
+        """A line that says so if most responses have no verdict; else ""."""
+        number = self.errors + self.timeouts
+        if 2 * number <= self.right.size:
+            return ""
+        return (
+            f"{self.split}: {number} of {self.right.size} responses have no verdict, and count as not right; the first "
+            f"reason: {self.reason or 'the task gives no reason'}"
+        )
 
     def average_at(self, k: int) -> float:
         """avg@k: mean over problems and their first k samples; an estimate of pass@1."""
@@ -121,7 +132,9 @@ def key():
     return jax.random.key(_KEY_SEED)
 
 
-def evaluation_of(task, split: str, problems: Problems, level, outcome, lengths, truncated, shown) -> Evaluation:
+def evaluation_of(
+    task, split: str, problems: Problems, level, outcome, lengths, truncated, shown, reason=""
+) -> Evaluation:
     """What became of n samples on each of N problems of a split.
 
     Args:
@@ -131,6 +144,7 @@ def evaluation_of(task, split: str, problems: Problems, level, outcome, lengths,
       lengths: int32 [N, n].
       truncated: bool [N, n].
       shown: int32 [at least min(SHOWN, N), T] first response to each of the first problems.
+      reason: the first why there is no verdict.
     """
     some = range(min(SHOWN, len(problems.index)))
     return Evaluation(
@@ -143,6 +157,7 @@ def evaluation_of(task, split: str, problems: Problems, level, outcome, lengths,
         truncated=truncated,
         texts=tuple(task.decode(shown[i, : lengths[i, 0]]) for i in some),
         prompts=tuple(task.decode(problems.tokens[i, -problems.length[i] :]) for i in some),
+        reason=reason,
     )
 
 
@@ -164,21 +179,19 @@ def evaluate(
     batch_size=1024,
     **how,
 ) -> Evaluation:
-    """Sample and judge the first `num_problems` problems of a split, with the keys that all evaluations of runs have.
+    """Sample and judge problems of a split, with the keys that all evaluations of runs have.
 
     Args:
       model, params: the policy; params in its compute dtype.
       task: a `tasks.base.Task`.
       split: "validation" while training; "test" for base and final scores only.
-      num_problems: all of the split if it has fewer.
+      num_problems: all of the split if it has no more, else a fixed sample (`subsets`).
       num_samples: samples per problem.
       mesh: the run's mesh.
       batch_size: responses sampled at one time.
       **how: temperature, top_p and top_k of `sampling`.
     """
-    available = task.num_problems(split)
-    num_problems = num_problems if available is None else min(num_problems, available)
-    problems = task.problems(split, np.arange(num_problems))
+    problems = task.problems(split, subsets.choose(task, split, num_problems))
     drawn = draw(
         model,
         params,
@@ -191,6 +204,7 @@ def evaluate(
         batch_size=batch_size,
     )
     level = task.level(split, problems.index)
-    return evaluation_of(
-        task, split, problems, level, drawn.outcomes, drawn.lengths, drawn.truncated, drawn.tokens[:SHOWN, 0]
-    )
+    shown = drawn.tokens[:SHOWN, 0]
+    reason = next((reason for row in drawn.reasons for reason in row if reason), "")
+    columns = drawn.outcomes, drawn.lengths, drawn.truncated, shown, reason
+    return evaluation_of(task, split, problems, level, *columns)

@@ -2,6 +2,7 @@
 
 from r2vpo_jax.config import AlarmConfig
 
+VERDICTS = "verdicts"
 # Name -> (metric, whether it is too low or too high, field of AlarmConfig, what to do).
 _SIGNS = {
     "entropy": ("policy/entropy", "low", "min_entropy", "exploration is over: lower the learning rate or add entropy"),
@@ -24,6 +25,14 @@ _SIGNS = {
         "max_zero_variance_groups",
         "hardly any group has a gradient: other problems, or objective.groups.zero_variance=resample",
     ),
+    VERDICTS: ("outcome/judged", "low", "min_judged", "most responses have no verdict: events.jsonl has the reasons"),
+}
+# Name -> metric: where it is 0 there was nothing to measure, and the sign says nothing.
+_NEEDS = {
+    "entropy": "reward/kept",
+    "effective_sample_size": "reward/kept",
+    "ratio_variance": "reward/kept",
+    "zero_variance": "outcome/judged",
 }
 
 
@@ -38,6 +47,8 @@ class Alarms:
         """(name, line) of each alarm that a metrics row sets off: once, when its sign has lasted long enough."""
         raised = []
         for name, (metric, side, field, advice) in _SIGNS.items():
+            if name in _NEEDS and row[_NEEDS[name]] == 0:
+                continue
             value, limit = float(row[metric]), getattr(self._config, field)
             bad = not (value >= limit if side == "low" else value <= limit)  # a NaN is bad
             self.state[name] = self.state[name] + 1 if bad else 0
@@ -45,3 +56,7 @@ class Alarms:
                 line = f"{metric} = {value:.4g} for {self._config.patience} iterations (limit {limit:g}): {advice}"
                 raised.append((name, line))
         return raised
+
+    def is_in_vain(self, row: dict) -> bool:
+        """Whether a run had better end: too few verdicts for as long as an alarm takes, and now none at all."""
+        return row["outcome/judged"] == 0 and self.state[VERDICTS] >= self._config.patience

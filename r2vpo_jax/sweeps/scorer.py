@@ -8,7 +8,7 @@ import numpy as np
 
 from r2vpo_jax import sharding
 from r2vpo_jax.config import Config
-from r2vpo_jax.evaluation import validation
+from r2vpo_jax.evaluation import subsets, validation
 from r2vpo_jax.sampler import Sampling
 from r2vpo_jax.sweeps.program import Responses
 from r2vpo_jax.tasks.base import Task
@@ -64,15 +64,15 @@ class Scorer:
     def _jobs(self, split: str) -> list[tuple[int, int]]:
         """(first problem, first sample) of each piece of work, samples innermost."""
         scoring = validation.scoring_of(self._config, split)
-        problems = range(0, scoring.num_problems, self.num_problems)
+        problems = range(0, len(self._index(split)), self.num_problems)
         samples = range(0, scoring.num_samples, self.sampling.group_size)
         return [(problem, sample) for problem in problems for sample in samples]
 
     def _draw(self, respond, params, split: str, jobs) -> list[tuple[np.ndarray, ...]]:
         """(outcome [problems, n], length, truncated, tokens) of the job of each lane."""
-        size = self.num_problems
+        size, positions = self.num_problems, self._index(split)
         first = np.asarray([problem for problem, _ in jobs])
-        index = first[:, None] + np.arange(size)
+        index = positions[(first[:, None] + np.arange(size)) % len(positions)]  # what is too many is cut again
         there = self._task.problems(split, np.unique(index))
         rows = np.searchsorted(there.index, index)
         responses: Responses = sharding.to_host(
@@ -92,7 +92,7 @@ class Scorer:
 
     def _joined(self, split: str, parts) -> validation.Evaluation:
         """The parts of all jobs, put together."""
-        number = validation.scoring_of(self._config, split).num_problems
+        number = len(self._index(split))
         across = len({sample for _, sample in self._jobs(split)})
 
         def whole(column):
@@ -103,9 +103,13 @@ class Scorer:
         shown = tokens[: validation.SHOWN, 0]
         return validation.evaluation_of(self._task, split, *self._split(split), outcome, length, truncated, shown)
 
+    def _index(self, split: str) -> np.ndarray:
+        """The problems of a split that are scored, as positions."""
+        return subsets.choose(self._task, split, validation.scoring_of(self._config, split).num_problems)
+
     def _split(self, split: str):
         """(problems, levels) of a split; for all runs they are the same, and so are made once."""
         if split not in self._splits:
-            index = np.arange(validation.scoring_of(self._config, split).num_problems)
+            index = self._index(split)
             self._splits[split] = self._task.problems(split, index), self._task.level(split, index)
         return self._splits[split]

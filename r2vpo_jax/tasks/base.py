@@ -27,7 +27,8 @@ class Verdicts(NamedTuple):
 
     reward: np.ndarray  # f32 [B] sum of the terms; 0 where there is no verdict
     outcome: np.ndarray  # int32 [B] `Outcome`
-    terms: Mapping[str, np.ndarray] = MappingProxyType({})  # name -> f32 [B] weighted parts of the reward, if several
+    terms: Mapping[str, np.ndarray] = MappingProxyType({})  # name -> f32 [B] weighted parts of the reward, if several;
+    # NaN where a part does not apply to a response, 0 where there is no verdict
     reasons: tuple[str, ...] = ()  # why there is no verdict, "" where there is one; () if all have one
 
 

@@ -3,9 +3,11 @@
     data sets ──Example──▶ prompt template ──tokens──▶ (model) ──text──▶ verifier pool ──▶ reward terms
 
 At load time, before any model is touched: problems whose prompt is too long are dropped and counted, the splits are
-made disjoint, and every gold answer is checked against itself. One process of a pod judges; the others are told.
+made disjoint, every gold answer is checked against itself, and reward functions are called on some of them. One process
+of a pod judges; the others are told.
 """
 
+import collections
 import contextlib
 
 import jax
@@ -16,13 +18,14 @@ from r2vpo_jax import verifiers
 from r2vpo_jax.config.task import TaskConfig
 from r2vpo_jax.data import Example, digest, disjoint, load
 from r2vpo_jax.models.stops import stop_table
-from r2vpo_jax.tasks.base import SPLITS, Outcome, Problems, Verdicts
+from r2vpo_jax.tasks.base import SPLITS, Problems, Verdicts
 from r2vpo_jax.tasks.prompts import PromptTemplate, unknown_share
 from r2vpo_jax.tasks.responses import OPEN, ResponseTexts
+from r2vpo_jax.tasks.rewards import Responses, Rewards
 from r2vpo_jax.verifiers.outcome import unjudged
 
 _LOOKED_AT = 64  # examples of an endless source whose prompts are looked at before the run
-_FORMAT_FUNCTION = "r2vpo_jax.verifiers.extraction:format_scores"  # a user's pattern may run for ever
+_TRIED = 8  # right answers of a split, of several sources, that reward functions are called on before the run
 _REDRAWS = 32  # other problems that are tried where a prompt of an endless source is too long
 _REDRAW_STRIDE = 1 << 40  # beyond all positions of a run
 
@@ -60,6 +63,7 @@ class TextTask:
         self._cleanup = contextlib.ExitStack()
         try:
             self._pool = self._start_pool()
+            self._rewards = Rewards(config.reward, self._pool)
             self._data = self._load(splits)
         except BaseException:
             self.close()
@@ -68,7 +72,7 @@ class TextTask:
     # Loading ---------------------------------------------------------------------------------------------
 
     def _start_pool(self):
-        verifier, reward = self._config.verifier, self._config.reward
+        verifier = self._config.verifier
         if not self._chief:
             return None
         pool = verifiers.VerifierPool(
@@ -80,13 +84,12 @@ class TextTask:
             answer=verifier.answer,
         )
         self._cleanup.enter_context(pool)
-        if reward.function is not None:
-            pool.check_function(reward.function)
         return pool
 
     def _load(self, splits) -> dict:
         config = self._config
-        loaded = {split: load(getattr(config.text, split), split, config.text.data_dir) for split in splits}
+        columns = self._rewards.columns
+        loaded = {split: load(getattr(config.text, split), split, config.text.data_dir, columns) for split in splits}
         loaded = disjoint(loaded)
         for split in splits:
             loaded[split] = self._only_short(split, loaded[split])
@@ -101,8 +104,37 @@ class TextTask:
             counts = ", ".join(f"{name} {count}" for name, count in loaded[split].counts.items())
             kind = "endless" if size is None else size
             self.notices.append(f"{split}: {kind} problems" + (f" ({counts})" if counts else ""))
+        self._rewards.there = tuple(
+            sorted({name for data in loaded.values() for example in data.examples() for name in example.columns})
+        )
+        if self._chief:
+            for split in splits:
+                self.notices += self._rewards.try_out(split, self._gold_responses(loaded[split]))
         self.digest = digest(loaded)
         return loaded
+
+    def _gold_responses(self, data) -> Responses:
+        """Right responses to the first problems of each source of a split."""
+        of_source = collections.defaultdict(list)
+        for example in data.examples():
+            if len(of_source[example.source]) < 2:
+                of_source[example.source].append(example)
+        if data.num_examples is None:
+            of_source[None] = [data.example(position) for position in range(2)]
+        examples = [pair[i] for i in range(2) for pair in of_source.values() if i < len(pair)][:_TRIED]
+        examples = examples if len(examples) > 1 else examples * 2  # one value for one response may hide a wrong shape
+        texts = [("</think>" if self._opens_thinking else "") + rf"\boxed{{{e.answer}}}" for e in examples]
+        return self._responses(examples, [self._tokenizer(text)["input_ids"] for text in texts], texts)
+
+    def _responses(self, examples, tokens, texts) -> Responses:
+        texts = [OPEN + text for text in texts] if self._opens_thinking else texts
+        prompts, lengths = {}, {}
+        for question in {example.question for example in examples}:  # few: the responses to one are a group
+            prompts[question] = self._template.text(question)
+            lengths[question] = len(self._template.tokens(question))
+        return Responses(
+            examples, [prompts[e.question] for e in examples], texts, tokens, [lengths[e.question] for e in examples]
+        )
 
     def _only_short(self, split, data):
         finite = [self._template.tokens(example.question) for example in data.examples()]
@@ -188,23 +220,35 @@ class TextTask:
         examples = [self.example(split, i)[0] for i in np.asarray(index)]
         return np.array([f"{e.source} {e.level}".strip() for e in examples])
 
+    def sources(self, split: str) -> list[str]:
+        """The name of the data set of each problem of a finite split."""
+        return [example.source for example in self._data[split].examples()]
+
     def decode(self, tokens) -> str:
         return self._tokenizer.decode(np.asarray(tokens).tolist(), skip_special_tokens=False)
 
     def verify(self, split: str, index, responses, lengths) -> Verdicts:
         """As the protocol has it. Parts of the reward besides correctness are for learning: of validation and test,
         correctness alone is judged, unless it has no weight."""
-        names = self._terms(split)
+        names = self._rewards.terms(split)
         size = len(responses)
         outcome, values = np.zeros(size, np.int32), np.zeros((len(names), size), np.float32)
         reasons = ("",) * size
         if self._chief:
-            outcome, terms, reasons = self._judge(split, index, self._texts(responses, lengths))
-            values = np.stack([terms[name] for name in names])
+            unique = {int(i): self.example(split, i)[0] for i in np.unique(index)}
+            examples = [unique[int(i)] for i in index]
+            rows, texts = _rows(responses, lengths), self._response_texts(responses, lengths)
+            outcome, terms, reasons = self._rewards.judge(split, self._responses(examples, rows, texts))
+            values = np.stack([terms[name] for name in names]).astype(np.float32)
         outcome, values = self._from_chief((outcome, values))
         values = np.where(unjudged(outcome), np.float32(0), values)
         terms = dict(zip(names, values, strict=True)) if len(names) > 1 else {}
-        return Verdicts(values.sum(axis=0), outcome, terms, reasons if any(reasons) else ())
+        return Verdicts(
+            np.where(np.isnan(values), np.float32(0), values).sum(axis=0),
+            outcome,
+            terms,
+            reasons if any(reasons) else (),
+        )
 
     def answers(self, split: str, index, responses, lengths) -> list[str | None]:
         found = [verifiers.extract(text, self._config.verifier.answer) for text in self._texts(responses, lengths)]
@@ -213,44 +257,12 @@ class TextTask:
     def close(self) -> None:
         self._cleanup.close()
 
-    def _terms(self, split) -> list[str]:
-        """The parts of the reward."""
-        reward = self._config.reward
-        if split != "train" and reward.correct:
-            return ["correct"]
-        there = {"correct": reward.correct, "function": reward.function is not None, "format": reward.format}
-        return [name for name, is_there in there.items() if is_there]
-
     def _texts(self, responses, lengths) -> list[str]:
         texts = self._response_texts(responses, lengths)
         # Where the prompt itself opens the thinking, a response that never closes it has no answer.
         return [OPEN + text for text in texts] if self._opens_thinking else texts
 
-    def _judge(self, split, index, texts):
-        """(outcome int32 [B], weighted terms, reasons)."""
-        reward, names = self._config.reward, self._terms(split)
-        unique = {int(i): self.example(split, i)[0] for i in np.unique(index)}
-        examples = [unique[int(i)] for i in index]
-        outcome, reasons, terms = np.zeros(len(texts), np.int32), [""] * len(texts), {}
-        if "correct" in names:
-            checks = [verifiers.Check(e.kind, e.gold, text) for e, text in zip(examples, texts, strict=True)]
-            judgements = self._pool.check(checks)
-            outcome = np.array([j.outcome for j in judgements], np.int32)
-            reasons = [j.reason for j in judgements]
-            terms["correct"] = np.float32(reward.correct) * (outcome == Outcome.RIGHT)
-        scored = []
-        if "function" in names:
-            questions, answers = [e.question for e in examples], [e.answer for e in examples]
-            scored.append(("function", reward.function, reward.function_weight, questions, answers))
-        if "format" in names:
-            patterns = [reward.format_pattern] * len(texts)
-            scored.append(("format", _FORMAT_FUNCTION, reward.format, patterns, [""] * len(texts)))
-        for name, function, weight, first, last in scored:
-            batch_size = reward.function_batch_size
-            values, judgements = self._pool.score(function, first, texts, last, batch_size=batch_size)
-            failed = np.array([unjudged(j.outcome) for j in judgements], bool)
-            decides = failed | (name == "function" and not reward.correct)
-            outcome = np.where(decides, [j.outcome for j in judgements], outcome).astype(np.int32)
-            reasons = [j.reason or reason for j, reason in zip(judgements, reasons, strict=True)]
-            terms[name] = np.float32(weight) * np.where(failed, 0.0, values)
-        return outcome, terms, tuple(reasons)
+
+def _rows(responses, lengths) -> list[list[int]]:
+    """Token ids of each response."""
+    return [np.asarray(row[:length]).tolist() for row, length in zip(responses, lengths, strict=True)]

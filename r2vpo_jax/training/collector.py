@@ -11,7 +11,7 @@ from r2vpo_jax.rollout import Rollout
 from r2vpo_jax.run.instruments import Timers
 from r2vpo_jax.sampler import Sampling
 from r2vpo_jax.tasks.base import Task, Verdicts, stop_of
-from r2vpo_jax.training import credit
+from r2vpo_jax.training import credit, metrics
 from r2vpo_jax.training.iteration import problem_positions, rollout_key
 
 
@@ -21,7 +21,7 @@ class Collected:
 
     rollout: Rollout  # verified, on the host
     num_problems: int
-    terms: dict[str, float]  # mean of each part of the reward, if it has several
+    terms: dict[str, float]  # mean of each part of the reward over verdicts, if it has several
     reasons: tuple[str, ...]  # why there is no verdict, of those that have none
 
 
@@ -109,6 +109,6 @@ class Collector:
         return Collected(
             rollout=jax.tree.map(lambda *x: np.concatenate(x), *parts),
             num_problems=wanted * len(parts),
-            terms={name: float(np.mean([v.terms[name].mean() for v in verdicts])) for name in verdicts[0].terms},
+            terms=metrics.of_terms([v.terms for v in verdicts], [v.outcome for v in verdicts]),
             reasons=tuple(reason for v in verdicts for reason in v.reasons if reason),
         )

@@ -1,6 +1,6 @@
 """What is written of an iteration: its line of metrics.jsonl (docs/metrics.md explains every name) and its samples."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,29 +13,56 @@ from r2vpo_jax.run.report import held_variance
 from r2vpo_jax.tasks.base import Outcome, Task
 from r2vpo_jax.training import credit, critic
 from r2vpo_jax.training.update import RolloutReport
+from r2vpo_jax.verifiers.outcome import unjudged
 
 
 def of_sampled(objective: ObjectiveConfig, sampled: Rollout, group_size: int) -> dict[str, jax.Array]:
     """What is reported of the responses of one iteration, as scalars. Can be traced.
+
+    What is said of rewards is of the responses that have a verdict, and of groups with one at least: NaN if none has.
 
     Args:
       objective: decides what counts as reward.
       sampled: all responses sampled in this iteration, verified.
       group_size: G.
     """
-    right = (sampled.outcome == Outcome.RIGHT).reshape(-1, group_size)
+    judged = ~unjudged(jnp.asarray(sampled.outcome))
+    right = ((sampled.outcome == Outcome.RIGHT) | ~judged).reshape(-1, group_size)
+    groups = jnp.any(judged.reshape(-1, group_size), axis=1)
     learned, length = credit.learning_reward(sampled, objective), jnp.asarray(sampled.response_length)
     return {
-        "reward/mean": jnp.mean(sampled.reward),
+        "reward/mean": _mean(sampled.reward, judged),
         "reward/learned": jnp.nanmean(learned),
-        "reward/zero_variance_groups": 1.0 - jnp.mean(credit.groups_differ(sampled, objective, group_size)),
-        "reward/all_right_groups": jnp.mean(jnp.all(right, axis=1)),
+        "reward/zero_variance_groups": 1.0 - _mean(credit.groups_differ(sampled, objective, group_size), groups),
+        "reward/all_right_groups": _mean(jnp.all(right, axis=1), groups),
+        "outcome/judged": jnp.mean(judged),
         "outcome/errors": jnp.sum(sampled.outcome == Outcome.ERROR),
         "outcome/timeouts": jnp.sum(sampled.outcome == Outcome.TIMEOUT),
         "response/length": jnp.mean(length),
         "response/length_max": jnp.max(length),
         "response/truncated": jnp.mean(sampled.truncated),
     }
+
+
+def _mean(values, there) -> jax.Array:
+    """The mean over those that are there, f32 []: NaN where none is, and the plain mean, bit for bit, where all are."""
+    some = jnp.sum(jnp.where(there, values, 0), dtype=jnp.float32) / jnp.sum(there)
+    return jnp.where(jnp.all(there), jnp.mean(values), some)
+
+
+def of_terms(terms: Sequence[Mapping[str, np.ndarray]], outcomes: Sequence[np.ndarray]) -> dict[str, float]:
+    """The mean of each part of the reward over the responses that have a verdict and that the part applies to.
+
+    Args:
+      terms: of the verdicts on each of several batches, f32 [B] by name.
+      outcomes: int32 [B] of each.
+    """
+    judged, means = ~unjudged(np.concatenate(outcomes)), {}
+    for name in terms[0]:
+        values = np.concatenate([part[name] for part in terms])[judged]
+        values = values[~np.isnan(values)]
+        means[name] = float(np.mean(values)) if values.size else float("nan")
+    return means
 
 
 def kept(drawn: list[Rollout]) -> jax.Array:
@@ -86,7 +113,7 @@ def row(
         "kind": "train",
         **shared,
         "reward/kept": kept,
-        "policy/entropy": stats.mean("entropy"),
+        "policy/entropy": stats.mean("entropy") if kept else float("nan"),  # of no token, not 0
         "ratio/variance": float(report.variance_last),
         "ratio/variance_first": float(report.variance_first),
         **({} if report.variance_after is None else {"ratio/variance_after": float(report.variance_after)}),

@@ -27,6 +27,7 @@ decision but the time limits of verifiers.
 
 import contextlib
 import dataclasses
+import re
 import resource
 from collections.abc import Callable
 
@@ -37,7 +38,7 @@ import r2vpo_jax
 from r2vpo_jax import models, sharding, tasks
 from r2vpo_jax.config import Config
 from r2vpo_jax.errors import NonFiniteUpdateError, Stopped, UsageError, usage_errors
-from r2vpo_jax.evaluation import validation
+from r2vpo_jax.evaluation import subsets, validation
 from r2vpo_jax.models.base import open_base_model
 from r2vpo_jax.rollout import Rollout
 from r2vpo_jax.run import console, directory, files, report
@@ -139,6 +140,7 @@ class _Run:
         stack.callback(self.life.close)
         self.workdir, self.replay = self.life.workdir, self.life.replay
         self.profiler = Profiler(self.workdir, profile_steps)
+        self._said_reason: str | None = None  # why most responses have no verdict
         self.timers = Timers()
         self.collector = Collector(config, self.task, self.model, self.mesh, self.timers)
         self.key = jax.random.key(config.seed)
@@ -175,7 +177,7 @@ class _Run:
                 if better or number % trainer.checkpoint_every == 0 or number == total:
                     self.life.save(self.state, self.counters)  # 8
                 bar.update(number, self._progress_text(row))
-                if alarmed and self.config.alarms.stop:
+                if self.life.alarms.is_in_vain(row) or (alarmed and self.config.alarms.stop):
                     break
             bar.close()
             self.life.save(self.state, self.counters)
@@ -198,7 +200,9 @@ class _Run:
     # 0. Before the loop ----------------------------------------------------------------------------------
 
     def _introduce(self) -> None:
-        for notice in (*self.base.notices, *self.task.notices):
+        scored = {split: validation.scoring_of(self.config, split).num_problems for split in ("validation", "test")}
+        samples = [notice for split, number in scored.items() for notice in subsets.notices(self.task, split, number)]
+        for notice in (*self.base.notices, *self.task.notices, *samples):
             self._say(notice)
         if not self.life.resumed:
             self._say(f"mesh {dict(self.mesh.shape)}, {jax.device_count()} x {jax.devices()[0].device_kind}")
@@ -316,9 +320,25 @@ class _Run:
         self.life.files.metrics(row)
         if made.collected.reasons:
             self._event("unjudged", responses=len(made.collected.reasons), first=made.collected.reasons[0])
+        self._say_unjudged(row["outcome/judged"], made.collected)
         for sample in metrics.samples(made.batch, self.task, config.trainer.samples_per_iteration):
             self.life.files.sample({"iteration": counters.iteration, **sample})
         return row
+
+    def _say_unjudged(self, judged: float, collected: Collected) -> None:
+        """Says why most responses have no verdict: when that begins, and when the reason is of another kind."""
+        if judged >= self.config.alarms.min_judged:
+            self._said_reason = None
+            return
+        reason = collected.reasons[0] if collected.reasons else "the task gives no reason"
+        kind = re.sub(r"\d+", "", reason)
+        if kind != self._said_reason:
+            size = len(collected.rollout.reward)
+            self._say(
+                f"iteration {self.counters.iteration}: {size - round(judged * size)} of {size} responses have no verdict; the "
+                f"first reason: {reason}"
+            )
+        self._said_reason = kind
 
     def _sound_alarms(self, row: dict) -> bool:
         raised = self.life.alarms.check(row) if row["kind"] == "train" else []
@@ -360,6 +380,8 @@ class _Run:
             return validation.evaluate_run(self.config, self.model, params, self.task, split=split, mesh=self.mesh)
 
     def _write_evaluation(self, result: validation.Evaluation, scores: dict) -> None:
+        if line := result.without_verdicts():
+            self._say(line)
         counts = {"iteration": self.counters.iteration, "rollouts": self.counters.rollouts}
         self.life.files.metrics({"kind": "evaluation", **counts, **result.row(scores)})
 

@@ -16,14 +16,14 @@ import math
 import os
 import re
 import selectors
-import struct
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
-from r2vpo_jax.verifiers import answers, extraction, notation
+from r2vpo_jax.verifiers import answers, extraction, functions, notation
 from r2vpo_jax.verifiers.kinds import KINDS
 from r2vpo_jax.verifiers.outcome import Outcome
 from r2vpo_jax.verifiers.process import Process, ProtocolError, Starter
@@ -47,9 +47,11 @@ class Judgement(NamedTuple):
 
     outcome: Outcome
     reason: str = ""  # why there is no verdict
+    applies: bool = True  # False: a reward function says that it has none to give (None or NaN)
 
 
 _WRONG, _RIGHT = Judgement(Outcome.WRONG), Judgement(Outcome.RIGHT)
+_NOT_APPLICABLE = Judgement(Outcome.ERROR, "the function does not apply: it returned None or NaN", applies=False)
 
 
 @dataclasses.dataclass
@@ -108,7 +110,7 @@ class VerifierPool:
         self._lock = threading.Lock()
         self._slots = [_Slot() for _ in range(num_workers)]
         self._dying: list[Process] = []
-        self._functions: set[str] = set()  # that could be imported once
+        self._functions: dict[str, functions.Parameters] = {}  # of those that could be imported once
         self._starter = Starter()
         self._owner = os.getpid()
         self._number = self._failed_starts = 0
@@ -203,43 +205,75 @@ class VerifierPool:
 
     # Functions of the user -----------------------------------------------------------------------------------
 
-    def check_function(self, function: str) -> None:
+    def check_function(self, function: str) -> functions.Parameters:
         """Imports "module:function" in a verifier process.
+
+        Returns:
+          What it wants.
 
         Raises:
           ValueError: it cannot be imported, or not in STARTUP_LIMIT seconds.
         """
         if not re.fullmatch(r"[\w.]+:[\w.]+", function):
             raise ValueError(f"reward function {function!r} must be written module:function")
-        if function in self._functions:
-            return
-        replies = []
-        self._run([_Job(function, {}, replies.append)])
-        reply = replies[0]
-        problem = reply.reason if isinstance(reply, Judgement) else reply.get("error", "")
-        if problem:
-            raise ValueError(f"reward function {function!r} cannot be imported: {problem}")
-        self._functions.add(function)
+        if function not in self._functions:
+            replies = []
+            self._run([_Job(function, {}, replies.append)])
+            reply = replies[0]
+            problem = reply.reason if isinstance(reply, Judgement) else reply.get("error", "")
+            if problem:
+                raise ValueError(f"reward function {function!r} cannot be imported: {problem}")
+            self._functions[function] = functions.Parameters(*reply["parameters"])
+        return self._functions[function]
 
-    def score(self, function: str, questions, responses, answers, batch_size: int = 32):
-        """Values of a reward function of the user, `function(questions, responses, answers) -> floats`, batch by batch.
+    def score(
+        self,
+        function: str,
+        questions,
+        responses,
+        answers,
+        batch_size: int = 32,
+        columns: Mapping[str, Sequence] = MappingProxyType({}),
+    ):
+        """Values of a reward function of the user, batch by batch; `functions` says how it is called.
 
         A batch has `time_limit` seconds. If it fails (by an exception, the time limit, the end of the process, or a wrong number
-        of values), all of its rows get that outcome, so that smaller batches lose less. A value that is not finite costs its
-        own row only.
+        of values), all of its rows get that outcome, so that smaller batches lose less. A value that is no finite number costs
+        its own row only; so does None or NaN, which says that the function does not apply.
+
+        Args:
+          function: module:function.
+          questions, responses, answers: texts, as many of each.
+          batch_size: responses per call.
+          columns: further arguments by name, an element for each response: those of `functions.KNOWN`, and columns of the
+            data. JSON must hold them.
 
         Returns:
           (values float32 [N], nan where there is none; judgements [N], RIGHT where the value is above RIGHT_ABOVE).
 
         Raises:
-          ValueError: the function cannot be imported, or lengths differ.
+          ValueError: the function cannot be imported or wants an argument that is not there, or lengths differ.
           RuntimeError: processes do not start, or the pool is closed.
         """
         import numpy as np
 
         if not len(questions) == len(responses) == len(answers) or batch_size < 1:
             raise ValueError("questions, responses and answers must be as many, batch_size at least 1")
-        self.check_function(function)
+        wanted = self.check_function(function)
+        texts = dict(zip(functions.OURS, (questions, responses, answers), strict=True))
+        there = {"prompts": questions, "completions": responses} | dict(columns) | texts
+        if missing := [name for name in wanted.required if name not in there]:
+            raise ValueError(
+                f"reward function {function!r} wants {', '.join(missing)}, and there is no such column; there are "
+                f"{', '.join(sorted(there))}. Give the parameter a default if it can do without"
+            )
+        names = wanted.names() | (columns.keys() - set(functions.KNOWN) if wanted.every_column else set())
+        named = {name: there[name] for name in sorted(names) if name in there}
+        if wanted.by_name and not named:
+            raise ValueError(
+                f"reward function {function!r} takes no argument that there is: {', '.join(sorted(there))}"
+            )
+        positional = [] if wanted.by_name else list(texts.values())
         values = np.full(len(responses), np.nan, np.float32)
         judgements = [self._too_long(r) if len(r) > self.max_chars else None for r in responses]
 
@@ -254,8 +288,11 @@ class VerifierPool:
         jobs = []
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
-            columns = [[column[row] for row in batch] for column in (questions, responses, answers)]
-            request = {"function": function, "arguments": columns}
+            request = {
+                "function": function,
+                "texts": [[column[row] for row in batch] for column in positional],
+                "named": {name: [column[row] for row in batch] for name, column in named.items()},
+            }
             jobs.append(_Job(function, request, functools.partial(done, batch)))
         self._run(jobs)
         return values, judgements
@@ -440,18 +477,16 @@ def _values(reply: dict, size: int) -> list | Judgement:
         return Judgement(Outcome.ERROR, str(reply["error"]))
     values = reply.get("values")
     if not isinstance(values, list) or len(values) != size:
-        count = len(values) if isinstance(values, list) else "no"
-        return Judgement(Outcome.ERROR, f"the function returned {count} values for {size} responses")
+        return Judgement(Outcome.ERROR, "the reply does not have a value for each response")
     return values
 
 
 def _judgement_of_value(value) -> Judgement:
-    try:
-        finite = math.isfinite(struct.unpack("f", struct.pack("f", value))[0])
-    except (OverflowError, struct.error):
-        finite = False
-    if not finite:
-        return Judgement(Outcome.ERROR, f"the value is not a finite float32: {value!r:.40}")
+    if value is None:
+        return _NOT_APPLICABLE
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        reason = value.get("error") if isinstance(value, dict) else None
+        return Judgement(Outcome.ERROR, str(reason or f"no value in the reply: {value!r:.40}"))
     return _RIGHT if value > RIGHT_ABOVE else _WRONG
 
 

@@ -2,9 +2,10 @@
 
 Requests come as JSON lines on the file descriptor IN, one at a time, and each is answered by one line on OUT:
 
-    {"id": 1, "load": "math"}                                        -> {"id": 1} or {"id": 1, "error": reason}
-    {"id": 2, "kind": "math", "gold": ..., "answer": ...}            -> {"id": 2, "right": true}
-    {"id": 3, "function": "module:function", "arguments": [[...]]}   -> {"id": 3, "values": [...]}
+    {"id": 1, "load": "math"}                                                -> {"id": 1} or {"id": 1, "error": reason}
+    {"id": 2, "kind": "math", "gold": ..., "answer": ...}                    -> {"id": 2, "right": true}
+    {"id": 3, "load": "module:function"}                                     -> {"id": 3, "parameters": [...]}
+    {"id": 4, "function": "module:function", "texts": [[...]], "named": {}}  -> {"id": 4, "values": [...]}
 
 A reply with "error" says why there is no verdict, one with "spoiled" that this process had better be replaced.
 
@@ -20,6 +21,7 @@ import os
 import signal
 import sys
 
+from r2vpo_jax.verifiers import functions
 from r2vpo_jax.verifiers.kinds import KINDS
 
 _MAX_REASON = 400
@@ -87,11 +89,10 @@ def _handle(request: dict) -> dict:
     number = request["id"]
     try:
         if "load" in request:
-            _load(request["load"])
-            return {"id": number}
+            return {"id": number, **_load(request["load"])}
         if "function" in request:
             function = _function(request["function"])
-            return {"id": number, "values": [float(value) for value in function(*request["arguments"])]}
+            return {"id": number, "values": functions.call(function, request["texts"], request["named"])}
         return {"id": number, "right": bool(KINDS[request["kind"]].judge(request))}
     except MemoryError:
         return {"id": number, "error": "MemoryError: over the memory limit of the verifier", "spoiled": True}
@@ -117,12 +118,13 @@ def _reason(error: BaseException) -> str:
 # What is judged ----------------------------------------------------------------------------------------------
 
 
-def _load(name: str) -> None:
-    """Imports what a kind or function needs and warms it up, outside the time limit of the items."""
+def _load(name: str) -> dict:
+    """Imports what a kind or function needs and warms it up, outside the time limit of the items; what a function wants."""
     if ":" in name:
-        _function(name)
-    elif KINDS[name].warm_up is not None:
+        return {"parameters": functions.parameters(_function(name))}
+    if KINDS[name].warm_up is not None:
         KINDS[name].warm_up()
+    return {}
 
 
 def _function(path: str):

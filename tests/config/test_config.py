@@ -154,3 +154,29 @@ def test_every_field_has_help():
 def test_configs_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().seed = 1
+
+
+def test_reward_functions_and_their_weights():
+    """One has `function_weight`, several have `function_weights`; the other field is not in force."""
+    from r2vpo_jax.config.fields import build, in_force
+    from r2vpo_jax.config.task import RewardConfig
+
+    cases = [
+        ({}, (), "function_weight"),
+        ({"function": "a:f", "function_weight": 0.2}, (("a:f", 0.2),), "function_weight"),
+        ({"function": "a:f, b.c:G.h"}, (("a:f", 1.0), ("b.c:G.h", 1.0)), "function_weights"),
+        ({"function": "a:f,b:g", "function_weights": [0.5, -1]}, (("a:f", 0.5), ("b:g", -1.0)), "function_weights"),
+    ]
+    for given, functions, field in cases:
+        made = build(RewardConfig, given)
+        assert made.functions == functions
+        assert [name for f, _ in in_force(made) if (name := f.name).startswith("function_weight")] == [field]
+    for given, message in (
+        ({"function": "a:f,"}, "must be module:function, or several with commas between them"),
+        ({"function": "a:f,a:f"}, "names a function twice"),
+        ({"function": "a:f,b:g", "function_weights": (1.0,)}, "has 1 weights for 2 functions"),
+        ({"function": "a:f,b:g", "function_weights": (1.0, "x")}, "must be numbers"),
+        ({"function": "a:f", "function_weight": 0.0, "correct": 0.0}, "leaves nothing to learn from"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build(RewardConfig, given)

@@ -159,6 +159,8 @@ print(data.load({SMALL!r}, "train").digest, data.load({SMALL!r}, "train").exampl
         ("word_ladder", "cannot be used: its problems depend on the order of sets"),
         ("rush_hour", "cannot be used: its scorer does not accept the answer"),
         ("composite", "mixtures are written"),
+        ("coin_flip", "gives full marks for wrong answers: '0'"),
+        ("puzzle24", "any four numbers that make 24"),
     ],
 )
 def test_what_cannot_be_generated_is_refused(spec, said):
@@ -189,10 +191,46 @@ def test_values_of_parameters(text, hint, value):
     [
         ("isomorphic_strings", generators._UNORDERED),
         ("boxnet", generators._NO_ANSWER),
+        ("coin_flip", f"{generators._PAYS}: '0' (6 of 8 problems)"),
+        ("complex_arithmetic", f"{generators._PAYS}: 'nan' (8 of 8 problems)"),
+        ("game_of_life_halting", f"{generators._PAYS}: 'I do not know' (8 of 8 problems)"),
+        ("puzzle24", f"{generators._PAYS}: the answer of another problem (16 of 16 problems)"),
     ],
 )
 def test_the_probe_finds_unusable_generators(name, said):
     assert said in generators._probe(name, "{}")
+
+
+def test_an_answer_that_is_right_by_chance_is_no_fault():
+    def problem(others=(), **wrong):
+        return {"wrong": wrong, "others": list(others)}
+
+    assert generators._paid([problem(a=0.0, b=0.1)] * 8) == ""
+    assert generators._paid([problem(a=1.0), *[problem(a=0.0)] * 7]) == ""
+    assert generators._paid([problem(a=1.0), problem()]) == "", "a single try"
+    assert generators._paid([problem(a=1.0, b=1.0)] * 2) == "'a' (2 of 2 problems), 'b' (2 of 2 problems)"
+    assert (
+        generators._paid([problem("a", a=1.0), problem("b", b=1.0)])
+        == "the answer of another problem (2 of 2 problems)"
+    )
+    assert generators._paid([problem(nan=1.0), *[problem(nan=0.0)] * 7]) == "'nan' (1 of 8 problems)"
+
+
+def test_scorers_that_evaluate_answers_are_refused_unless_allowed_or_behind_a_gate(monkeypatch):
+    """As if nobody had looked at countdown: the probe sees that a number of its own is run as code."""
+    assert load("countdown").example(0).kind == "reasoning_gym", "only sums are shown to its scorer"
+    monkeypatch.delitem(generators.procedural.EVALUATED, "countdown")
+    generators._probe.cache_clear()
+    try:
+        with pytest.raises(ValueError, match="evaluates what a response says as Python.*evaluated_answers=allow"):
+            load("countdown")
+        recipe = json.loads(load("countdown?evaluated_answers=allow").example(0).gold)
+        assert recipe["evaluated_answers"] is True
+        assert "evaluated_answers" not in json.loads(load("chain_sum").example(0).gold)
+        with pytest.raises(ValueError, match="evaluated_answers='yes' is unknown; leave it out, or write allow"):
+            load("countdown?evaluated_answers=yes")
+    finally:
+        generators._probe.cache_clear()
 
 
 def test_the_probe_reports_what_fails_and_what_is_slow(monkeypatch):

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from r2vpo_jax import tasks
-from r2vpo_jax.evaluation import benchmarks
+from r2vpo_jax.evaluation import benchmarks, subsets
 from r2vpo_jax.models.base import open_base_model
 from r2vpo_jax.run import files
 from r2vpo_jax.tasks import Outcome, Verdicts
-from tests.helpers.evaluations import BATCH, FILES, NUM_PROBLEMS, TINY, K, contents, silent
+from tests.helpers.evaluations import BATCH, FILES, NUM_PROBLEMS, TINY, K, contents, row, silent
 
 
 def test_outcomes_are_those_of_the_texts(make, finished):
@@ -135,6 +135,11 @@ def test_errors_and_timeouts_are_counted_apart(make, monkeypatch, tmp_path):
     assert benchmark["scores"]["greedy"]["value"] == 1.0
     assert all(r["reason"] == "reason 2" for r in files.read_jsonl(tmp_path / "outcomes.jsonl"))
     assert f"{TINY}: a notice" in said
+    assert not any("no verdict" in line for line in said), "not most"
+    none = [row([Outcome.ERROR] * 3 + [Outcome.WRONG]) | {"reason": "KeyError: 1"}]
+    assert benchmarks._without_verdicts(none).startswith(
+        "3 of 4 samples have no verdict, and count as not right; the first"
+    )
     assert "a notice" in (tmp_path / "evaluation.md").read_text()
 
 
@@ -161,6 +166,11 @@ def test_a_task_of_ones_own(make, tmp_path):
     spec = "tests.helpers.own_tasks:FirstDigit?digit=7"
     summary = silent(make(tasks=spec, num_problems=6, greedy=False), tmp_path)
     rows = files.read_jsonl(tmp_path / "outcomes.jsonl")
-    assert [r["prompt"] for r in rows] == [f"{i}+7=" for i in range(6)]
+    chosen = subsets.positions(10, 6).tolist()
+    assert [r["index"] for r in rows] == chosen
+    assert [r["prompt"] for r in rows] == [f"{i}+7=" for i in chosen]
+    notice = "test: scored on a fixed sample of 6 of 10 problems, the same for all runs"
+    assert summary["benchmarks"][0]["notices"] == [notice]
+    assert notice in (tmp_path / "evaluation.md").read_text()
     assert [r["outcomes"][0] for r in rows] == [int(r["texts"][0].startswith("7")) for r in rows]
     assert [b["task"] for b in summary["benchmarks"]] == [spec]

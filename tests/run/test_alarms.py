@@ -17,13 +17,16 @@ LIMITS = {
     "max_ratio_variance": 2.0,
     "max_truncated": 0.75,
     "max_zero_variance_groups": 0.875,
+    "min_judged": 0.5,
 }
 HEALTHY = {
+    "reward/kept": 1.0,
     "policy/entropy": 0.6,
     "ratio/effective_sample_size": 0.9,
     "ratio/variance": 0.1,
     "response/truncated": 0.0,
     "reward/zero_variance_groups": 0.3,
+    "outcome/judged": 1.0,
 }
 # Name, metric, its limit, which is healthy itself, and the first value that is not.
 SIGNS = [
@@ -32,6 +35,7 @@ SIGNS = [
     ("ratio_variance", "ratio/variance", 2.0, math.nextafter(2.0, 3)),
     ("truncation", "response/truncated", 0.75, math.nextafter(0.75, 1)),
     ("zero_variance", "reward/zero_variance_groups", 0.875, math.nextafter(0.875, 1)),
+    ("verdicts", "outcome/judged", 0.5, math.nextafter(0.5, 0)),
 ]
 
 
@@ -85,7 +89,7 @@ def test_signs_are_counted_apart():
     first = HEALTHY | {"policy/entropy": math.nan}
     both = first | {"response/truncated": 1.0}
     assert [names(watch.check(row)) for row in (first, both, both)] == [[], ["entropy"], ["truncation"]]
-    everything = dict.fromkeys(HEALTHY, math.nan)
+    everything = HEALTHY | dict.fromkeys((metric for _, metric, *_ in SIGNS), math.nan)
     assert names(make().check(everything)) == [name for name, *_ in SIGNS]
 
 
@@ -101,6 +105,20 @@ def test_the_count_survives_a_resume(stop):
             other.state = dict(watch.state)
             watch = other
     assert said == [3]
+
+
+def test_where_nothing_was_judged_only_the_verdicts_are_blamed():
+    """All is as bad as can be, for there is nothing to measure: neither entropy nor groups are to blame."""
+    nothing = dict.fromkeys(HEALTHY, math.nan) | {"reward/kept": 0.0, "outcome/judged": 0.0, "response/truncated": 0.0}
+    watch = make(patience=2)
+    assert [names(watch.check(nothing)) for _ in range(3)] == [[], ["verdicts"], []]
+    assert watch.is_in_vain(nothing)
+    assert not watch.is_in_vain(nothing | {"outcome/judged": 0.1}), "a few verdicts may teach something"
+    watch.check(HEALTHY)
+    assert not watch.is_in_vain(nothing), "for one iteration"
+    # Verdicts, but no group that differs: the groups are blamed, and the entropy of no token is not.
+    flat = nothing | {"outcome/judged": 1.0, "reward/zero_variance_groups": 1.0}
+    assert names(make().check(flat)) == ["zero_variance"]
 
 
 def test_patience_must_be_positive():

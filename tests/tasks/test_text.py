@@ -1,6 +1,8 @@
 """Text tasks: from data sets to prompts, from responses to rewards, through real verifier processes."""
 
 import json
+import re
+import textwrap
 
 import numpy as np
 import pytest
@@ -268,6 +270,138 @@ def test_a_function_that_hangs_is_a_timeout(make, tmp_path, monkeypatch):
     assert found.outcome.tolist() == [Outcome.TIMEOUT, Outcome.RIGHT]
     np.testing.assert_allclose(found.reward, [0, 2])
     np.testing.assert_allclose(found.terms["correct"], [0, 1], err_msg="no verdict, no part of a reward")
+
+
+# Functions ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """Writes a module of reward functions that verifier processes can import."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write_module(name, text):
+        (tmp_path / f"{name}.py").write_text(textwrap.dedent(text))
+        return name
+
+    return write_module
+
+
+def test_a_function_that_cannot_work_is_found_before_the_run(make, module):
+    """It is called on gold answers: whatever it returns there that is no value for each is a refusal with the reason."""
+    name = module(
+        "useless",
+        """
+        import time
+
+        def keywords(prompts=None, completions=None, **more): return [1.0] * (len(completions) - 1)
+        def column(questions, responses, answers):
+            import numpy as np
+            return np.ones((len(responses), 1))
+        def number(questions, responses, answers): return 0.5
+        async def coroutine(completions, **columns): return [1.0] * len(completions)
+        def dicts(questions, responses, answers): return [{"score": 1.0} for _ in responses]
+        def raises(questions, responses, answers): return [float(answers[0].index("no"))]
+        def hangs(questions, responses, answers): time.sleep(60)
+        def infinite(questions, responses, answers): return [float("inf") for _ in responses]
+        def wants(completions, solution, **columns): return [1.0] * len(completions)
+        """,
+    )
+    said = {
+        "keywords": "the function returned 1 values for 2 responses",
+        "column": "array of shape (2, 1)",
+        "number": "a value of type float",
+        "coroutine": "an async function is not awaited",
+        "dicts": "no number but a dict",
+        "raises": "substring not found (useless.py",
+        "hangs": "no verdict in 1 seconds",
+        "infinite": "not a finite float32",
+        "wants": "wants solution, and there is no such column; there are answer, answers, ",
+    }
+    for function, reason in said.items():
+        for weight in (1.0, 0.0):
+            if weight == 0.0 and function != "number":
+                continue
+            config = {"reward": {"function": f"{name}:{function}", "correct": weight}, "verifier": {"time_limit": 1.0}}
+            with pytest.raises(ValueError, match=re.escape(reason)) as error:
+                make(**config)
+            assert f"{name}:{function}" in str(error.value)
+
+
+def test_a_function_gets_columns_of_the_data_by_name(make, module, folder):
+    rows = [row(i, unit="cm" if i % 2 else None, hints=["a", i]) for i in range(1, 9)]
+    write(folder, "units.jsonl", rows)
+    write(folder, "bare.jsonl", [{"question": f"And {i}?", "answer": str(i)} for i in range(50, 60)])
+    name = module(
+        "columns",
+        """
+        def ours(questions, responses, answers, unit, *, hints, levels, sources, response_lengths, prompt_lengths):
+            assert {type(n) for n in (*response_lengths, *prompt_lengths)} == {int}
+            return [
+                float(h is None) if source == "bare" else float(h[1]) + 100 * (level == "L1") + 1000 * (u == "cm")
+                for u, h, level, source in zip(unit, hints, levels, sources)
+            ]
+
+        def trl(prompts, completions, completion_ids, answer, **columns):
+            assert all(p.startswith("Q: ") for p in prompts) and {"question", "level"} <= set(columns)
+            return [float(len(ids) == len(c.encode()) + 1) for ids, c in zip(completion_ids, completions)]
+        """,
+    )
+    prompt = {"template": "plain", "text": "Q: {question}"}
+    task = make(text={"train": "units.jsonl + bare.jsonl"}, reward={"function": f"{name}:ours"}, prompt=prompt)
+    index = {task.example("train", i)[0].answer: i for i in range(60)}
+    wanted = {"2": 1101, "4": 2, "6": 1103, "55": 1}
+    found = task.verify("train", [index[answer] for answer in wanted], *responses(*"abcd"))
+    assert found.reasons == ()
+    assert found.reward.tolist() == list(wanted.values())
+    task = make(text={"train": "units.jsonl"}, reward={"function": f"{name}:trl"}, prompt=prompt)
+    tried = make(text={"train": "units.jsonl"}, reward={"function": f"{name}:ours"}, prompt=prompt)
+    assert task.digest == tried.digest == make(text={"train": "units.jsonl"}).digest, (
+        "columns are no part of the problems"
+    )
+    assert task.verify("train", [0, 1], *responses("ab", "c")).reward.tolist() == [1, 1]
+
+
+def test_several_functions_have_weights_and_none_does_not_apply(make, module):
+    """A None or NaN leaves its own part out; a response has no verdict only where nothing applies, or something failed."""
+    name = module(
+        "several",
+        """
+        def short(questions, responses, answers):
+            return [None if "skip" in r else float("nan") if "nan" in r else float(len(r) < 20) for r in responses]
+
+        def loud(completions, **columns):
+            if any("boom" in c for c in completions):
+                raise RuntimeError("as told")
+            return [None if "none" in c else float(c.isupper()) for c in completions]
+        """,
+    )
+    both = f"{name}:short, {name}:loud"
+    texts = [r"\boxed{14}", r"skip \boxed{14}", "nan", "NO", "skip none", "boom"]
+    reward = {"function": both, "function_weights": (0.5, 0.25), "function_batch_size": 1}
+    task = make(reward=reward)
+    found = task.verify("train", at(task, *["14"] * 6), *responses(*texts))
+    R, W, E = Outcome.RIGHT, Outcome.WRONG, Outcome.ERROR
+    assert found.outcome.tolist() == [R, R, W, W, W, E]
+    assert list(found.terms) == ["correct", "function_short", "function_loud"]
+    np.testing.assert_array_equal(found.terms["function_short"], np.float32([0.5, np.nan, np.nan, 0.5, np.nan, 0]))
+    np.testing.assert_array_equal(found.terms["function_loud"], np.float32([0, 0, 0, 0.25, np.nan, 0]))
+    np.testing.assert_allclose(found.reward, [1.5, 1, 0, 0.75, 0, 0])
+    assert [bool(reason) for reason in found.reasons] == [False] * 5 + [True]
+    # Without correctness the mean of those that apply decides, by weight: 1 of 3 for "loud".
+    task = make(reward=reward | {"correct": 0.0, "function_weights": (1.0, 2.0)})
+    found = task.verify("test", [0] * 6, *responses(*texts))
+    assert found.outcome.tolist() == [W, W, W, R, E, E]
+    np.testing.assert_allclose(found.reward, [1, 0, 0, 3, 0, 0])
+    assert "does not apply" in found.reasons[4]
+    assert "as told" in found.reasons[5]
+
+
+def test_a_function_that_applies_to_nothing_is_said(make, module):
+    name = module("nowhere_applicable", "def f(completions, **columns): return [None] * len(completions)\n")
+    task = make(reward={"function": f"{name}:f"})
+    assert any("applies to none of 2 problems" in notice for notice in task.notices)
+    assert not any("train" in notice and "applies" in notice for notice in make().notices)
 
 
 @pytest.mark.parametrize(

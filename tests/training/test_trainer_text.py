@@ -197,7 +197,7 @@ def test_errors_are_events_and_cost_no_run(make, tmp_path, monkeypatch):
     """A reward function that fails on every second batch: counted, named, and nothing is learned from those."""
     (tmp_path / "failing.py").write_text(
         "def score(questions, responses, answers):\n"
-        "    if len(responses[0]) % 2:\n"
+        "    if len(responses[0]) % 2 and 'boxed' not in responses[0]:\n"
         "        raise KeyError('odd')\n"
         "    return [len(r) / 100 for r in responses]\n"
     )
@@ -210,6 +210,36 @@ def test_errors_are_events_and_cost_no_run(make, tmp_path, monkeypatch):
     assert row["reward/kept"] == 1 - row["outcome/errors"] / 16
     events = [event for event in files.read_jsonl(tmp_path / "run" / "events.jsonl") if event["event"] == "unjudged"]
     assert [(event["responses"], "odd" in event["first"]) for event in events] == [(row["outcome/errors"], True)]
+
+
+def test_a_run_without_verdicts_says_why_blames_nothing_else_and_ends(make, tmp_path, monkeypatch):
+    """A function that works on gold answers and fails on everything that the model writes."""
+    (tmp_path / "boxed_only.py").write_text(
+        "def score(completions, **columns):\n"
+        "    if not all('boxed' in completion for completion in completions):\n"
+        "        raise KeyError('no box')\n"
+        "    return [1.0] * len(completions)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    said = []
+    chosen = make(
+        task={"reward": {"function": "boxed_only:score", "function_weight": 0.5}},
+        objective={"dual": {"budget": 0.01}, "groups": {"verifier_errors": "abstain"}},
+        trainer={"num_iterations": 5},
+        alarms={"patience": 2, "min_entropy": 100.0},
+    )
+    assert stop(chosen, tmp_path / "run", None, say=said.append).startswith("stopped after iteration 2 of 5")
+    (line,) = [line for line in said if "have no verdict; the first reason" in line]
+    assert line.startswith("iteration 1: 16 of 16 responses have no verdict; the first reason: KeyError: 'no box'")
+    (alarm,) = [line for line in said if line.startswith("ALARM")]
+    assert alarm.startswith("ALARM verdicts: outcome/judged = 0 for 2 iterations")
+    # Validation judges by correctness alone, and has its verdicts.
+    assert not any(line.startswith("validation: ") and "have no verdict" in line for line in said)
+    (row, _) = (row for row in files.read_jsonl(tmp_path / "run" / "metrics.jsonl") if row["kind"] == "train")
+    over_verdicts = ("mean", "learned", "correct", "function", "zero_variance_groups", "all_right_groups")
+    assert {row[f"reward/{name}"] for name in over_verdicts} == {"nan"}
+    assert row["policy/entropy"] == "nan"
+    assert (row["outcome/judged"], row["outcome/errors"], row["reward/kept"]) == (0, 16, 0)
 
 
 def test_too_long_for_the_model_is_refused(make, tmp_path):

@@ -215,9 +215,12 @@ def test_batches_share_their_fate(pool):
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
-        ("too_few", "the function returned 1 values for 3 responses"),
-        ("words", "ValueError: could not convert string to float: 'one'"),
-        ("nothing", "TypeError: 'NoneType' object is not iterable"),
+        ("too_few", "ValueError: the function returned 1 values for 3 responses"),
+        ("words", "the value is no number but a str 'one'"),
+        (
+            "nothing",
+            "TypeError: the function returned nothing; a list of one number for each of the 3 responses is needed",
+        ),
     ],
 )
 def test_values_of_no_use(pool, function, reason):
@@ -231,6 +234,7 @@ def test_values_that_are_not_finite_cost_their_row(pool):
     values, judgements = score(pool, "not_finite", ["good", "bad", "big", "poor"], batch_size=4)
     assert [j.outcome for j in judgements] == [RIGHT, ERROR, ERROR, WRONG]
     assert "not a finite float32" in judgements[2].reason
+    assert [j.applies for j in judgements] == [True, False, True, True], "NaN says that the function does not apply"
     np.testing.assert_array_equal(values, np.float32([1, np.nan, np.nan, 0]))
 
 
