@@ -4,8 +4,9 @@ import json
 import pathlib
 from collections.abc import Iterator
 
+from r2vpo_jax.errors import refuse_pointer
+
 SUFFIXES = (".jsonl", ".json", ".parquet")
-_GIT_LFS = b"version https://git-lfs"
 
 
 def read_rows(path: pathlib.Path, columns: set[str]) -> Iterator[tuple[int, dict]]:
@@ -17,10 +18,9 @@ def read_rows(path: pathlib.Path, columns: set[str]) -> Iterator[tuple[int, dict
     Raises:
       ValueError: a file that is no such thing; the message names the row.
     """
+    refuse_pointer(path)
     with path.open("rb") as file:
         head = file.read(64)
-    if head.startswith(_GIT_LFS):
-        raise ValueError(f"{path} is a Git LFS pointer, not the data; run `git lfs pull` where it comes from")
     if path.suffix == ".parquet":
         return _parquet(path, columns)
     if path.suffix == ".json" and head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
