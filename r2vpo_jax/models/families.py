@@ -211,18 +211,12 @@ def _rope_type(rope):
     return rope.get("rope_type") or rope.get("type") or "default"
 
 
-def _check_architecture(raw, family):
+def _check_head(raw):
     """The same layers may carry another head (a classifier, a reward, none): that is no language model."""
     given = raw.get("architectures") or []
     for name in [given] if isinstance(given, str) else given:
-        is_exported = (
-            str(name).removeprefix("FSDP") == family.architecture
-        )  # the wrapper of a trainer stays in the name
-        if not is_exported and not (family.export_as and str(name).endswith("ForCausalLM")):
-            raise ValueError(
-                f"architectures names {name!r}, which is not the language model of a {family.model_type!r} checkpoint; "
-                f"only {family.architecture} is implemented"
-            )
+        if not str(name).endswith("ForCausalLM"):
+            raise ValueError(f"architectures names {name!r}, which is not a language model (those end in ForCausalLM)")
 
 
 def _check_features(raw, family, field, number):
@@ -257,7 +251,7 @@ def read_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
     name = find(raw)
     family = FAMILIES[name]
     defaults = _DEFAULTS | dict(family.defaults)
-    _check_architecture(raw, family)
+    _check_head(raw)
 
     def field(key, *default):
         """As given, else the family's default; null only stands where null is what is meant."""

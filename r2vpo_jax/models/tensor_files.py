@@ -96,9 +96,9 @@ class Tensors:
 
     def rows(self, name, count: int) -> Iterator[np.ndarray]:
         """The tensor in pieces of `count` rows."""
-        held = self._header(name)
-        for start in range(0, self.shape(name)[0], count):
-            yield held[start : start + count]
+        held, length = self._header(name), self.shape(name)[0]
+        for start in range(0, length, count):
+            yield held[start : min(start + count, length)]
 
 
 def _open(file: pathlib.Path):
