@@ -285,7 +285,7 @@ def save_pretrained(
       params: its parameters: NumPy, or on devices; fetched a tensor of one layer at a time.
       tokenizer: a Transformers tokenizer; saved along unless there is a `base`.
       base: directory of the model that these weights have come from. Its tokenizer files are copied, and what its
-        generation_config.json says of sampling is kept.
+        generation_config.json says of sampling is kept (without a base: that of the tokenizer's directory, if it has one).
       dtype: of the written weights, or its name; None keeps the parameters'.
       eos_ids: the ids that end a text, for generation_config.json; None: the tokenizer's.
       max_shard_bytes: weights beyond this go to several files with an index (at least one tensor a file).
@@ -313,7 +313,8 @@ def save_pretrained(
         for layer in (range(leaf.shape[0]) if names[0] == "layers" else (None,))
     ]
     shards = _split(entries, max_shard_bytes)
-    settings = {} if base is None else tokenizer_files.generation_settings(base)
+    source = _directory_of(tokenizer) if base is None else base
+    settings = {} if source is None else tokenizer_files.generation_settings(source)
     generation = _generation_config(settings, tokenizer, eos_ids)
     if not write:
         for entry in entries:
@@ -384,6 +385,12 @@ class _Unchanged:
     @property
     def share(self) -> float:
         return self._same / self._all
+
+
+def _directory_of(tokenizer) -> pathlib.Path | None:
+    """The model's directory that a tokenizer was read from."""
+    name = getattr(tokenizer, "name_or_path", None)
+    return pathlib.Path(name) if name and (pathlib.Path(name) / "config.json").is_file() else None
 
 
 def _generation_config(settings, tokenizer, eos_ids) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import pytest
 from safetensors import safe_open
 
 from r2vpo_jax import models
+from r2vpo_jax.models.tokenizer import load_tokenizer
 from tests.helpers.tokenizers import byte_tokenizer
 from tests.models.goldens import CASES, GOLDEN, apply, assert_identical, copy, golden, replaced
 
@@ -206,6 +207,8 @@ def test_how_the_model_wants_to_be_sampled_is_kept(base, tmp_path):
     assert (raw["bos_token_id"], raw["eos_token_id"], raw["pad_token_id"]) == (1, [5, 257], 257)
     models.save_pretrained(tmp_path / "out", model, params, base=base)
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == GENERATION
+    models.save_pretrained(tmp_path / "out", model, params, load_tokenizer(base)[0], eos_ids=(5, 257))  # of this base
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == written
 
 
 def test_settings_of_sampling_in_config_json_are_kept(base, tmp_path):

@@ -59,8 +59,8 @@ def transformers_4(tmp_path_factory):
     install = [python, "-m", "pip", "install", "--quiet", "--retries=0", "--timeout=30", *TRANSFORMERS_4]
     result = subprocess.run(install, capture_output=True, text=True, timeout=900)
     if result.returncode:
-        reason = result.stderr.strip().splitlines()[-1:]
-        pytest.skip(f"no package index has {' and '.join(TRANSFORMERS_4)} for us: {reason}")
+        errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or [result.stderr[-200:]]
+        pytest.skip(f"pip cannot install {' and '.join(TRANSFORMERS_4)} here: {errors[0]}")
     return python
 
 
