@@ -1,6 +1,9 @@
 """What a user can put right, and what stops a run."""
 
 import contextlib
+import pathlib
+
+_GIT_LFS = b"version https://git-lfs"
 
 
 class UsageError(ValueError):
@@ -14,6 +17,15 @@ def usage_errors(*more: type[Exception]):
         yield
     except (ValueError, OSError, *more) as error:
         raise UsageError(str(error)) from error
+
+
+def refuse_pointer(file) -> None:
+    """Raises ValueError where a repository was cloned without the contents of this file."""
+    with pathlib.Path(file).open("rb") as opened:
+        if opened.read(len(_GIT_LFS)) == _GIT_LFS:
+            raise ValueError(
+                f"{file} is a Git LFS pointer, not the file itself; run `git lfs pull` in the clone that it comes from"
+            )
 
 
 class NonFiniteUpdateError(FloatingPointError):

@@ -41,7 +41,7 @@ class EvaluationConfig:
 
     tasks: tuple[str, ...] = option((), "benchmarks: arithmetic, data sets as in docs/data.md, or module:Class")
     checkpoint: str | None = option(
-        None, "checkpoint of a run: an iteration, latest or best (default: its hf/ if it has finished, else latest)"
+        None, "checkpoint of a run: an iteration, last or best (default: its hf/ if it has finished, else last)"
     )
     num_problems: int | None = option(
         None, "problems per benchmark, a fixed sample of a larger one (default: all; 256 of an endless source)"

@@ -266,7 +266,8 @@ class ModelConfig(ComputeConfig):
     )
     remat: bool = option(False, "recompute activations in the backward pass")
     export_dtype: str = option(
-        "stored", "dtype of the weights in hf/: float32, bfloat16 or float16; stored: the base model's"
+        "stored",
+        "dtype of the weights in hf/: float32, bfloat16 or float16; stored: the base model's, to which small updates round away",
     )
 
     def __post_init__(self):

@@ -5,10 +5,11 @@ import json
 import pathlib
 from collections.abc import Iterator
 
+from r2vpo_jax.errors import refuse_pointer
+
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 _TABLES = (".parquet", ".arrow")  # with a schema, read by pyarrow
 _SAVED = "data-*-of-*.arrow"  # the files of `save_to_disk` of the package datasets, in a folder for each split
-_GIT_LFS = b"version https://git-lfs"
 
 
 def read_rows(path: pathlib.Path, columns: set[str] | None) -> Iterator[tuple[int, dict]]:
@@ -21,10 +22,9 @@ def read_rows(path: pathlib.Path, columns: set[str] | None) -> Iterator[tuple[in
     Raises:
       ValueError: a file that is no such thing; the message names the row.
     """
+    refuse_pointer(path)
     with path.open("rb") as file:
         head = file.read(64)
-    if head.startswith(_GIT_LFS):
-        raise ValueError(f"{path} is a Git LFS pointer, not the data; run `git lfs pull` where it comes from")
     if path.suffix in _TABLES:
         return _table(path, columns)
     if path.suffix in (".csv", ".tsv"):

@@ -1,7 +1,6 @@
 """What a path to a model can mean: a Hugging Face directory, or one of our run directories at some checkpoint."""
 
 import dataclasses
-import json
 import pathlib
 
 import jax
@@ -11,6 +10,7 @@ from r2vpo_jax import config as config_lib
 from r2vpo_jax import models, sharding
 from r2vpo_jax.config import Config
 from r2vpo_jax.models.base import BaseModel, find_directory
+from r2vpo_jax.models.tensor_files import read_object
 from r2vpo_jax.run import checkpoints, report
 
 
@@ -60,7 +60,7 @@ def find(path: str | None, checkpoint: str | None = None) -> ModelSource:
 
     Args:
       path: a Hugging Face directory, a run directory, or the name of a shipped model; None: the arithmetic one.
-      checkpoint: of a run directory, an iteration, "latest" or "best" (on the validation split). Default: the exported
+      checkpoint: of a run directory, an iteration, "last" (also "latest") or "best" (on the validation split). Default: the exported
         model if the run has finished, else the latest.
 
     Raises:
@@ -73,8 +73,8 @@ def find(path: str | None, checkpoint: str | None = None) -> ModelSource:
         return ModelSource(directory.name, directory)
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(f"{directory} is neither a Hugging Face directory nor a run: it has no config.json")
-    config = json.loads((directory / "config.json").read_text())
-    if not (isinstance(config, dict) and {"model", "trainer"} <= config.keys()):
+    config = read_object(directory / "config.json")
+    if not {"model", "trainer"} <= config.keys():
         _refuse_checkpoint(checkpoint, str(directory))
         return ModelSource(path, directory)
     try:
@@ -89,7 +89,11 @@ def find(path: str | None, checkpoint: str | None = None) -> ModelSource:
         return ModelSource(path, directory / "hf", run=run)
     folder = (directory / "checkpoints").resolve()
     iteration = _choose(folder, checkpoint or "latest", directory)
-    return ModelSource(path, find(run.model.path).directory, folder / str(iteration), iteration, run)
+    try:
+        base = find(run.model.path).directory
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"the base model of {directory} is not where it was (model.path): {error}") from error
+    return ModelSource(path, base, folder / str(iteration), iteration, run)
 
 
 def _refuse_checkpoint(checkpoint, what) -> None:
@@ -98,17 +102,17 @@ def _refuse_checkpoint(checkpoint, what) -> None:
 
 
 def _choose(folder: pathlib.Path, wanted: str, directory) -> int:
-    if wanted in ("latest", "best"):
-        found = checkpoints.latest(folder) if wanted == "latest" else checkpoints.best(folder)
+    if wanted in ("last", "latest", "best"):
+        found = checkpoints.best(folder) if wanted == "best" else checkpoints.latest(folder)
         if found is None and checkpoints.latest(folder) is not None:
             raise ValueError(
-                f"no checkpoint of {directory} has a validation score of its own yet; use --checkpoint=latest"
+                f"no checkpoint of {directory} has a validation score of its own yet; use --checkpoint=last"
             )
         if found is None:
             raise ValueError(f"{directory} is a run without an intact checkpoint")
         return found
     if not wanted.isdigit():
-        raise ValueError(f"--checkpoint={wanted} is neither an iteration nor latest nor best")
+        raise ValueError(f"--checkpoint={wanted} is neither an iteration nor last nor best")
     if problem := checkpoints.problem(folder, int(wanted)):
         there = ", ".join(str(step) for step in reversed(checkpoints.steps(folder)))
         raise ValueError(

@@ -28,7 +28,7 @@ def resolve(
 
     Args:
       model: a Hugging Face directory, a run directory, or the name of a shipped model; None: the arithmetic one.
-      checkpoint: of a run directory, an iteration, "latest" or "best".
+      checkpoint: of a run directory, an iteration, "last" or "best".
       tasks: names of benchmarks with commas between them; None: the run's own task.
       sections: nested values of the sections model, mesh, evaluation, sampler and task; None is as good as absent.
       settings: other fields of `EvaluationConfig`.

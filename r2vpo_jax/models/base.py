@@ -53,6 +53,32 @@ class BaseModel:
         except (OSError, ValueError) as error:
             raise UsageError(f"cannot load the base model: {error}") from error
 
+    def export(self, path, params, *, dtype: str = "stored", write: bool = True) -> float | None:
+        """Write what this model has become as a Hugging Face directory, with tokenizer and generation settings of its own.
+
+        Args:
+          path: directory, made if needed.
+          params: the parameters now.
+          dtype: of the written weights, or "stored": that of the weights on disk here.
+          write: False on all processes of a pod but one.
+
+        Returns:
+          The share of the written weights that are still those of this model, bit for bit; None where `write` is False.
+
+        Raises:
+          ValueError, FileNotFoundError: as `models.save_pretrained`.
+        """
+        return models.save_pretrained(
+            path,
+            self.model,
+            params,
+            self.tokenizer,
+            base=self.path,
+            dtype=models.stored_dtype(self.path) if dtype == "stored" else dtype,
+            eos_ids=self.eos_ids,
+            write=write,
+        )
+
 
 def open_base_model(config: ModelConfig) -> BaseModel:
     """Look at `config.path` (default: the shipped arithmetic base model): architecture, tokenizer, end of text.

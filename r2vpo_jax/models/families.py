@@ -73,7 +73,7 @@ class Family:
 
     model_type: str  # in config.json
     tensors: Mapping[tuple[str, ...], Weight]
-    architecture: str  # written on export, with `export_as`
+    architecture: str  # in config.json; written on export, with `export_as`
     export_as: str | None = None  # model_type on export, where it is another
     bias_field: str | None = None  # the flag for biases on q, k, v and o; None: fixed, as `qkv_bias` says
     qkv_bias: bool = False
@@ -144,10 +144,36 @@ _REFUSED = {
     "mlp_bias": "a bias in the MLP (mlp_bias) is",
     "attn_logit_softcapping": "soft-capping of attention logits (attn_logit_softcapping) is",
     "final_logit_softcapping": "soft-capping of the logits (final_logit_softcapping) is",
+    "dual_chunk_attention_config": "dual-chunk attention (dual_chunk_attention_config: without it, texts shorter than a chunk stay the same) is",
+    "sparse_attention_config": "sparse attention (sparse_attention_config) is",
+    "attention_chunk_size": "attention in chunks (attention_chunk_size) is",
+    "use_bidirectional_attention": "attention to later tokens (use_bidirectional_attention) is",
+    "add_cross_attention": "cross-attention (add_cross_attention) is",
+    "use_attention_sinks": "attention sinks (use_attention_sinks) are",
+    "attn_temperature_tuning": "attention temperature by position (attn_temperature_tuning) is",
+    "alibi": "positions by ALiBi (alibi) are",
+    "rope_interleave": "interleaved rotary embedding (rope_interleave) is",
+    "use_parallel_residual": "attention and MLP side by side (use_parallel_residual) are",
+    "num_local_experts": "experts (num_local_experts) are",
+    "num_experts": "experts (num_experts) are",
     "use_mrope": "multimodal rotary embedding (use_mrope) is",
     "no_rope_layers": "layers without rotary embedding (no_rope_layers) are",
     "use_qk_norm": "this kind of norm of queries and keys (use_qk_norm) is",
     "clip_qkv": "clipping of queries, keys and values (clip_qkv) is",
+}
+# Factors of other decoders: field -> the value at which it changes nothing.
+_NEUTRAL = {
+    "is_causal": True,
+    "embedding_multiplier": 1,
+    "attention_multiplier": None,  # stands for the scale of the attention itself
+    "query_pre_attn_scalar": None,
+    "residual_multiplier": 1,
+    "logits_scaling": 1,
+    "logit_scale": 1,
+    "scale_emb": 1,
+    "scale_depth": None,
+    "dim_model_base": None,
+    "lm_head_multiplier": 1,
 }
 
 
@@ -185,7 +211,18 @@ def _rope_type(rope):
     return rope.get("rope_type") or rope.get("type") or "default"
 
 
+def _check_head(raw):
+    """The same layers may carry another head (a classifier, a reward, none): that is no language model."""
+    given = raw.get("architectures") or []
+    for name in [given] if isinstance(given, str) else given:
+        if not str(name).endswith("ForCausalLM"):
+            raise ValueError(f"architectures names {name!r}, which is not a language model (those end in ForCausalLM)")
+
+
 def _check_features(raw, family, field, number):
+    for name, neutral in _NEUTRAL.items():
+        if raw.get(name) is not None and raw[name] != neutral:
+            raise ValueError(f"{name}={raw[name]!r} is not implemented")
     for name, what in _REFUSED.items():
         if raw.get(name):
             raise ValueError(f"{what} not implemented")
@@ -214,6 +251,7 @@ def read_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
     name = find(raw)
     family = FAMILIES[name]
     defaults = _DEFAULTS | dict(family.defaults)
+    _check_head(raw)
 
     def field(key, *default):
         """As given, else the family's default; null only stands where null is what is meant."""

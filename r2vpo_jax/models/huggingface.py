@@ -19,15 +19,18 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from r2vpo_jax import sharding
-from r2vpo_jax.models import families, tensor_files
+from r2vpo_jax.models import families, tensor_files, tokenizer_files
 from r2vpo_jax.models.config import DecoderConfig
 from r2vpo_jax.models.decoder import Decoder, abstract_params, logical_axes
 from r2vpo_jax.models.families import Weight
 from r2vpo_jax.models.tensor_files import INDEX, SINGLE, Tensors
 
-# In a layer, a weight or a bias that this decoder has no place for would be dropped: the logits would be wrong.
+# A weight or a bias that this decoder has no place for would be dropped: the logits would be wrong. Not so those of
+# layers and heads beside the model: for the prediction of several tokens, or for values.
 _LAYER_WEIGHT = re.compile(r"model\.layers\.(\d+)\..*")
-_HARMLESS = re.compile(r".*\.(rotary_emb\.inv_freq|masked_bias|attn\.bias)")
+_HARMLESS = re.compile(r".*\.(rotary_emb\.inv_freq|masked_bias|attn\.bias)|(model\.)?mtp.*|(v_head|value_head)\..*")
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_ROWS = 4096  # of embedding and head, compared at a time
 
 # Reading ------------------------------------------------------------------------------------------------
 
@@ -56,7 +59,7 @@ def stored_dtype(path) -> np.dtype:
     Raises:
       FileNotFoundError, ValueError: there are no weights, or none of a dtype that is read.
     """
-    return Tensors(path).dtype("model.embed_tokens.weight")
+    return Tensors(path).dtype(_EMBEDDING)
 
 
 def read_model(path, *, param_dtype=None, compute_dtype=jnp.float32, **runtime) -> Decoder:
@@ -107,7 +110,11 @@ def load_params(path, model: Decoder, mesh: Mesh | None = None) -> dict:
         expected |= {weight.name.format(layer=i): shape for i in range(_num_tensors(names, leaf))}
     for name, shape in expected.items():
         tensors.check(name, shape)
-    _refuse_unused(tensors.names() - set(expected), config, path)
+    unused = tensors.names() - set(expected)
+    if config.tie_word_embeddings and _HEAD in unused:
+        _check_tied(tensors, path)
+        unused.remove(_HEAD)
+    _refuse_unused(unused, config, path)
 
     def read(names, leaf, weight):
         shape = _layer_shape(names, leaf)
@@ -155,12 +162,27 @@ def _refuse_unused(names, config, path):
     unused = [
         name
         for name in sorted(names)
-        if (layer := _LAYER_WEIGHT.fullmatch(name))
-        and int(layer[1]) < config.num_layers
-        and not _HARMLESS.fullmatch(name)
+        if not _HARMLESS.fullmatch(name)
+        and not ((layer := _LAYER_WEIGHT.fullmatch(name)) and int(layer[1]) >= config.num_layers)
     ]
     if unused:
         raise ValueError(f"{path} holds weights that a {config.family!r} decoder does not use: {unused[:4]}")
+
+
+def _check_tied(tensors, path):
+    """Raise ValueError if config.json ties the output head to the embedding and the file holds another head.
+
+    Transformers 5 would compute with the one in the file, Transformers 4 with the embedding.
+    """
+    same = tensors.shape(_HEAD) == tensors.shape(_EMBEDDING) and all(
+        np.array_equal(head.astype(np.float32), embedding.astype(np.float32))
+        for head, embedding in zip(tensors.rows(_HEAD, _ROWS), tensors.rows(_EMBEDDING, _ROWS), strict=True)
+    )
+    if not same:
+        raise ValueError(
+            f"{path}: config.json says tie_word_embeddings, but {_HEAD} differs from {_EMBEDDING}; if the head in the file "
+            'is meant, write "tie_word_embeddings": false into config.json, else take it out of the file'
+        )
 
 
 def _place(array, where):
@@ -246,12 +268,13 @@ def save_pretrained(
     params,
     tokenizer=None,
     *,
+    base=None,
     dtype=None,
     eos_ids=None,
     max_shard_bytes: int = 5_000_000_000,
     write: bool = True,
-) -> None:
-    """Write a directory that Transformers (and `from_pretrained` above) opens.
+) -> float | None:
+    """Write a directory that Transformers 4 and 5 (and `from_pretrained` above) open.
 
     The tensors have the names of the model's own family. openPangu-Embedded, which Transformers does not know,
     is written as `LlamaForCausalLM` with attention_bias, the same function of the same weights.
@@ -260,15 +283,22 @@ def save_pretrained(
       path: directory, made if needed; the weights, config.json and tokenizer files in it are replaced.
       model: the decoder.
       params: its parameters: NumPy, or on devices; fetched a tensor of one layer at a time.
-      tokenizer: a Transformers tokenizer, saved along.
+      tokenizer: a Transformers tokenizer; saved along unless there is a `base`.
+      base: directory of the model that these weights have come from. Its tokenizer files are copied, and what its
+        generation_config.json says of sampling is kept (without a base: that of the tokenizer's directory, if it has one).
       dtype: of the written weights, or its name; None keeps the parameters'.
       eos_ids: the ids that end a text, for generation_config.json; None: the tokenizer's.
       max_shard_bytes: weights beyond this go to several files with an index (at least one tensor a file).
       write: False on all processes of a pod but one: they only take part in fetching.
 
+    Returns:
+      The share of the written weights that are those of `base`, rounded to the same dtype, bit for bit: small updates
+      are lost in rounding. None without a base, and where nothing is written.
+
     Raises:
       ValueError: a parameter is not finite (in `dtype`): such weights are of no use to anybody. Or the family
-        cannot express this decoder. Nothing was written then.
+        cannot express this decoder, or a file of `base` cannot be read. Nothing was written then.
+      FileNotFoundError: a file of `base` is missing.
     """
     path = pathlib.Path(path)
     leaves = list(_leaves(model.config, params))
@@ -283,11 +313,14 @@ def save_pretrained(
         for layer in (range(leaf.shape[0]) if names[0] == "layers" else (None,))
     ]
     shards = _split(entries, max_shard_bytes)
-    generation = _generation_config(tokenizer, eos_ids)
+    source = _directory_of(tokenizer) if base is None else base
+    settings = {} if source is None else tokenizer_files.generation_settings(source)
+    generation = _generation_config(settings, tokenizer, eos_ids)
     if not write:
         for entry in entries:
             entry.fetch()
-        return
+        return None
+    counted = None if base is None else _Unchanged(Tensors(base))
 
     path.mkdir(parents=True, exist_ok=True)
     for stale in path.glob(".model*.safetensors.partial"):
@@ -295,7 +328,10 @@ def save_pretrained(
     for name, shard in shards.items():
         with open(path / f".{name}.partial", "wb") as file:
             headers = [(e.name, e.dtype, e.shape) for e in shard]
-            tensor_files.write_tensors(file, headers, (e.fetch() for e in shard))
+            arrays = ((e.name, e.fetch()) for e in shard)
+            tensor_files.write_tensors(
+                file, headers, (array if counted is None else counted(name, array) for name, array in arrays)
+            )
     for stale in (path / SINGLE, path / INDEX, *path.glob("model-*-of-*.safetensors")):
         stale.unlink(missing_ok=True)  # readers would find the weights that were here before
     for name in shards:
@@ -308,10 +344,14 @@ def save_pretrained(
         _write_object(path / INDEX, index)
     special = {key: generation.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     _write_object(path / "config.json", raw | special)  # spelled out: families have defaults of their own
-    if tokenizer is not None:
+    if base is not None:
+        tokenizer_files.copy_tokenizer(base, path)
+    elif tokenizer is not None:
         tokenizer.save_pretrained(path)
+        tokenizer_files.respell(path)
     if generation:
         _write_object(path / "generation_config.json", generation)
+    return None if counted is None else counted.share
 
 
 def _split(entries, max_bytes) -> dict[str, list[_Entry]]:
@@ -328,9 +368,38 @@ def _split(entries, max_bytes) -> dict[str, list[_Entry]]:
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, start=1)}
 
 
-def _generation_config(tokenizer, eos_ids) -> dict[str, Any]:
-    """Special tokens for generation_config.json; {} if nothing is known about them."""
-    generation = {} if tokenizer is None else {"pad_token_id": tokenizer.pad_token_id}
+class _Unchanged:
+    """Counts the weights that are the base model's, bit for bit, as they pass."""
+
+    def __init__(self, base: Tensors):
+        self._base, self._same, self._all = base, 0, 0
+
+    def __call__(self, name: str, array: np.ndarray) -> np.ndarray:
+        self._all += array.size
+        if name in self._base.names() and self._base.shape(name) == array.shape:
+            bits = f"u{array.itemsize}"
+            before = _cast(self._base.get(name), array.dtype)
+            self._same += int(np.sum(np.ascontiguousarray(array).view(bits) == before.view(bits)))
+        return array
+
+    @property
+    def share(self) -> float:
+        return self._same / self._all
+
+
+def _directory_of(tokenizer) -> pathlib.Path | None:
+    """The model's directory that a tokenizer was read from."""
+    name = getattr(tokenizer, "name_or_path", None)
+    return pathlib.Path(name) if name and (pathlib.Path(name) / "config.json").is_file() else None
+
+
+def _generation_config(settings, tokenizer, eos_ids) -> dict[str, Any]:
+    """generation_config.json: the base model's, its special tokens brought up to date; {} if nothing is known."""
+    generation = dict(settings)
+    if tokenizer is not None:
+        generation["pad_token_id"] = (
+            settings.get("pad_token_id") if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        )
     if getattr(tokenizer, "bos_token_id", None) is not None:
         generation["bos_token_id"] = tokenizer.bos_token_id
     if eos_ids is None and tokenizer is not None:

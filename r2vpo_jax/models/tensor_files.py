@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import jax.numpy as jnp
 import numpy as np
 
+from r2vpo_jax.errors import refuse_pointer
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16)}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -19,8 +21,9 @@ def read_object(file: pathlib.Path) -> dict:
     Raises:
       ValueError: the file holds something else.
     """
+    refuse_pointer(file)
     try:
-        value = json.loads(file.read_text())
+        value = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # not JSON, or not even text
         raise ValueError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
@@ -37,8 +40,6 @@ class Tensors:
     """
 
     def __init__(self, path):
-        from safetensors import SafetensorError, safe_open
-
         self._path = path = pathlib.Path(path)
         single, index = path / SINGLE, path / INDEX
         weight_map = None
@@ -53,10 +54,7 @@ class Tensors:
         missing = [n for n in names if not (path / n).is_file()]
         if missing:
             raise FileNotFoundError(f"{path} lacks the weight files {missing} (only safetensors are read)")
-        try:
-            files = {n: safe_open(path / n, framework="np") for n in names}
-        except SafetensorError as error:
-            raise ValueError(f"{path}: one of {names} is not a safetensors file: {error}") from error
+        files = {n: _open(path / n) for n in names}
         held = [(key, n) for n, file in files.items() for key in file.keys()]  # noqa: SIM118 (not a dict)
         self._owner = {key: files[n] for key, n in held if weight_map is None or weight_map.get(key) == n}
 
@@ -81,7 +79,7 @@ class Tensors:
         """Raise ValueError, naming the tensor, unless it is there with this shape and a dtype that is read."""
         if name not in self._owner:
             raise ValueError(f"{self._path} lacks the tensor {name!r} of shape {tuple(shape)}")
-        stored = tuple(self._header(name).get_shape())
+        stored = self.shape(name)
         if stored != tuple(shape):
             raise ValueError(
                 f"{self._path}: tensor {name!r} has shape {stored}, but config.json implies {tuple(shape)}"
@@ -91,6 +89,26 @@ class Tensors:
     def get(self, name) -> np.ndarray:
         """The tensor itself, in memory of its own."""
         return self._owner[name].get_tensor(name)
+
+    def shape(self, name) -> tuple[int, ...]:
+        """Its shape, from the file's header."""
+        return tuple(self._header(name).get_shape())
+
+    def rows(self, name, count: int) -> Iterator[np.ndarray]:
+        """The tensor in pieces of `count` rows."""
+        held, length = self._header(name), self.shape(name)[0]
+        for start in range(0, length, count):
+            yield held[start : min(start + count, length)]
+
+
+def _open(file: pathlib.Path):
+    from safetensors import SafetensorError, safe_open
+
+    refuse_pointer(file)
+    try:
+        return safe_open(file, framework="np")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a safetensors file, or not all of one: {error}") from error
 
 
 def write_tensors(file, headers: list[tuple[str, np.dtype, tuple[int, ...]]], arrays: Iterator[np.ndarray]) -> None:

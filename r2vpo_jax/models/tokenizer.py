@@ -5,8 +5,10 @@ import os
 import pathlib
 import re
 
+from r2vpo_jax.errors import refuse_pointer
 from r2vpo_jax.models.chat import end_of_turn
 from r2vpo_jax.models.tensor_files import read_object
+from r2vpo_jax.models.tokenizer_files import tokenizer_files
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 _GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")  # whatever tokenizer.json says
@@ -38,6 +40,8 @@ def load_tokenizer(path):
     file = path / "tokenizer.json"
     if not any((path / name).is_file() for name in _TOKENIZER_FILES):  # a class may make an empty one up
         raise ValueError(f"{path} has no tokenizer: none of {', '.join(_TOKENIZER_FILES)}")
+    for each in tokenizer_files(path):  # the libraries would read a pointer as a template, or speak of JSON
+        refuse_pointer(each)
     if file.is_file() and _asks_for(path) in _GENERIC:
         return _open(PreTrainedTokenizerFast, path), ()
     try:

@@ -21,7 +21,9 @@ _KINDS_OF_TOKENS = {  # how ratio_stats.SPLITS are named on an axis; mu is the p
 }  # fmt: skip
 
 
-def summarize(config: Config, rows, *, base, final, progress, train_seconds, phases, peak_memory_bytes) -> dict:
+def summarize(
+    config: Config, rows, *, base, final, progress, train_seconds, phases, peak_memory_bytes, unchanged_weights=None
+) -> dict:
     """Everything about a finished run that fits into one flat-ish dictionary.
 
     Args:
@@ -32,6 +34,7 @@ def summarize(config: Config, rows, *, base, final, progress, train_seconds, pha
       train_seconds: from process start to the last evaluation, compilation included.
       phases: seconds by phase of the last process.
       peak_memory_bytes: of the process.
+      unchanged_weights: share of the exported weights that are the base model's, bit for bit; None without an export.
     """
     train = [r for r in rows if r["kind"] == "train"]
     second_half = train[len(train) // 2 :]
@@ -73,6 +76,7 @@ def summarize(config: Config, rows, *, base, final, progress, train_seconds, pha
         "rollout_tokens_per_second": progress["rollout_tokens"] / seconds["rollout"] if seconds["rollout"] else None,
         "update_tokens_per_second": progress["trained_tokens"] / seconds["update"] if seconds["update"] else None,
         "peak_memory_bytes": peak_memory_bytes,
+        "unchanged_weights": unchanged_weights,
         "adaptive": config.objective.dual.adaptive,
         "variance_budget": config.objective.variance_budget,
         "final_variance_coef": float(train[-1].get("dual/variance_coef", 0.0)),
@@ -139,6 +143,7 @@ def table(summary: dict) -> str:
         f"variance coefficient        {summary['final_variance_coef']:.3f} at the end ({kind}), "
         f"{summary['second_half_variance_coef']:.3f} on average in the second half",
         f"entropy at the end          {summary['final_entropy']:.4f} nats per token",
+        *_exported(summary),
         f"a clip at {_CLIP_EPSILON} would zero      {100 * summary['clip_fraction']:.3f} % of the tokens, which carry "
         f"{100 * summary['clip_gradient_share']:.2f} % of this objective's gradient",
         *_kept(summary),
@@ -158,6 +163,16 @@ def _score(value: float | None) -> str:
 
 def _one_line(text: str) -> str:
     return text.replace("\n", "↵")
+
+
+def _exported(summary: dict) -> list[str]:
+    """How much of the exported model is the base model's, where there is an export."""
+    share = summary.get("unchanged_weights")  # absent in runs of earlier versions
+    return (
+        []
+        if share is None
+        else [f"weights in hf/              {100 * share:.2f} % of them as in the base model, bit for bit"]
+    )
 
 
 def _kept(summary: dict) -> list[str]:

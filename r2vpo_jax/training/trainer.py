@@ -35,7 +35,7 @@ import jax
 import numpy as np
 
 import r2vpo_jax
-from r2vpo_jax import models, sharding, tasks
+from r2vpo_jax import sharding, tasks
 from r2vpo_jax.config import Config
 from r2vpo_jax.errors import NonFiniteUpdateError, Stopped, UsageError, usage_errors
 from r2vpo_jax.evaluation import subsets, validation
@@ -390,15 +390,8 @@ class _Run:
     def _finish(self) -> dict:
         final = self._test_scores()
         train_seconds = self.life.seconds(self.counters)
-        dtype = self.config.model.export_dtype
-        models.save_pretrained(
-            self.workdir / "hf",
-            self.model,
-            self.state.params,
-            self.base.tokenizer,
-            dtype=models.stored_dtype(self.base.path) if dtype == "stored" else dtype,
-            eos_ids=self.base.eos_ids,
-            write=self.chief,
+        unchanged = self.base.export(
+            self.workdir / "hf", self.state.params, dtype=self.config.model.export_dtype, write=self.chief
         )
         if not self.chief:
             return {}
@@ -412,6 +405,7 @@ class _Run:
             train_seconds=train_seconds,
             phases=self.timers.seconds,
             peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            unchanged_weights=unchanged,
         )
         report.write(self.workdir, summary, rows)
         self._say("\n" + report.table(summary))

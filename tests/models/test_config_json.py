@@ -142,6 +142,20 @@ def test_a_mistral_that_says_nothing_of_its_window_has_one():
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
         ({"use_mrope": True}, "use_mrope"),
+        ({"dual_chunk_attention_config": {"chunk_size": 262_144}}, "dual_chunk_attention_config"),
+        ({"sparse_attention_config": {}, "attention_chunk_size": 8}, "attention_chunk_size"),
+        ({"is_causal": False}, "is_causal=False"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ({"embedding_multiplier": 12.0}, "embedding_multiplier=12.0"),
+        ({"logits_scaling": 8}, "logits_scaling=8"),
+        (
+            {"architectures": ["Qwen2ForSequenceClassification"]},
+            "'Qwen2ForSequenceClassification', which is not a lang",
+        ),
+        ({"architectures": ["Qwen2Model"]}, "'Qwen2Model'"),
+        ({"architectures": "Qwen2ForRewardModel"}, "'Qwen2ForRewardModel'"),
+        ({"architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama"}, "'LlamaForCausalLMEagle3'"),
+        ({"architectures": [3]}, "architectures names 3"),
         ({"no_rope_layers": [1, 0]}, "no_rope_layers"),
         ({"hidden_act": "gelu"}, "activation 'gelu'"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantized"),
@@ -165,6 +179,12 @@ def test_what_the_decoder_does_not_compute_is_refused(fields, message, tmp_path)
     (path / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=message):
         models.from_pretrained(path)
+
+
+def test_what_changes_nothing_is_not_refused():
+    neutral = {"is_causal": True, "embedding_multiplier": 1.0, "logits_scaling": 1, "attention_multiplier": None}
+    for architectures in (["Qwen2ForCausalLM"], ["FSDPQwen2ForCausalLM"], "Qwen2ForCausalLM", [], None, REMOVED):
+        assert read("kv1_tied_rope_theta", architectures=architectures, **neutral) == read("kv1_tied_rope_theta")
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", b"\xff\xfe\x00"])

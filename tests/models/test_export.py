@@ -9,7 +9,9 @@ import pytest
 from safetensors import safe_open
 
 from r2vpo_jax import models
-from tests.models.goldens import CASES, GOLDEN, apply, assert_identical, golden, replaced
+from r2vpo_jax.models.tokenizer import load_tokenizer
+from tests.helpers.tokenizers import byte_tokenizer
+from tests.models.goldens import CASES, GOLDEN, apply, assert_identical, copy, golden, replaced
 
 INDEX = "model.safetensors.index.json"
 
@@ -181,6 +183,85 @@ def test_every_id_that_ends_a_text_is_exported(eos_ids, written, tmp_path):
     assert generation.exists() == (eos_ids is not None)
     if generation.exists():
         assert json.loads(generation.read_text()) == {"eos_token_id": written}
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A base model with a tokenizer, settings of its own for sampling, and bfloat16 weights."""
+    path = copy("kv4_tied_rope_theta", tmp_path / "base")
+    byte_tokenizer().save_pretrained(path)
+    (path / "generation_config.json").write_text(json.dumps(GENERATION))
+    return path
+
+
+GENERATION = {"bos_token_id": 1, "eos_token_id": [2, 0], "do_sample": True, "temperature": 0.6, "top_p": 0.95}
+
+
+def test_how_the_model_wants_to_be_sampled_is_kept(base, tmp_path):
+    """Servers take their defaults from there. The ids are those of the tokenizer, and the base's where it has none."""
+    model, params = models.from_pretrained(base)
+    models.save_pretrained(tmp_path / "out", model, params, byte_tokenizer(), base=base, eos_ids=(5, 257))
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert written == GENERATION | {"eos_token_id": [5, 257], "pad_token_id": 257}
+    raw = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (raw["bos_token_id"], raw["eos_token_id"], raw["pad_token_id"]) == (1, [5, 257], 257)
+    models.save_pretrained(tmp_path / "out", model, params, base=base)
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == GENERATION
+    models.save_pretrained(tmp_path / "out", model, params, load_tokenizer(base)[0], eos_ids=(5, 257))  # of this base
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == written
+
+
+def test_settings_of_sampling_in_config_json_are_kept(base, tmp_path):
+    """Where older models have them."""
+    (base / "generation_config.json").unlink()
+    raw = json.loads((base / "config.json").read_text()) | {"do_sample": True, "temperature": 0.7, "top_k": None}
+    (base / "config.json").write_text(json.dumps(raw))
+    model, params = models.from_pretrained(base)
+    models.save_pretrained(tmp_path / "out", model, params, byte_tokenizer(), base=base)
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert written == {"do_sample": True, "temperature": 0.7, "eos_token_id": 257, "pad_token_id": 257}
+
+
+def test_the_share_of_weights_that_rounding_left_alone(base, tmp_path):
+    model, params = models.from_pretrained(base, param_dtype="float32")
+    assert models.save_pretrained(tmp_path / "none", model, params, dtype="bfloat16") is None
+    assert models.save_pretrained(tmp_path / "other", model, params, base=base, write=False) is None
+
+    def share(params, **settings):
+        return models.save_pretrained(tmp_path / "out", model, params, base=base, **settings)
+
+    assert share(params, dtype="bfloat16", max_shard_bytes=20_000) == share(params) == 1.0
+    size, all_sizes = params["embed"].size, sum(leaf.size for leaf in jax.tree.leaves(params))
+    half = replaced(params, ("embed",), lambda x: np.where(np.arange(x.shape[1]) % 2, x, x * 1.5))
+    np.testing.assert_allclose(share(half, dtype="bfloat16"), 1 - size / 2 / all_sizes, atol=1e-3)
+    tiny = jax.tree.map(lambda x: x * np.float32(1 + 1e-6), params)
+    assert share(tiny, dtype="bfloat16") == 1.0
+    assert share(tiny) < 0.01
+    # Into the directory of the base itself: what is compared with is what was there.
+    assert models.save_pretrained(base, model, params, base=base, dtype="bfloat16") == 1.0
+    assert_identical(models.from_pretrained(base, param_dtype="float32")[1], params)
+
+
+VIEWS = {
+    "transposed": lambda x: np.ascontiguousarray(x.T).T,
+    "in_fortran_order": np.asfortranarray,
+    "every_other_row": lambda x: np.repeat(x, 2, axis=0)[::2],
+    "last_columns": lambda x: np.concatenate([x, x], axis=-1)[..., x.shape[-1] :],
+    "backwards": lambda x: np.ascontiguousarray(x[::-1])[::-1],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_arrays_that_are_views_are_written_as_they_read(view, tmp_path):
+    """safetensors' own writer takes the buffer as it lies in memory."""
+    model, params = golden("kv2_untied_rope_theta")[:2]
+    models.save_pretrained(tmp_path, model, jax.tree.map(VIEWS[view], params))
+    assert_identical(models.from_pretrained(tmp_path)[1], params)
+    with open(tmp_path / "one.safetensors", "wb") as file:
+        array = np.arange(24, dtype=np.float32).reshape(4, 6)
+        models.tensor_files.write_tensors(file, [("x", array.dtype, array.shape)], iter([VIEWS[view](array)]))
+    with safe_open(tmp_path / "one.safetensors", "np") as file:
+        np.testing.assert_array_equal(file.get_tensor("x"), array)
 
 
 def test_pangu_is_exported_as_llama(tmp_path):

@@ -1,6 +1,7 @@
 """The weights of Hugging Face directories: one file or several, every tensor named that does not fit."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -60,13 +61,48 @@ def test_a_transposed_kernel_is_refused(checkpoint):
 
 
 def test_tensors_that_are_not_ours_are_ignored(tmp_path):
-    """Old exports carry rotary buffers, and tied ones a copy of the embedding as lm_head."""
+    """Old exports carry rotary buffers, tied ones a copy of the embedding as lm_head, PPO's the head of a critic."""
     path = copy("kv1_tied_rope_theta", tmp_path / "x")
     tensors = load_file(path / "model.safetensors")
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(3, np.float32)
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    tensors["model.rotary_emb.inv_freq"] = tensors["v_head.summary.bias"] = np.ones(3, np.float32)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
     save_file(tensors, path / "model.safetensors")
     assert_identical(models.from_pretrained(path)[1], golden("kv1_tied_rope_theta")[1])
+
+
+@pytest.mark.parametrize("case", ["kv1_tied_rope_theta", "qwen3_tied", "llama_llama3_tied_bias", "kv4_tied_rope_theta"])
+def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_refused(case, tmp_path, monkeypatch):
+    """Transformers 5 computes with the head, 4 with the embedding. Untied by hand, the file's head is used."""
+    monkeypatch.setattr(models.huggingface, "_ROWS", 10)  # several pieces, the last one smaller
+    path = copy(case, tmp_path / "x")
+    tensors = load_file(path / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    for same in (embedding, embedding.astype(np.float32)):
+        save_file(tensors | {"lm_head.weight": same.copy()}, path / "model.safetensors")
+        assert models.from_pretrained(path)[0].config.tie_word_embeddings
+    head = embedding.copy()
+    head[-1, -1] += 1
+    for other in (head, head[:-1], np.concatenate([embedding, head])):
+        save_file(tensors | {"lm_head.weight": other}, path / "model.safetensors")
+        with pytest.raises(ValueError, match="tie_word_embeddings, but lm_head.weight differs"):
+            models.from_pretrained(path)
+    save_file(tensors | {"lm_head.weight": head}, path / "model.safetensors")
+    raw = json.loads((path / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (path / "config.json").write_text(json.dumps(raw))
+    np.testing.assert_array_equal(models.from_pretrained(path)[1]["lm_head"], head.T)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["score.weight", "classifier.bias", "lm_head.bias", "model.norm.bias", "lm_head.weight_scale", "qa_outputs.weight"],
+)
+def test_a_weight_beside_the_layers_that_is_not_used_is_refused(name, checkpoint):
+    """A classifier's head, a bias of the output, quantized weights: what is read would be another model."""
+    path, tensors, write = checkpoint
+    write(tensors | {name: np.ones(24, np.float32)})
+    with pytest.raises(ValueError, match=f"does not use: .*{name}"):
+        models.from_pretrained(path)
 
 
 def test_a_weight_that_the_decoder_has_no_place_for_is_refused(tmp_path):
@@ -142,6 +178,34 @@ def test_two_files_and_an_index_read_the_same(sharded):
     expected_model, expected = golden("kv2_untied_rope_theta")[:2]
     assert model.config == expected_model.config
     assert_identical(params, expected)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (POINTER, "is a Git LFS pointer.*git lfs pull"),
+        (b"<html>", "not a safetensors file"),
+        (b"", "not a safetensors"),
+    ],
+    ids=["pointer", "page", "empty"],
+)
+def test_the_file_that_is_broken_is_named(content, said, sharded):
+    path, weight_map = sharded
+    broken, intact = "model-00002-of-00002.safetensors", "model-00001-of-00002.safetensors"
+    (path / broken).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{broken} {said}" if content == POINTER else f"{broken} is {said}") as error:
+        models.from_pretrained(path)
+    assert intact not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_a_pointer_in_place_of_json_is_named(name, sharded):
+    (sharded[0] / name).write_bytes(POINTER)
+    with pytest.raises(ValueError, match=f"{name} is a Git LFS pointer.*git lfs pull"):
+        models.from_pretrained(sharded[0])
 
 
 def test_the_index_says_which_file_holds_a_tensor(sharded):

@@ -8,6 +8,7 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from r2vpo_jax import models
+from r2vpo_jax.evaluation import exports
 from r2vpo_jax.run import files
 from r2vpo_jax.run.instruments import Timers
 from r2vpo_jax.tasks.arithmetic import SYMBOLS
@@ -110,6 +111,14 @@ def test_the_exported_directory_opens(finished_run, tiny_config, tiny_model, mes
     state, _ = final_state(finished_run[0], tiny_config(), tiny_model, mesh)
     jax.tree.map(np.testing.assert_array_equal, params, state.params)
     assert np.any(params["embed"] != tiny_model[1]["embed"]), "nothing was learned"
+
+
+def test_the_last_checkpoint_exports_to_the_same_directory(finished_run, tmp_path):
+    workdir, summary, _ = finished_run
+    exports.export(str(workdir), "last", tmp_path / "hf", say=lambda _: None)
+    ours, theirs = ({f.name: f.read_bytes() for f in path.iterdir()} for path in (tmp_path / "hf", workdir / "hf"))
+    assert ours == theirs
+    assert 0 <= summary["unchanged_weights"] < 0.5
 
 
 def test_nothing_compiles_after_the_first_iteration(finished_run):
