@@ -229,7 +229,9 @@ def test_unfinished_thoughts_have_no_answer_whatever_their_marks(make, tmp_path,
 
 
 def test_what_follows_a_stop_string_is_not_judged(make):
-    texts = responses("It is 400\nQuestion 2: what?\n7", "so\nQuestion is 400", "<answer>400</answer> or <answer>7", "400")
+    texts = responses(
+        "It is 400\nQuestion 2: what?\n7", "so\nQuestion is 400", "<answer>400</answer> or <answer>7", "400"
+    )
     R, W = Outcome.RIGHT, Outcome.WRONG
     assert make().verify("test", [0] * 4, *texts).outcome.tolist() == [W, R, W, R]
     task = make(stop=("\nQuestion 2", "\nQuestion", "</answer>"))
