@@ -113,7 +113,7 @@ def _deviation(values, counted):
     return jnp.sqrt(jnp.sum(centered**2) / jnp.maximum(number - 1.0, 1.0))
 
 
-def decoupled(
+def gdpo(
     parts: Float[Array, "batch functions"],
     group_size: int,
     weights: Float[Array, " functions"] | None = None,
@@ -141,9 +141,9 @@ def decoupled(
       AssertionError: shapes or ranks do not fit (chex).
       ValueError: B is not a multiple of G.
 
-    Example, one group; the functions give (0.7071, -0.7071) and (-0.7071, 0.7071) / 2, so S = (0.3536, -0.3536):
+    Example, one group; the functions give (0.7071, -0.7071) and half of (-0.7071, 0.7071), so S = (0.3536, -0.3536):
       >>> parts = jnp.array([[1.0, 0.0], [0.0, 100.0]])
-      >>> np.asarray(decoupled(parts, 2, jnp.array([1.0, 0.5]))).round(4).tolist()
+      >>> [round(float(a), 4) for a in gdpo(parts, 2, jnp.array([1.0, 0.5]))]
       [0.7071, -0.7071]
     """
     parts = jnp.asarray(parts, jnp.float32)
@@ -393,10 +393,10 @@ def _leave_one_out(rewards: Rewards):
     return leave_one_out(rewards.totals, rewards.group_size)
 
 
-def _decoupled(rewards: Rewards):
+def _gdpo(rewards: Rewards):
     if rewards.parts is None:
-        raise ValueError("estimator decoupled needs a reward of several parts")
-    return decoupled(rewards.parts, rewards.group_size)
+        raise ValueError("estimator gdpo needs a reward of several parts")
+    return gdpo(rewards.parts, rewards.group_size)
 
 
 def _reinforce_pp(rewards: Rewards, *, discount):
@@ -420,7 +420,7 @@ _whiten = whiten  # the option has the name of the function
 ESTIMATORS = {
     "group_relative": Estimator(_group_relative, group_baseline=True),
     "leave_one_out": Estimator(_leave_one_out, group_baseline=True),
-    "decoupled": Estimator(_decoupled, parts=True),
+    "gdpo": Estimator(_gdpo, parts=True),
     "reinforce_pp": Estimator(_reinforce_pp),
     "reinforce_pp_baseline": Estimator(_reinforce_pp_baseline, group_baseline=True),
     "gae": Estimator(_gae, critic=True),

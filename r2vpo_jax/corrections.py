@@ -193,6 +193,11 @@ def sequence_weights(logp: Logp, behavior_logp: Logp, mask: Mask) -> Float[Array
 
     Raises:
       AssertionError: shapes or ranks do not fit (chex).
+
+    Example, token ratios 2 and 3:
+      >>> logp, behavior_logp = jnp.log(jnp.array([[[0.4, 0.6]], [[0.2, 0.2]]]))
+      >>> [round(float(w), 4) for w in sequence_weights(logp, behavior_logp, jnp.ones((1, 2)))]
+      [6.0]
     """
     mask = check_tokens(mask, logp, behavior_logp)
     return jnp.exp(clamp(jnp.sum(unmasked(logp, mask) - unmasked(behavior_logp, mask), axis=-1)))

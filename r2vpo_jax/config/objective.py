@@ -99,7 +99,6 @@ class AdvantageConfig:
         "estimator",
         "estimator (its own) or minimum_variance: moved to where the gradient's variance is least, at one backward pass for "
         "each response (VCPO)",
-        when=lambda s: s.group_baseline,
     )
     discount: float = option(1.0, "gamma", when=lambda s: s._takes("discount"))
     trace_decay: float = option(0.95, "lambda of GAE", when=lambda s: s._takes("trace_decay"))
@@ -256,10 +255,10 @@ class CorrectionConfig:
         when=lambda s: s.filter != "none",
     )
     filter_low: float = option(0.999, "lower bound of the filter's measure", when=lambda s: s.filter == "geometric")
-    off_policy_threshold: float | None = option(
-        None,
+    off_policy_threshold: float = option(
+        0.0,
         "leave out bad responses that the policy has left behind, in each update: those whose mean log-probability fell by "
-        "more than this, nats per token (DeepSeek-V3.2; default: none)",
+        "more than this, nats per token (DeepSeek-V3.2; 0 = off)",
     )
     step_scaling: str = option(
         "none", "shorten steps on stale responses by their effective sample size: none, sqrt or linear (VCPO)"
@@ -281,7 +280,8 @@ class CorrectionConfig:
         )
         require_range("objective.correction", self, "max_weight", ">= 1")
         require_range("objective.correction", self, "min_weight filter_low", "in [0, 1]")
-        require_range("objective.correction", self, "filter_high off_policy_threshold", "> 0")
+        require_range("objective.correction", self, "filter_high", "> 0")
+        require_range("objective.correction", self, "off_policy_threshold", ">= 0")
         require_range("objective.correction", self, "step_reference", "in (0, 1]")
         require(
             self.filter != "geometric" or self.filter_bound >= 1,
@@ -305,7 +305,12 @@ class CorrectionConfig:
     @property
     def leaves_out(self) -> bool:
         """Whether whole responses may have weight 0."""
-        return self.filter != "none" or self.off_policy_threshold is not None
+        return self.filter != "none" or self.masks_off_policy
+
+    @property
+    def masks_off_policy(self) -> bool:
+        """Whether bad responses are left out once the policy has left them behind."""
+        return is_on(self.off_policy_threshold)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -335,7 +340,7 @@ class ObjectiveConfig:
             not self.advantage.takes_verdicts_alone
             or not (self.has_overlong_penalty or (self.has_kl and self.kl.where == "reward")),
             "nothing may be taken off the reward (objective.groups.overlong_penalty, objective.kl.where=reward) with "
-            "objective.advantage.scale=mean or objective.advantage.estimator=decoupled",
+            "objective.advantage.scale=mean or objective.advantage.estimator=gdpo",
         )
 
     @property

@@ -103,7 +103,7 @@ def update_weights(batch: Rollout, logp, objective: ObjectiveConfig) -> tuple[ja
     if weights is not None:
         stats["weight"] = mean_over_tokens(weights, mask)
         stats["weight_squared"] = mean_over_tokens(weights**2, mask)
-    if correction.off_policy_threshold is not None:
+    if correction.masks_off_policy:
         kept = corrections.off_policy_mask(
             logp, batch.behavior_logp, batch.advantage, mask, threshold=correction.off_policy_threshold
         )

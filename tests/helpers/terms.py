@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from r2vpo_jax import sharding
+from r2vpo_jax import losses, sharding
 from tests.helpers.learner import RATE
 
 COEF = 2.5
@@ -29,6 +29,28 @@ OBJECTIVES = {
         "advantage": {"estimator": "gae", "value_coef": 0.7},
         "kl": {"coef": 1.0, "estimator": "k2", "target": 0.01},
         "correction": {"mode": "truncate", "max_weight": 2.0},
+    },
+}
+_VCPO = {"mode": "truncate", "scope": "sequence", "max_weight": 8.0}
+OBJECTIVES |= {
+    "corrected_behavior_kl": {"name": "ppo_kl", "correction": {"mode": "truncate"}},
+    **{
+        f"imitation_{reduction}": {
+            "name": "policy_gradient",
+            "loss": {"reduction": reduction, "imitation_coef": 0.7},
+        }
+        for reduction in losses.REDUCTIONS
+    },
+    "off_policy": {"name": "policy_gradient", "correction": {"off_policy_threshold": 0.5}},
+    "filter": {
+        "name": "policy_gradient",
+        "correction": {"mode": "truncate", "max_weight": 5e8, "filter": "geometric", "filter_high": 1.002},
+    },
+    "corrected": {"name": "policy_gradient", "correction": _VCPO},
+    "shorter": {
+        "name": "policy_gradient",
+        "correction": _VCPO | {"step_scaling": "sqrt"},
+        "advantage": {"baseline": "minimum_variance"},
     },
 }
 VALUE_RATE = 0.1
