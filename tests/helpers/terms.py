@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from r2vpo_jax import losses, sharding
+from r2vpo_jax import sharding
 from tests.helpers.learner import RATE
 
 COEF = 2.5
@@ -31,27 +31,20 @@ OBJECTIVES = {
         "correction": {"mode": "truncate", "max_weight": 2.0},
     },
 }
-_VCPO = {"mode": "truncate", "scope": "sequence", "max_weight": 8.0}
 OBJECTIVES |= {
     "corrected_behavior_kl": {"name": "ppo_kl", "correction": {"mode": "truncate"}},
-    **{
-        f"imitation_{reduction}": {
-            "name": "policy_gradient",
-            "loss": {"reduction": reduction, "imitation_coef": 0.7},
-        }
-        for reduction in losses.REDUCTIONS
-    },
-    "off_policy": {"name": "policy_gradient", "correction": {"off_policy_threshold": 0.5}},
-    "filter": {
+    "imitation": {"name": "policy_gradient", "loss": {"imitation_coef": 0.7}},
+    "left_out": {
         "name": "policy_gradient",
-        "correction": {"mode": "truncate", "max_weight": 5e8, "filter": "geometric", "filter_high": 1.002},
+        "correction": {
+            "mode": "truncate",
+            "max_weight": float("inf"),
+            "filter": "geometric",
+            "filter_high": 1.002,
+            "off_policy_threshold": 0.5,
+        },
     },
-    "corrected": {"name": "policy_gradient", "correction": _VCPO},
-    "shorter": {
-        "name": "policy_gradient",
-        "correction": _VCPO | {"step_scaling": "sqrt"},
-        "advantage": {"baseline": "minimum_variance"},
-    },
+    "vcpo": {"name": "vcpo", "loss": {"reduction": "token_mean"}},
 }
 VALUE_RATE = 0.1
 

@@ -13,8 +13,6 @@ from tests.helpers.learner import KEY, assert_same
 from tests.helpers.rollouts import empty
 from tests.helpers.terms import KEEP, corrected, start, update, weights_of
 
-BOTH = np.ones(16, bool)
-
 
 def test_a_divergence_from_the_proximal_policy_is_unbiased():
     """mu = (0.7, 0.2, 0.1) drew the tokens: each of the three is a response, weighed here by its probability.
@@ -66,24 +64,46 @@ def _pairs(batch, scored):
 # ---- imitation ----
 
 
-@pytest.mark.parametrize("reduction", losses.REDUCTIONS)
-def test_right_responses_are_imitated(reduction, learners, params, head, batch, forward):
+RIGHT = np.arange(16) % 3 == 0
+
+
+def judged(batch):
+    outcome = np.where(RIGHT, int(Outcome.RIGHT), int(Outcome.WRONG)).astype(np.int32)
+    return batch.replace(outcome=outcome, keep=KEEP)
+
+
+def test_right_responses_are_imitated(learners, params, head, batch, forward):
     """The gradient is that without the term plus c times that of the mean -log pi of right responses that count."""
-    right = np.arange(16) % 3 == 0
-    outcome = np.where(right, int(Outcome.RIGHT), int(Outcome.WRONG)).astype(np.int32)
-    batch = batch.replace(outcome=outcome, keep=KEEP)
-    with_it = update(learners(f"imitation_{reduction}"), params, batch)
-    without = update(learners(f"imitation_{reduction}"), params, batch.replace(outcome=0 * outcome))
-    counted = batch.replace(keep=KEEP & right)
-    weight = weights_of(counted, reduction)
+    batch = judged(batch)
+    with_it = update(learners("imitation"), params, batch)
+    without = update(learners("imitation"), params, batch.replace(outcome=0 * batch.outcome))
+    weight = weights_of(batch.replace(keep=KEEP & RIGHT), "token_mean")
     assert 0 < (weight > 0).any(axis=1).sum() < KEEP.sum()
     imitated, slope = jax.jit(
         jax.value_and_grad(lambda p: -jnp.sum(jnp.where(weight > 0, weight * forward(p, head)[0], 0.0)))
     )(params)
-    expected = jax.tree.map(lambda a, b: a + 0.7 * b, without[0], jax.tree.map(np.asarray, slope))
-    assert_same(with_it[0], expected)
+    assert_same(with_it[0], jax.tree.map(lambda a, b: a + 0.7 * np.asarray(b), without[0], slope))
     np.testing.assert_allclose(with_it[1].mean("loss"), without[1].mean("loss") + 0.7 * imitated, rtol=1e-4)
+    np.testing.assert_allclose(with_it[1].mean("imitation"), imitated, rtol=1e-5)
     assert without[1].mean("imitation") == 0, "none is right"
+
+
+@pytest.mark.parametrize("reduction", losses.REDUCTIONS)
+def test_imitation_is_reduced_as_the_loss_over_right_responses(reduction, batch, scored):
+    """In micro-batches that add up, though one may have no right response."""
+    objective = make_objective("policy_gradient", loss={"reduction": reduction, "imitation_coef": 1.0})
+    batch = judged(batch)
+    number = terms.imitation_normalizer(batch, objective)
+    weight = weights_of(batch.replace(keep=KEEP & RIGHT), reduction)
+    expected = -np.sum(np.where(weight > 0, weight * scored[0], 0.0))
+    np.testing.assert_allclose(terms.imitation(batch, scored[0], reduction, number), expected, rtol=1e-5)
+    parts = [
+        terms.imitation(jax.tree.map(lambda x: x[i::4], batch), scored[0][i::4], reduction, number)  # noqa: B023
+        for i in range(4)
+    ]
+    assert 0 in parts
+    np.testing.assert_allclose(sum(parts), expected, rtol=1e-5)
+    assert terms.imitation_normalizer(batch, make_objective("policy_gradient")) is None
 
 
 # ---- whole responses ----
@@ -103,7 +123,7 @@ def test_bad_responses_left_behind_have_no_gradient(learners, params, head, batc
     batch = moved(batch, scored, shift).replace(advantage=advantage)
     gone = (shift < -0.5) & (advantage < 0)
     assert gone.sum() == 4
-    grads, stats, _ = update(learners("off_policy"), params, batch)
+    grads, stats, _ = update(learners("left_out"), params, batch)
     loss, (expected, _) = formula((params, head), batch, share=np.where(gone, 0.0, 1.0)[:, None])
     assert_same(grads, expected)
     np.testing.assert_allclose(stats.mean("loss"), loss, rtol=1e-5)
@@ -114,7 +134,7 @@ def test_bad_responses_left_behind_have_no_gradient(learners, params, head, batc
 def test_a_filter_leaves_out_whole_responses(learners, params, batch, scored):
     """Before the first update, by the learner's own scores: 4 rows moved by 1 %, the bounds are 0.999 and 1.002."""
     shift = np.where(np.arange(16) % 4 == 1, 0.01, 0.0005)
-    learner = learners("filter")
+    learner = learners("left_out")
     rows = sharding.put_batch(moved(batch, scored, shift), learner.mesh)
     weighed = learner.correct(learner.init_state(params).params, rows)
     expected = np.where(batch.response_mask & (shift < 0.002)[:, None], np.exp(shift)[:, None], 0.0)
@@ -127,43 +147,41 @@ def test_a_filter_leaves_out_whole_responses(learners, params, batch, scored):
 # ---- VCPO ----
 
 
-def test_a_step_on_stale_responses_is_shorter(learners, params, batch, scored):
+def test_a_step_on_stale_responses_is_shorter(learners, params, head, batch, scored, formula):
     """Weights of whole responses, of 16 rows: e^(T x); the gradient is what it is, and the step sqrt(rho) of it."""
     shift = np.linspace(-0.1, 0.3, 16)
     batch = moved(batch, scored, shift).replace(keep=KEEP)
     w = np.exp(shift * batch.response_length)[KEEP]
     rho = w.sum() ** 2 / (len(w) * np.square(w).sum())
     assert 0.2 < rho < 0.9
-    whole, stats, _ = update(learners("corrected"), params, batch)
-    shorter, scaled, _ = update(learners("shorter"), params, batch)
-    np.testing.assert_allclose(scaled.mean("step_scale"), np.sqrt(rho), rtol=1e-4)
-    assert_same(shorter, jax.tree.map(lambda g: np.sqrt(rho) * g, whole))
-    np.testing.assert_allclose(scaled.mean("grad_norm"), stats.mean("grad_norm"), rtol=1e-6)
-    assert "step_scale" not in stats.sums
-    # The same of one micro-batch, and nothing to shorten where the data is fresh.
-    at_once, _, _ = update(learners("shorter", 16), params, batch)
-    assert_same(at_once, shorter)
-    _, fresh, _ = update(learners("shorter"), params, moved(batch, scored, 0 * shift))
+    loss, (expected, _) = formula((params, head), batch)
+    grads, stats, _ = update(learners("vcpo"), params, batch)
+    np.testing.assert_allclose(stats.mean("step_scale"), np.sqrt(rho), rtol=1e-4)
+    assert_same(grads, jax.tree.map(lambda g: np.sqrt(rho) * g, expected))
+    np.testing.assert_allclose(stats.mean("loss"), loss, rtol=1e-5)
+    # Nothing is shorter where the data is fresh.
+    _, fresh, _ = update(learners("vcpo"), params, moved(batch, scored, 0 * shift))
     np.testing.assert_allclose(fresh.mean("step_scale"), 1.0, rtol=1e-5)
 
 
 def test_the_baseline_is_moved_to_where_the_variance_is_least(learners, params, head, batch, scored, forward):
-    """W = w^2 |grad log pi|^2 of each response, by a gradient for each of the rows at once."""
+    """W = w^2 |grad log pi|^2 of each response, by gradients of the whole batch's forward pass."""
     shift = np.random.default_rng(2).uniform(-0.1, 0.1, 16)
     batch = moved(batch, scored, shift).replace(
         keep=KEEP, advantage=np.tile([1.5, -0.5, -0.5, -0.5], 4).astype(np.float32)
     )
-    learner = learners("shorter")
+    learner = learners("vcpo")
     rows = sharding.put_batch(batch, learner.mesh)
     found = np.asarray(learner.move_baseline(learner.init_state(params).params, rows).advantage)
     mask = np.asarray(batch.response_mask)
 
-    def each(params):
-        return jnp.sum(jnp.where(mask, forward(params, head)[0], 0.0), axis=1)
+    def log_probability(params, row):
+        return jnp.sum(jnp.where(mask, forward(params, head)[0], 0.0)[row])
 
-    squares = sum(
-        np.square(np.asarray(x)).reshape(16, -1).sum(axis=1) for x in jax.tree.leaves(jax.jit(jax.jacrev(each))(params))
-    )
+    def squared_norm(row):
+        return sum(jnp.sum(x**2) for x in jax.tree.leaves(jax.grad(log_probability)(params, row)))
+
+    squares = np.asarray(jax.jit(lambda: jax.lax.map(squared_norm, jnp.arange(16)))())
     weight = np.where(KEEP, np.exp(2 * shift * batch.response_length) * squares, 0.0).reshape(4, 4)
     advantage = np.where(KEEP, batch.advantage, 0.0).reshape(4, 4)
     total = weight.sum(axis=1)
@@ -173,9 +191,10 @@ def test_the_baseline_is_moved_to_where_the_variance_is_least(learners, params, 
     np.testing.assert_allclose(found[KEEP], expected.reshape(-1)[KEEP], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_whole_of_vcpo_trains(learners, params, batch, scored):
     """Weights of responses up to 8, a moved baseline, a shorter step: all of it in one batch of two updates."""
-    learner = learners("shorter")
+    learner = learners("vcpo")
     stale = moved(batch, scored, np.linspace(-0.2, 0.4, 16)).replace(
         advantage=np.tile([1.5, -0.5, -0.5, -0.5], 4).astype(np.float32)
     )
