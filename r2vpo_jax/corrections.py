@@ -15,6 +15,7 @@ bad and that the policy has left behind; both are weights of 0 and 1 to multiply
 step on stale responses should be.
 """
 
+import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -26,6 +27,7 @@ MODES = ("truncate", "mask")
 SCOPES = ("token", "sequence")
 FILTERS = ("geometric", "mean_k3", "max_k2")
 STEP_SCALINGS = ("sqrt", "linear")
+_LEAST_TAIL = 1e-6  # of probability
 
 
 def importance_weights(
@@ -237,3 +239,62 @@ def step_scale(
     share = weight_sum**2 / jnp.where(number > 0, number * squared_sum, 1.0)
     scale = jnp.where(number > 0, jnp.minimum(share / reference, 1.0), 1.0)
     return jnp.sqrt(scale) if rule == "sqrt" else scale
+
+
+def centering_term(
+    head_logp: Float[Array, "batch time head"],
+    sampler_head_logp: Float[Array, "batch time head"],
+    mask: Mask,
+    *,
+    max_weight: float | None = None,
+) -> PerToken:
+    """C of score centering, to be added as A C to the loss of each token of a policy gradient without a clip.
+
+        C = sum_{v in H} sg(m_v - a p_v) log p_v,     dC = E_q[ w dlog p ]
+        m = q, a = rho                                   w = 1
+        m = min(p, max_weight q), a = min(1, max_weight rho)     w = min(p / q, max_weight)
+        rho = (1 - sum_H q) / (1 - sum_H p)
+
+    p is the policy, q the sampler's and H its likeliest tokens at each position; of the tail q is taken to be rho p. The
+    expectation of A dlog p under q is a covariance, which is what there is to learn, plus E_q[A] E_q[dlog p], which pulls p
+    towards q whatever A says, and adds up over updates. With -w A log p as the loss, A C takes the second part off.
+
+    Source: arXiv 2609.20807 (equation 14 and its top-k estimator), as NeMo-RL's documentation of
+    `compute_score_centering_term` has it.
+
+    Args:
+      head_logp: log p of the tokens of H, over the whole vocabulary; the gradient flows into it.
+      sampler_head_logp: log q of them.
+      mask: tokens that count.
+      max_weight: of the token weights w that the loss itself has (`importance_weights`, scope "token", "truncate"); None for
+        a loss without weights.
+
+    Returns:
+      f32[B, T], 0 where masked.
+
+    Raises:
+      AssertionError: shapes or ranks do not fit (chex).
+      ValueError: max_weight out of range.
+
+    Example, p = (0.6, 0.4), q = (0.5, 0.5), all of the vocabulary: 0.5 log 0.6 + 0.5 log 0.4
+      >>> head_logp = jnp.log(jnp.array([[[0.6, 0.4]]]))
+      >>> round(float(centering_term(head_logp, jnp.log(jnp.array([[[0.5, 0.5]]])), jnp.ones((1, 1)))[0, 0]), 4)
+      -0.7136
+    """
+    require(lambda: max_weight is None or max_weight > 0, f"max_weight must be > 0, got {max_weight}")
+    chex.assert_rank([head_logp, sampler_head_logp], 3)
+    chex.assert_equal_shape([head_logp, sampler_head_logp])
+    mask = check_tokens(mask, head_logp[..., 0])
+    head_logp = jnp.where(mask[..., None], head_logp.astype(jnp.float32), -1.0)
+    p = jax.lax.stop_gradient(jnp.exp(head_logp))
+    q = jax.lax.stop_gradient(jnp.exp(jnp.where(mask[..., None], sampler_head_logp, -1.0)))
+    tail_p, tail_q = (jnp.maximum(1 - jnp.sum(x, axis=-1, keepdims=True), 0.0) for x in (p, q))
+    # A head of the whole vocabulary has no tail but rounding: its share is taken to be 1, of next to nothing.
+    rho = jnp.where(tail_p > _LEAST_TAIL, tail_q / jnp.maximum(tail_p, _LEAST_TAIL), 1.0)
+    if max_weight is None:
+        mass, tail = q, rho
+    else:
+        mass, tail = jnp.minimum(p, max_weight * q), jnp.minimum(1.0, max_weight * rho)
+    # Where there is no tail, a p adds up to a gradient of 0 over the head: it is left out rather than rounded.
+    coefficient = mass - jnp.where(tail_p > _LEAST_TAIL, tail, 0.0) * p
+    return unmasked(jnp.sum(coefficient * head_logp, axis=-1), mask)

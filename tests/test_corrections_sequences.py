@@ -119,3 +119,76 @@ def test_weights_of_responses():
     actual = corrections.sequence_weights(logp, behavior, mask)
     np.testing.assert_allclose(actual, np.exp([1.5, -2.0, 20.0, 0.0]), rtol=1e-5)
     assert np.isfinite(np.sum(np.square(np.asarray(actual))))
+
+
+# ---- score centering ----
+
+P, Q = np.array([0.5, 0.2, 0.15, 0.1, 0.05]), np.array([0.3, 0.3, 0.2, 0.15, 0.05])
+
+
+def logits_and_head(size):
+    """(logits of P, function of them to (head log p, log q) of the likeliest tokens of Q)."""
+    head = np.argsort(-Q, kind="stable")[:size]
+
+    def arrays(logits):
+        return jax.nn.log_softmax(logits)[head][None, None], jnp.log(jnp.asarray(Q[head], jnp.float32))[None, None]
+
+    return jnp.log(jnp.asarray(P, jnp.float32)), arrays
+
+
+@pytest.mark.parametrize("max_weight", [None, 0.8, 1.5, 1e9])
+def test_centering_takes_off_the_expected_score(max_weight):
+    """By logits, dlog p(v) is e_v - p: E_q[w dlog p] = q w - p sum(q w), with w = min(p / q, max_weight) or 1."""
+    logits, arrays = logits_and_head(5)
+    slope = jax.grad(lambda x: corrections.centering_term(*arrays(x), jnp.ones((1, 1)), max_weight=max_weight).sum())(
+        logits
+    )
+    mass = Q if max_weight is None else np.minimum(P, max_weight * Q)
+    np.testing.assert_allclose(slope, mass - P * mass.sum(), atol=1e-6)
+    if max_weight == 1e9:
+        np.testing.assert_allclose(slope, np.zeros(5), atol=1e-6)  # weights that nothing truncates have no drift
+
+
+def test_a_centered_gradient_is_a_covariance():
+    """Any constant added to the advantages cancels: E_q[(A + c) dlog p] - (A + c)-weighted centering is Cov_q(A, dlog p)."""
+    logits, arrays = logits_and_head(5)
+    advantages = np.array([1.0, -0.5, 0.3, 2.0, -1.0])
+
+    def loss(x, shift):
+        log_p = jax.nn.log_softmax(x)
+        center = corrections.centering_term(*arrays(x), jnp.ones((1, 1)))[0, 0]
+        return jnp.sum(Q * (advantages + shift) * (center - log_p))
+
+    score = np.eye(5) - P
+    covariance = (Q * (advantages - Q @ advantages)) @ score
+    for shift in (0.0, 7.0):
+        np.testing.assert_allclose(-jax.grad(loss)(logits, shift), covariance, atol=1e-5)
+
+
+@pytest.mark.parametrize("max_weight", [None, 0.8, 1.5])
+def test_the_tail_is_the_policys_own(max_weight):
+    """H has the first three of Q; of the others q is rho p, rho = 0.2 / 0.15."""
+    logits, arrays = logits_and_head(3)
+    head = [0, 1, 2]
+    rho = (1 - Q[head].sum()) / (1 - P[head].sum())
+    q = rho * P
+    q[head] = Q[head]
+    np.testing.assert_allclose(q.sum(), 1)
+    mass = q if max_weight is None else np.minimum(P, max_weight * q)
+    slope = jax.grad(lambda x: corrections.centering_term(*arrays(x), jnp.ones((1, 1)), max_weight=max_weight).sum())(
+        logits
+    )
+    np.testing.assert_allclose(slope, mass - P * mass.sum(), atol=1e-6)
+
+
+def test_centering_masks_and_refuses():
+    mask = np.array([[1, 0]])
+    logp = np.log(np.array([[[0.6, 0.4], [NAN, NAN]]], np.float32))
+    sampler = np.log(np.array([[[0.5, 0.5], [NAN, NAN]]], np.float32))
+    value, slope = jax.value_and_grad(lambda x: corrections.centering_term(x, sampler, mask).sum())(logp)
+    np.testing.assert_allclose(value, 0.5 * np.log(0.24), rtol=1e-6)
+    np.testing.assert_allclose(slope, [[[0.5, 0.5], [0, 0]]], rtol=1e-6)
+    with pytest.raises(ValueError, match="max_weight must be > 0"):
+        corrections.centering_term(logp, sampler, mask, max_weight=0.0)
+    with pytest.raises(AssertionError):
+        corrections.centering_term(logp, sampler[..., :1], mask)
