@@ -99,7 +99,7 @@ def test_or_it_counts_as_wrong():
     assert filled.keep.all()
 
 
-@pytest.mark.parametrize("advantage", ESTIMATORS)
+@pytest.mark.parametrize("advantage", [name for name, row in ESTIMATORS.items() if not row.parts])
 def test_an_abstention_weighs_nothing_in_any_estimator(advantage):
     """Whatever its length, values and log-probabilities are, all others get the same advantages."""
     objective = make_objective(
