@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float
 from r2vpo_jax.losses.arrays import Mask, PerToken, check_tokens, unmasked
 from r2vpo_jax.losses.registry import import_own
 
-SCALES = ("std", "std_biased", "none")
+SCALES = ("std", "std_biased", "batch", "mean", "none")
 
 
 def _grouped(rewards, group_size):
@@ -59,18 +59,22 @@ def zero_variance(rewards: Float[Array, " batch"], group_size: int) -> Bool[Arra
 def group_relative(
     rewards: Float[Array, " batch"], group_size: int, *, scale: str = "std", epsilon: float = 1e-6
 ) -> Float[Array, " batch"]:
-    """Reward minus the mean of its group, divided by the group's standard deviation if asked.
+    """Reward minus the mean of its group, divided by a scale if asked.
 
         A_i = (R_i - mean(R)) / (std(R) + epsilon)
 
     `scale="std"` is the unbiased deviation (over G - 1), GRPO (arXiv 2402.03300) as TRL and verl implement it;
-    the paper does not say which, and "std_biased" is the one over G. `scale="none"` is Dr. GRPO (arXiv
-    2503.20783). A group of equal rewards, or of one, gives zeros.
+    the paper does not say which, and "std_biased" is the one over G. `scale="batch"` is the unbiased deviation of all
+    rewards of the batch, whatever their group (`scale_rewards="batch"` of TRL): take it over the global batch.
+    `scale="mean"` divides by the mean of the group instead, MaxRL (arXiv 2602.02710; the estimator "maxrl" of its code,
+    tajwarfahim/maxrl): with rewards of 0 and 1 and K right of G, a right answer gets G/K - 1 and a wrong one -1, the
+    gradient of the log of the success rate. It is for rewards >= 0; a group whose mean is not above 0 gives zeros.
+    `scale="none"` is Dr. GRPO (arXiv 2503.20783). A group of equal rewards, or of one, gives zeros.
 
     Args:
       rewards: f32[B], groups contiguous; NaN for an abstention.
       group_size: G.
-      scale: "std", "std_biased" or "none".
+      scale: "std", "std_biased", "batch", "mean" or "none".
       epsilon: keeps the quotient finite.
 
     Raises:
@@ -83,14 +87,114 @@ def group_relative(
     if scale not in SCALES:
         raise ValueError(f"unknown scale {scale!r}; one of {SCALES}")
     grouped, voted, votes = _grouped(rewards, group_size)
-    centered = grouped - jnp.sum(grouped, axis=1, keepdims=True) / jnp.maximum(votes, 1.0)
+    lowest = jnp.min(jnp.where(voted, grouped, jnp.inf), axis=1, keepdims=True)
+    # From the lowest reward of the group: a mean of large numbers would round their differences away.
+    shifted = jnp.where(voted, grouped - lowest, 0.0)
+    centered = shifted - jnp.sum(shifted, axis=1, keepdims=True) / jnp.maximum(votes, 1.0)
     # Exactly equal rewards: no rounding residue may be blown up by 1 / epsilon.
     centered = jnp.where(voted & ~_all_equal(grouped, voted), centered, 0.0)
     if scale == "none":
         return centered.reshape(-1)
+    if scale == "mean":
+        mean = jnp.sum(grouped, axis=1, keepdims=True) / jnp.maximum(votes, 1.0)
+        return jnp.where(mean > 0, centered / (jnp.where(mean > 0, mean, 1.0) + epsilon), 0.0).reshape(-1)
+    if scale == "batch":
+        return (centered / (_deviation(grouped, voted) + epsilon)).reshape(-1)
     freedom = votes - 1.0 if scale == "std" else votes
     variance = jnp.sum(centered**2, axis=1, keepdims=True) / jnp.maximum(freedom, 1.0)
     return (centered / (jnp.sqrt(variance) + epsilon)).reshape(-1)
+
+
+def _deviation(values, counted):
+    """The unbiased deviation of the values that count, all groups together; f32 []."""
+    number = jnp.sum(counted, dtype=jnp.float32)
+    shifted = jnp.where(counted, values - jnp.min(jnp.where(counted, values, jnp.inf)), 0.0)
+    centered = jnp.where(counted, shifted - jnp.sum(shifted) / jnp.maximum(number, 1.0), 0.0)
+    return jnp.sqrt(jnp.sum(centered**2) / jnp.maximum(number - 1.0, 1.0))
+
+
+def gdpo(
+    parts: Float[Array, "batch functions"],
+    group_size: int,
+    weights: Float[Array, " functions"] | None = None,
+    *,
+    epsilon: float = 1e-6,
+) -> Float[Array, " batch"]:
+    """GDPO: each reward function is normalized within the group by itself, before they are added up.
+
+        A_k = (R_k - mean(R_k)) / (std(R_k) + epsilon),   S = sum_k w_k A_k,   A = (S - mean S) / (std S + epsilon)
+
+    The first mean and deviation are those of the group, the last of the batch; all deviations are unbiased. Adding up
+    first would let two responses with different rewards, (1, 0) and (0, 1), have one advantage, and would let the
+    function with the largest numbers decide.
+
+    Source: arXiv 2601.05242, as TRL has it (`multi_objective_aggregation="normalize_then_sum"`; its epsilon is 1e-4).
+
+    Args:
+      parts: rewards by function, groups contiguous. NaN where a function does not apply to a response: it adds nothing
+        there and is in no mean. A response to which none applies abstains.
+      group_size: G.
+      weights: of the functions; their size does not reach `parts`. Default: 1 each.
+      epsilon: keeps the quotients finite.
+
+    Raises:
+      AssertionError: shapes or ranks do not fit (chex).
+      ValueError: B is not a multiple of G.
+
+    Example, one group; the functions give (0.7071, -0.7071) and half of (-0.7071, 0.7071), so S = (0.3536, -0.3536):
+      >>> parts = jnp.array([[1.0, 0.0], [0.0, 100.0]])
+      >>> [round(float(a), 4) for a in gdpo(parts, 2, jnp.array([1.0, 0.5]))]
+      [0.7071, -0.7071]
+    """
+    parts = jnp.asarray(parts, jnp.float32)
+    chex.assert_rank(parts, 2)
+    weights = jnp.ones(parts.shape[1]) if weights is None else jnp.asarray(weights, jnp.float32)
+    chex.assert_shape(weights, parts.shape[1:])
+    each = [group_relative(part, group_size, epsilon=epsilon) for part in parts.T]
+    total = jnp.sum(weights * jnp.stack(each, axis=1), axis=1)
+    voted = ~jnp.all(jnp.isnan(parts), axis=1)
+    mean = jnp.sum(jnp.where(voted, total, 0.0)) / jnp.maximum(jnp.sum(voted), 1)
+    deviation = _deviation(total, voted)
+    # Equal sums: what is left of them is rounding.
+    scaled = jnp.where(deviation > epsilon * jnp.sum(jnp.abs(weights)), (total - mean) / (deviation + epsilon), 0.0)
+    return jnp.where(voted, scaled, 0.0)
+
+
+def minimum_variance(
+    advantages: Float[Array, " batch"],
+    group_size: int,
+    weights: Float[Array, " batch"],
+) -> Float[Array, " batch"]:
+    """The advantages with the baseline of each group moved to where the variance of the gradient is least.
+
+        A_i <- A_i - b,     b = sum_j W_j A_j / sum_j W_j,     W_j = w_j^2 |grad log pi(response j)|^2
+
+    with w the importance weight of the whole response. Whatever baseline A was taken from, and whatever scale the group
+    was divided by, the result is (R_i - b*) over that scale, with b* the same mean of the rewards.
+
+    Source: arXiv 2602.17616, the off-policy optimal baseline of VCPO (mit-han-lab/vcpo, scope "group").
+
+    Args:
+      advantages: groups contiguous.
+      group_size: G.
+      weights: W >= 0; 0 for responses that take no part. A group in which all are 0 stays as it is.
+
+    Raises:
+      ValueError: B is not a multiple of G.
+
+    Example, b = (1 * 1 + 3 * -1) / 4 = -1/2:
+      >>> minimum_variance(jnp.array([1.0, -1.0]), 2, jnp.array([1.0, 3.0])).tolist()
+      [1.5, -0.5]
+    """
+    chex.assert_equal_shape([advantages, weights])
+    grouped, _, _ = _grouped(advantages, group_size)
+    weights = jnp.asarray(weights, jnp.float32).reshape(grouped.shape)
+    # Relative to the largest: squares of importance weights span more than float32 adds up.
+    largest = jnp.max(weights, axis=1, keepdims=True)
+    share = weights / jnp.where(largest > 0, largest, 1.0)
+    total = jnp.sum(share, axis=1, keepdims=True)
+    counted = jnp.where(share > 0, grouped, 0.0)
+    return (grouped - jnp.sum(share * counted, axis=1, keepdims=True) / jnp.where(total > 0, total, 1.0)).reshape(-1)
 
 
 def leave_one_out(rewards: Float[Array, " batch"], group_size: int) -> Float[Array, " batch"]:
@@ -246,6 +350,9 @@ class Rewards(NamedTuple):
     mask: Mask  # [B, T] tokens of the response
     group_size: int  # G
     values: PerToken | None = None  # f32[B, T] of the critic, before each token
+    parts: Float[Array, "batch functions"] | None = (
+        None  # the reward by function, if it has several; NaN as in `tokens`
+    )
 
     @property
     def totals(self) -> Float[Array, " batch"]:
@@ -261,11 +368,13 @@ class Estimator:
       function: (Rewards, **options) -> advantages f32[B] or f32[B, T]; with a critic (advantages, value targets).
       group_baseline: whether the baseline is the group, so that a group of equal rewards has no gradient.
       critic: whether it needs a critic's values.
+      parts: whether it needs the reward by function.
     """
 
     function: Callable
     group_baseline: bool = False
     critic: bool = False
+    parts: bool = False
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -282,6 +391,12 @@ def _group_relative(rewards: Rewards, *, scale):
 
 def _leave_one_out(rewards: Rewards):
     return leave_one_out(rewards.totals, rewards.group_size)
+
+
+def _gdpo(rewards: Rewards):
+    if rewards.parts is None:
+        raise ValueError("estimator gdpo needs a reward of several parts")
+    return gdpo(rewards.parts, rewards.group_size)
 
 
 def _reinforce_pp(rewards: Rewards, *, discount):
@@ -305,6 +420,7 @@ _whiten = whiten  # the option has the name of the function
 ESTIMATORS = {
     "group_relative": Estimator(_group_relative, group_baseline=True),
     "leave_one_out": Estimator(_leave_one_out, group_baseline=True),
+    "gdpo": Estimator(_gdpo, parts=True),
     "reinforce_pp": Estimator(_reinforce_pp),
     "reinforce_pp_baseline": Estimator(_reinforce_pp_baseline, group_baseline=True),
     "gae": Estimator(_gae, critic=True),

@@ -108,6 +108,7 @@ def compute(
         "ratio_squared": mean_over(ratio**2, mask),
         "excess": mean_over(excess, mask),
         "excess_squared": mean_over(excess**2, mask),
+        "excess_squared_weighted": mean_over(weights * excess**2, mask),
         "excess_squared_positive": mean_over(excess**2, positive),
         "excess_squared_negative": mean_over(excess**2, negative),
         "abs_log": mean_over(jnp.abs(log_ratio), mask),
@@ -122,7 +123,7 @@ def compute(
     maxima = {
         "ratio": jnp.max(unmasked(ratio, mask)),
         "abs_log": jnp.max(jnp.abs(log_ratio)),
-        "excess_squared": jnp.max(unmasked(excess**2, mask)),
+        "excess_squared": jnp.max(unmasked(weights * excess**2, mask)),
     }
     histogram = _binned(log_ratio, mask, EDGES, jnp.ones_like(log_ratio))
     concentration = {
@@ -192,7 +193,7 @@ def summarize(stats: TrainStats) -> dict[str, float]:
         return float(total / number) if number != 0 else 0.0
 
     first, second = mean("excess"), mean("excess_squared")
-    total, number = stats.sums["excess_squared"]
+    total, number = stats.sums["excess_squared_weighted"]
     # From r itself, not from r - 1: where every r is tiny, 1 + E[r - 1] cancels to 0 / 0.
     ess = mean("ratio") ** 2 / mean("ratio_squared") if number > 0 else 1.0
     return {

@@ -32,6 +32,7 @@ class Rollout:
     value_target: jax.Array | None = None  # f32 [B, T]
     proximal_logp: jax.Array | None = None  # f32 [B, T] under the learner before its first update on this batch
     weights: jax.Array | None = None  # f32 [B, T] importance weights of proximal against behavior
+    reward_parts: jax.Array | None = None  # f32 [B, F] by function, until advantages are filled, if these need them
 
     @property
     def response_size(self) -> int:

@@ -39,8 +39,7 @@ PINS = {
 LEFT_OUT = {
     "trl": (
         "a response without tokens, for GMPOTrainer: it adds -A to its value, without a gradient; nothing here",
-        "scale_rewards=batch, normalize_then_sum: group_relative divides by the deviation of the group only",
-        "off-policy sequence mask, top_entropy_quantile, entropy bonus: masks and terms of the caller here",
+        "top_entropy_quantile, entropy bonus: masks and terms of the caller here",
         "use_bias_correction_kl with sequence-level ratios: kl.estimate corrects with the ratio of the token",
         "vespo with importance_sampling_ratio: a factor of its w there, a weight of the loss here",
         "the loss of RLOOTrainer: clips the product of the token ratios, which no objective here does",
@@ -68,8 +67,10 @@ def objective(
 ):
     """(label, function of the arrays to value and gradient) of an objective plus beta times a KL estimate.
 
-    `normalizer` is a product of B, T and `rows`, the number of responses with an unmasked token.
+    `normalizer` is a product of B, T and `rows`, the number of responses with an unmasked token; `weights` is the name of
+    an array, or a pair of a label and a function of the arrays.
     """
+    weights_label, weights_of = ("w", lambda x: x[weights]) if isinstance(weights, str) else (weights or (None, None))
 
     def evaluate(x):
         sizes = {"B": BATCH, "T": TIME, "rows": int(x[mask].any(axis=1).sum())}
@@ -78,7 +79,7 @@ def objective(
             reduced["normalizer"] = float(np.prod([sizes[factor] for factor in reduced["normalizer"].split(" * ")]))
 
         def loss(logp):
-            arguments = settings | reduced | {"weights": x[weights] if weights else None}
+            arguments = settings | reduced | {"weights": weights_of(x) if weights else None}
             value, stats = losses.get(name)(logp, x["old_logp"], x[inputs], x[mask], **arguments)
             if beta:
                 divergence = kl.estimate(logp, x["ref_logp"], kind, behavior_logp=x["old_logp"] if corrected else None)
@@ -92,7 +93,7 @@ def objective(
         return {"value": value, "gradient": gradient}
 
     per_token = {"advantages": "[B, T]"} if inputs == "token_advantages" else {}
-    label = f"{name}({listing(per_token | settings | ({'weights': 'w'} if weights else {}))})"
+    label = f"{name}({listing(per_token | settings | ({'weights': weights_label} if weights else {}))})"
     if beta:
         label += f" + {beta} kl.estimate({kind}{', behavior_logp' if corrected else ''})"
     return label, evaluate
@@ -115,6 +116,19 @@ def estimate(function, names, template=None, **settings):
     return (template or f"{function.__name__}({{}})").format(listing(settings)), lambda x: {
         "array": function(*(x.get(n, n) for n in names), **settings)
     }
+
+
+def off_policy_mask(**settings):
+    """A pair (label, function of the arrays to weights), for `objective`."""
+    names = ("logp", "sampler_logp", "advantages", "mask")
+
+    def evaluate(x):
+        mask = corrections.off_policy_mask(*(x[n] for n in names), **settings)
+        if not 0 < (np.asarray(mask) < x["mask"]).sum() < x["mask"].sum():
+            raise CannotCompareError("the arrays do not test off_policy_mask")
+        return mask
+
+    return f"off_policy_mask({listing(settings)})", evaluate
 
 
 def whitened_gae(rewards, values, mask, **settings):
@@ -149,7 +163,10 @@ def trl_cases():
     yield "grpo, delta", grpo | {"args": {"delta": 1.5}}, objective("ppo_clip", **CLIP, dual_clip=1.5, **rows)
     yield "grpo, beta", grpo | {"beta": 0.2}, objective("ppo_clip", beta=0.2, **CLIP, **rows)
     yield "grpo, use_bias_correction_kl", corrected, objective("ppo_clip", beta=0.2, corrected=True, **CLIP, **rows)
-    yield "grpo, vLLM weights", grpo | {"weights": "weights"}, objective("ppo_clip", weights="weights", **CLIP, **rows)
+    ours = objective("ppo_clip", weights="weights", **CLIP, **rows)
+    yield "grpo, vLLM weights", grpo | {"weights": "weights"}, ours
+    ours = objective("ppo_clip", weights=off_policy_mask(threshold=0.05), **CLIP, **rows)
+    yield "grpo, off_policy_mask_threshold", grpo | {"off_policy_mask_threshold": 0.05}, ours
     yield "grpo, sequence level (GSPO)", sequence, objective("gspo", **NARROW, **rows)
     ours = objective("ppo_clip", **CLIP, **CONSTANT, normalizer="B * T")
     yield "dr_grpo", grpo | {"loss_type": "dr_grpo"}, ours
@@ -163,9 +180,12 @@ def trl_cases():
 
     grpo = {"call": "score", "trainer": "GRPOTrainer", "rewards": "abstaining", "num_generations": GROUP}
     advantage, abstaining = grpo | {"output": "advantages"}, ("abstaining", GROUP)
-    for theirs, scale in (("group", "std"), ("none", "none")):
+    for theirs, scale in (("group", "std"), ("batch", "batch"), ("none", "none")):
         ours = estimate(advantages.group_relative, abstaining, scale=scale, epsilon=1e-4)
         yield f"advantages, scale_rewards={theirs}, NaN rewards", advantage | {"scale_rewards": theirs}, ours
+    by_function = advantage | {"rewards": "parts", "multi_objective_aggregation": "normalize_then_sum"}
+    ours = estimate(advantages.gdpo, ("parts", GROUP, "part_weights"), epsilon=1e-4)
+    yield "advantages, normalize_then_sum, NaN rewards", by_function | {"part_weights": "part_weights"}, ours
     ours = estimate(advantages.leave_one_out, abstaining)
     yield "RLOOTrainer: advantages, NaN rewards", advantage | {"trainer": "RLOOTrainer"}, ours
     names = ("old_logp", "sampler_logp", "mask")
@@ -244,7 +264,13 @@ def make_arrays(seed=0):
     first = np.arange(TIME) == 0
     x["mask"] = ((np.arange(TIME) < lengths[:, None]) & ((rng.random(shape) > 0.15) | first)).astype(np.int32)
     x["no_empty_mask"] = x["mask"] | first
-    return x
+    parts = rng.normal(size=(BATCH, 3)).astype(np.float32)
+    parts[0], parts[5, 1], parts[8 : 8 + GROUP, 2] = (
+        np.nan,
+        np.nan,
+        0.5,
+    )  # no vote, two of three, a function that is flat
+    return x | {"parts": parts, "part_weights": np.float32([1.0, 0.5, 2.0])}
 
 
 def execute(command, doing):

@@ -94,6 +94,10 @@ EVERYTHING = (
     "--config.objective.advantage.estimator=gae",
     "--config.objective.kl.coef=0.01",
     "--config.objective.correction.mode=truncate",
+    "--config.objective.correction.filter=mean_k3",
+    "--config.objective.correction.filter_high=10.0",
+    "--config.objective.correction.step_scaling=sqrt",
+    "--config.objective.loss.imitation_coef=0.1",
     "--config.objective.dual.measure=after",
     "--config.replay.lag=1",
 )

@@ -58,7 +58,7 @@ def reference(logp, behavior_logp, advantages, mask, coefficient=None, weights=N
         "ratio/max": r.max(),
         "ratio/max_abs_log": np.abs(log_ratio).max(),
         "ratio/mean_abs_log": np.abs(log_ratio).mean(),
-        "ratio/top_token_share": squared.max() / squared.sum(),
+        "ratio/top_token_share": (weights * squared).max() / (weights * squared).sum(),
         "clip/fraction": clipped.mean(),
         "clip/fraction_positive": clipped[advantages > 0].mean(),
         "clip/fraction_negative": clipped[advantages < 0].mean(),

@@ -35,6 +35,8 @@ TUNED = pathlib.Path(__file__).with_name("study_tuned.json")
 _CLIP = ("objective.loss.options.clip_low", "objective.loss.options.clip_high")
 _TV = ("objective.loss.options.divergence_low", "objective.loss.options.divergence_high")
 _BUDGETS = ("objective.dual.budget", (0.003, 0.01, 0.03, 0.1, 0.3))
+# All methods have one reduction and one scale of the advantages, whatever their presets have.
+_TOKEN_MEAN = {"objective.loss.reduction": "token_mean", "objective.advantage.scale": "std"}
 
 
 def _penalty(weight="none", factor=1.0):
@@ -60,11 +62,23 @@ METHODS = {
         (0.28, 0.5, 1.0, 2.0, 4.0),
     ),
     "cispo": ({"objective.name": "cispo"}, "objective.loss.options.max_ratio", (1.05, 1.2, 1.5, 2.0, 5.0)),
-    "gppo": ({"objective.name": "gppo"}, _CLIP, (0.05, 0.1, 0.2, 0.4, 0.8)),
+    "gppo": (
+        {
+            "objective.name": "gppo",
+            "objective.loss.imitation_coef": 0.0,
+            "objective.loss.options.dual_clip": 3.0,
+        },
+        _CLIP,
+        (0.05, 0.1, 0.2, 0.4, 0.8),
+    ),
     "spo": ({"objective.name": "spo"}, "objective.loss.options.epsilon", (0.1, 0.2, 0.4, 0.8, 1.6)),
-    "drpo": ({"objective.name": "drpo"}, "objective.loss.options.epsilon", (0.1, 0.5, 2.5, 12.5, 50.0)),
+    "drpo": (
+        {"objective.name": "drpo"} | _TOKEN_MEAN,
+        "objective.loss.options.epsilon",
+        (0.1, 0.5, 2.5, 12.5, 50.0),
+    ),
     "dppo_tv": (
-        {"objective.name": "dppo_tv", "objective.loss.reduction": "token_mean"},
+        {"objective.name": "dppo_tv", "objective.loss.options.max_ratio": 20.0} | _TOKEN_MEAN,
         _TV,
         (0.05, 0.15, 0.4, 0.6, 0.8),
     ),

@@ -14,11 +14,12 @@ class LossConfig:
     name: str = option("r2vpo", f"{', '.join(losses.names())}, or module:function for a loss of your own")
     reduction: str = option("token_mean", "token_mean, sequence_mean or constant_length")
     entropy_coef: float = option(0.0, "weight of an entropy bonus (0 = off)")
+    imitation_coef: float = option(0.0, "weight of the mean -log pi of right responses, beside the loss (0 = off)")
     options: Options = option(Options(), "keyword argument of the loss, explained in its docstring")
 
     def __post_init__(self):
         require_choice("objective.loss", self, {"reduction": losses.REDUCTIONS})
-        require_range("objective.loss", self, "entropy_coef", ">= 0")
+        require_range("objective.loss", self, "entropy_coef imitation_coef", ">= 0")
         object.__setattr__(self, "options", Options(self.options))
         try:
             losses.check_hyperparameters(self.name, **self.options)
@@ -89,7 +90,15 @@ class AdvantageConfig:
         "group_relative", f"{', '.join(advantages.ESTIMATORS)}, or module:function for an estimator of your own"
     )
     scale: str = option(
-        "std", "divide by the group's deviation: std, std_biased or none", when=lambda s: s._takes("scale")
+        "std",
+        "divide by the group's deviation (std, std_biased), by that of the whole batch (batch), by the group's mean "
+        "(mean: MaxRL, for rewards >= 0) or by nothing (none)",
+        when=lambda s: s._takes("scale"),
+    )
+    baseline: str = option(
+        "estimator",
+        "estimator (its own) or minimum_variance: moved to where the gradient's variance is least, at one backward pass for "
+        "each response (VCPO)",
     )
     discount: float = option(1.0, "gamma", when=lambda s: s._takes("discount"))
     trace_decay: float = option(0.95, "lambda of GAE", when=lambda s: s._takes("trace_decay"))
@@ -108,9 +117,18 @@ class AdvantageConfig:
             advantages.estimator(self.estimator)
         except ValueError as error:
             raise ValueError(f"objective.advantage.estimator: {error}") from error
-        require_choice("objective.advantage", self, {"scale": advantages.SCALES})
+        require_choice(
+            "objective.advantage",
+            self,
+            {"scale": advantages.SCALES, "baseline": ("estimator", "minimum_variance")},
+        )
         require_range("objective.advantage", self, "discount trace_decay", "in [0, 1]")
         require_range("objective.advantage", self, "value_coef value_clip", ">= 0")
+        require(
+            self.baseline == "estimator" or self.group_baseline,
+            "objective.advantage.baseline=minimum_variance moves the baseline of a group; with "
+            f"objective.advantage.estimator={self.estimator} there is none",
+        )
 
     @property
     def critic(self) -> bool:
@@ -121,6 +139,21 @@ class AdvantageConfig:
     def group_baseline(self) -> bool:
         """Whether the baseline is the group: a group of equal rewards has no gradient."""
         return advantages.estimator(self.estimator).group_baseline
+
+    @property
+    def minimum_variance(self) -> bool:
+        """Whether the baseline of each group is moved before a batch is trained on."""
+        return self.baseline == "minimum_variance"
+
+    @property
+    def by_function(self) -> bool:
+        """Whether the reward is needed part by part."""
+        return advantages.estimator(self.estimator).parts
+
+    @property
+    def takes_verdicts_alone(self) -> bool:
+        """Whether nothing may be taken off the reward: a mean to divide by, or parts that are normalized apart."""
+        return self.by_function or (self._takes("scale") and self.scale == "mean")
 
     def _takes(self, option: str) -> bool:
         return option in advantages.estimator(self.estimator).options
@@ -192,7 +225,8 @@ class KLConfig:
         require(self.target is None or self.coef > 0, "objective.kl.target adapts objective.kl.coef, which must be > 0")
         require(
             self.to == "reference" or (self.where == "loss" and not self.corrected),
-            "objective.kl.to=behavior goes into the loss, and needs no correction: its tokens are the behavior's own",
+            "objective.kl.to=behavior goes into the loss, without objective.kl.corrected: its estimate is over tokens of the "
+            "policy that sampled, and is weighed by itself where objective.correction takes the ratio against another",
         )
         require(
             self.where == "loss" or not self.corrected,
@@ -202,19 +236,81 @@ class KLConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CorrectionConfig:
-    """Importance weights of the learner's policy against the sampler's, where the two compute differently."""
+    """Importance weights of the learner's policy against the sampler's, responses left out for them, and shorter steps."""
 
     mode: str = option("none", "none, truncate or mask")
     scope: str = option("token", "token or sequence", when=lambda s: s.mode != "none")
-    max_weight: float = option(2.0, "upper bound of the weights", when=lambda s: s.mode != "none")
+    max_weight: float = option(
+        2.0, "upper bound of the weights (inf: none, with truncate)", when=lambda s: s.mode != "none"
+    )
     min_weight: float = option(0.0, "lower bound of the weights", when=lambda s: s.mode == "mask")
+    filter: str = option(
+        "none",
+        "leave out whole responses, once before the first update: none, geometric (geometric mean of the tokens' weights "
+        "within bounds), mean_k3 or max_k2 (trust region masking)",
+    )
+    filter_high: float | None = option(
+        None,
+        "upper bound of the filter's measure (default: a ratio of 1.001 for geometric, 0.01 nats for mean_k3)",
+        when=lambda s: s.filter != "none",
+    )
+    filter_low: float = option(0.999, "lower bound of the filter's measure", when=lambda s: s.filter == "geometric")
+    off_policy_threshold: float = option(
+        0.0,
+        "leave out bad responses that the policy has left behind, in each update: those whose mean log-probability fell by "
+        "more than this, nats per token (DeepSeek-V3.2; 0 = off)",
+    )
+    step_scaling: str = option(
+        "none", "shorten steps on stale responses by their effective sample size: none, sqrt or linear (VCPO)"
+    )
+    step_reference: float = option(
+        1.0, "effective sample size, as a share, at which a step is whole", when=lambda s: s.step_scaling != "none"
+    )
 
     def __post_init__(self):
         require_choice(
-            "objective.correction", self, {"mode": ("none", *corrections.MODES), "scope": corrections.SCOPES}
+            "objective.correction",
+            self,
+            {
+                "mode": ("none", *corrections.MODES),
+                "scope": corrections.SCOPES,
+                "filter": ("none", *corrections.FILTERS),
+                "step_scaling": ("none", *corrections.STEP_SCALINGS),
+            },
         )
         require_range("objective.correction", self, "max_weight", ">= 1")
-        require_range("objective.correction", self, "min_weight", "in [0, 1]")
+        require_range("objective.correction", self, "min_weight filter_low", "in [0, 1]")
+        require_range("objective.correction", self, "filter_high", "> 0")
+        require_range("objective.correction", self, "off_policy_threshold", ">= 0")
+        require_range("objective.correction", self, "step_reference", "in (0, 1]")
+        require(
+            self.filter != "geometric" or self.filter_bound >= 1,
+            f"objective.correction.filter_high={self.filter_high} bounds a ratio with filter=geometric, and must be >= 1",
+        )
+        require(
+            self.filter != "max_k2" or self.filter_high is not None,
+            "objective.correction.filter=max_k2 has no published bound: set objective.correction.filter_high, in nats",
+        )
+
+    @property
+    def filter_bound(self) -> float | None:
+        """The upper bound of the filter: what was given, or the usual one."""
+        return {"geometric": 1.001, "mean_k3": 0.01}.get(self.filter) if self.filter_high is None else self.filter_high
+
+    @property
+    def weighs(self) -> bool:
+        """Whether a batch is scored before its first update, and its tokens weighed."""
+        return self.mode != "none" or self.filter != "none"
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether whole responses may have weight 0."""
+        return self.filter != "none" or self.masks_off_policy
+
+    @property
+    def masks_off_policy(self) -> bool:
+        """Whether bad responses are left out once the policy has left them behind."""
+        return is_on(self.off_policy_threshold)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,6 +335,12 @@ class ObjectiveConfig:
             self.groups.zero_variance == "keep" or self.advantage.group_baseline,
             f"objective.groups.zero_variance={self.groups.zero_variance} needs a baseline from the group; with "
             f"objective.advantage.estimator={self.advantage.estimator} a group of equal rewards has a gradient",
+        )
+        require(
+            not self.advantage.takes_verdicts_alone
+            or not (self.has_overlong_penalty or (self.has_kl and self.kl.where == "reward")),
+            "nothing may be taken off the reward (objective.groups.overlong_penalty, objective.kl.where=reward) with "
+            "objective.advantage.scale=mean or objective.advantage.estimator=gdpo",
         )
 
     @property
@@ -275,6 +377,11 @@ class ObjectiveConfig:
     def has_entropy_bonus(self) -> bool:
         """Whether entropy is rewarded."""
         return is_on(self.loss.entropy_coef)
+
+    @property
+    def imitates(self) -> bool:
+        """Whether the log-probability of right responses is rewarded beside the loss."""
+        return is_on(self.loss.imitation_coef)
 
     @property
     def has_overlong_penalty(self) -> bool:

@@ -24,7 +24,8 @@ PRESETS: dict[str, Tree] = {
     "dr_grpo": {"loss": {"name": "ppo_clip", **_CONSTANT_LENGTH}, "advantage": {"scale": "none"}},
     "dapo": {
         "loss": {"name": "ppo_clip", "options": {"clip_high": 0.28}},
-        "groups": {"zero_variance": "resample", "overlong_penalty": 1.0},
+        # The source's penalty of 1 is half the range of its rewards of -1 and 1; here they are 0 and 1.
+        "groups": {"zero_variance": "resample", "overlong_penalty": 0.5},
     },
     "rloo": {
         "loss": {"name": "policy_gradient", **_CONSTANT_LENGTH},
@@ -51,7 +52,7 @@ PRESETS: dict[str, Tree] = {
     "sapo": {"loss": {"name": "sapo", **_SEQUENCE_MEAN}},
     "vespo": {"loss": {"name": "vespo"}},
     "topr": {"loss": {"name": "topr", **_CONSTANT_LENGTH}},
-    "drpo": {"loss": {"name": "drpo"}},
+    "drpo": {"loss": {"name": "drpo", **_CONSTANT_LENGTH}, "advantage": {"scale": "none"}},
     "dro": {"loss": {"name": "dro"}},
     "prime_rl": {
         # max_ratio is beyond the numerical guard on log r: there is no cap.
@@ -61,12 +62,30 @@ PRESETS: dict[str, Tree] = {
         },
         "advantage": {"scale": "none"},
     },
-    "dppo_tv": {"loss": {"name": "dppo_tv", **_CONSTANT_LENGTH}},
-    "dppo_kl": {"loss": {"name": "dppo_kl", **_CONSTANT_LENGTH}},
-    "gppo": {"loss": {"name": "gppo"}},
-    "ce_gppo": {"loss": {"name": "gppo", "options": {"keep_low": 0.5}}},
-    "aspo": {"loss": {"name": "aspo"}},
+    "dppo_tv": {
+        "loss": {"name": "dppo_tv", **_CONSTANT_LENGTH, "options": {"max_ratio": 1e4}},
+        "advantage": {"scale": "none"},
+    },
+    "dppo_kl": {
+        "loss": {"name": "dppo_kl", **_CONSTANT_LENGTH, "options": {"max_ratio": 1e4}},
+        "advantage": {"scale": "none"},
+    },
+    "gppo": {"loss": {"name": "gppo", "imitation_coef": 0.1, "options": {"dual_clip": 10.0}}},
+    "ce_gppo": {
+        "loss": {
+            "name": "gppo",
+            "imitation_coef": 0.1,
+            "options": {"clip_high": 0.2, "keep_low": 0.5, "dual_clip": 10.0},
+        }
+    },
+    "aspo": {"loss": {"name": "aspo"}, "kl": {"coef": 0.001}},
     "luspo": {"loss": {"name": "luspo", **_SEQUENCE_MEAN}},
+    "max_rl": {"loss": {"name": "ppo_clip"}, "advantage": {"scale": "mean"}},
+    "vcpo": {
+        "loss": {"name": "policy_gradient", **_SEQUENCE_MEAN},
+        "advantage": {"baseline": "minimum_variance"},
+        "correction": {"mode": "truncate", "scope": "sequence", "max_weight": 8.0, "step_scaling": "sqrt"},
+    },
 }
 DEFAULT = "r2vpo"
 

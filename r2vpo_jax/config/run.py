@@ -312,6 +312,11 @@ class Config:
         )
         require(self.seed >= 0, f"seed must be >= 0, got {self.seed}")
         require(
+            not self.objective.advantage.by_function or self.task.name not in ("arithmetic", "countdown", "eureka"),
+            f"objective.advantage.estimator={self.objective.advantage.estimator} normalizes each part of a reward by itself, "
+            f"and the reward of task.name={self.task.name} has one part only",
+        )
+        require(
             self.replay.lag < self.trainer.num_iterations,
             f"with replay.lag={self.replay.lag} and trainer.num_iterations={self.trainer.num_iterations} the queue "
             "would fill and nothing be trained",

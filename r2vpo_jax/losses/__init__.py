@@ -1,6 +1,7 @@
 """Policy objectives on plain arrays.
 
-Every objective is one pure function of arrays, safe under jit, vmap and grad:
+Every objective is one pure function of arrays, safe under jit, vmap and a first derivative (second ones are not those
+of the formulas: coefficients are constants in many of them):
 
     loss, stats = r2vpo_loss(logp, behavior_logp, advantages, mask, variance_coef=2.5)
 

@@ -69,12 +69,12 @@ def cispo_loss(
     reduction: str = "token_mean",
     normalizer: Normalizer = None,
 ) -> Loss:
-    """Clipped importance weights instead of a clipped objective: no token loses its gradient.
+    """Clipped importance weights instead of a clipped objective: no token within |log r| <= 20 loses its gradient.
 
         L = -E[ sg(clip(r, min_ratio, max_ratio)) A log pi ],     g = clip(r, min_ratio, max_ratio) A
 
-    Source: arXiv 2506.13585, equation 4 (MiniMax-M1), which leaves the lower bound open; the upper bound of 5 is
-    that of TRL's documentation for it.
+    Source: arXiv 2506.13585, equation 4 (MiniMax-M1), which leaves the lower bound open and does not print the upper
+    one; 5 is that of ScaleRL (arXiv 2510.13786), as TRL's documentation has it.
 
     Args: as `r2vpo_loss`, and
       min_ratio, max_ratio: bounds of the weight.
@@ -121,7 +121,8 @@ def gppo_loss(
     The value of each token is its coefficient. keep_low = keep_high = 0 is PPO's clip in gradient.
 
     Sources: arXiv 2508.07629 (GPPO, both factors 1); arXiv 2509.20712 (CE-GPPO: keep_low 0.5 for 1.5B and 0.75
-    for 7B models, keep_high 1). The dual clip at 3 is that of their verl-based code.
+    for 7B models, keep_high 1). The dual clip at 3 is the default of their verl-based code; their scripts have 10, and
+    so have the presets.
 
     Args: as `ppo_clip_loss`, and
       keep_low, keep_high: >= 0, beta_1 and beta_2 of CE-GPPO.
@@ -170,7 +171,7 @@ def aspo_loss(
     the coefficient at the bound where that is cut.
 
     Source: arXiv 2510.06062; constants as in its code (wizard-III/Archer2.0), whose second pair of bounds for
-    tokens of high entropy is left out.
+    tokens of high entropy is left out. Its scripts have a KL beside it, which the preset adds.
 
     Args: as `ppo_clip_loss`; dual_clip bounds both signs.
 
@@ -214,7 +215,8 @@ def dppo_tv_loss(
 
     A token of probability 1e-5 may grow a hundredfold; one of 0.5 may not grow to 0.9.
 
-    Sources: arXiv 2602.04879, section 5 (`dppo_tv` of verl-project/verl). With both thresholds 0.2, no cap of the
+    Sources: arXiv 2602.04879, section 5 (`dppo_tv` of verl-project/verl, whose fallback for max_ratio is 20; its
+    script for it, and the preset, have 10,000). With both thresholds 0.2, no cap of the
     ratio and beta = 0.002 the gradient is that of the default loss of PrimeIntellect-ai/prime-rl, which writes
     the penalty as 0.001 (log r)^2.
 
@@ -304,7 +306,9 @@ def m2po_threshold(
     split into micro-batches.
 
     Source: arXiv 2510.01161, algorithm 1; budget 0.04 as published. (The released code caps |log r| instead of
-    masking, and never lets the upper bound beyond 1.5; AReaL masks as here.)
+    masking, and its bounds have minimal widths: the upper one is never below 1.5, the lower never above 0.7. AReaL's
+    masking is another rule: by the (log r)^2 of proximal against behavior, before any update, over all tokens whatever
+    the sign of the advantage; it keeps at least one token, and clips as PPO besides.)
 
     Args: as `r2vpo_loss`, and
       budget: > 0, bound on the mean of (log r)^2.

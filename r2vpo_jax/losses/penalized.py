@@ -210,9 +210,11 @@ def dro_loss(
         L = -E[ A log pi - beta (log r)^2 / 2 ],     g = A - beta log r
 
     No importance weight: an unlikely token pulls as hard as a likely one, and unlike (r - 1)^2 the penalty grows
-    without bound as r goes to 0. prime-rl's default loss has the same quadratic (`dppo_tv_loss` with beta).
+    as r goes to 0, up to the guard at |log r| = 20. prime-rl's default loss has the same quadratic (`dppo_tv_loss` with
+    beta).
 
-    Source: arXiv 2405.19107 and the `dro` policy loss of verl-project/verl; beta 0.1 as in its ports.
+    Source: the `dro` policy loss of verl-project/verl, per token and against mu; beta 0.1 as in its ports. The paper,
+    arXiv 2405.19107, regresses on whole responses against the reference policy, with a learned value.
 
     Args: as `r2vpo_loss`, and
       beta: >= 0, weight of the penalty.

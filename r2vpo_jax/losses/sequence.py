@@ -1,7 +1,8 @@
 """Objectives of one ratio for a whole response, the geometric mean of its tokens' ratios.
 
 In token form (`core.Tokens.with_coefficient`), so that weights and per-token advantages mean the same as
-everywhere else; with one advantage a response the gradient is exactly that of the sequence-level objective.
+everywhere else; with one advantage a response the gradient is exactly that of the sequence-level objective. A second
+derivative is not: in token form it is 0.
 """
 
 import jax

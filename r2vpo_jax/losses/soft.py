@@ -112,10 +112,12 @@ def topr_loss(
 
         A >= 0:  g = A          A < 0:  g = clip(w, 0, max_ratio) A,   w = prod_t r_t
 
-    Once a bad response has become unlikely it is left alone, however stale the data.
+    Once a bad response has become unlikely it is left alone, however stale the data. (Tokens beyond |log r| = 20 have
+    no gradient, of either sign.)
 
     Source: arXiv 2503.14286, equation 8 (with the paper's recommended bounds: no weight on positives, 0 to 1 on
-    negatives).
+    negatives). The paper splits by the sign of the reward; with rewards of 0 and 1 and a baseline between them the sign
+    of the advantage is the same, with graded rewards it is not.
 
     Args: as `r2vpo_loss`, and
       max_ratio: > 0, cap of the weight of negative responses.

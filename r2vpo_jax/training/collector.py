@@ -79,7 +79,10 @@ class Collector:
         """The rollout with rewards and outcomes, and all that the task said."""
         index = np.repeat(index, self.sampling.group_size)
         verdicts = self._task.verify("train", index, rollout.response_tokens, rollout.response_length)
-        return rollout.replace(reward=verdicts.reward, outcome=verdicts.outcome), verdicts
+        parts = None
+        if self._config.objective.advantage.by_function and verdicts.terms:
+            parts = np.stack(list(verdicts.terms.values()), axis=1)
+        return rollout.replace(reward=verdicts.reward, outcome=verdicts.outcome, reward_parts=parts), verdicts
 
     def collect(self, params, *, position: int, first_id: int, iteration: int, version: int) -> Collected:
         """Verified responses to the next problems; with dynamic sampling to as many as it takes.

@@ -90,14 +90,23 @@ def assign(rollout: Rollout, objective: ObjectiveConfig, group_size: int, kl_coe
         token_rewards = token_rewards - kl_coef * jnp.where(mask, estimate, 0.0)
     estimator = advantages.estimator(objective.advantage.estimator)
     options = {name: getattr(objective.advantage, name) for name in estimator.options}
-    result = estimator.function(advantages.Rewards(token_rewards, mask, group_size, rollout.value), **options)
+    parts = rollout.reward_parts
+    if parts is not None:
+        parts = jnp.where(jnp.isnan(reward)[:, None], jnp.nan, parts)
+    elif estimator.parts:
+        raise ValueError(
+            f"objective.advantage.estimator={objective.advantage.estimator} normalizes each part of a reward by itself, "
+            "and this task's reward has one part only; take group_relative"
+        )
+    rewards = advantages.Rewards(token_rewards, mask, group_size, rollout.value, parts)
+    result = estimator.function(rewards, **options)
     advantage, target = result if estimator.critic else (result, None)
     if advantage.shape not in (mask.shape, mask.shape[:1]):
         raise ValueError(
             f"objective.advantage.estimator={objective.advantage.estimator} gave advantages of shape {advantage.shape} for "
             f"{mask.shape[0]} responses of {mask.shape[1]} tokens; [B] or [B, T] is needed"
         )
-    return rollout.replace(advantage=advantage, value_target=target, keep=keep)
+    return rollout.replace(advantage=advantage, value_target=target, keep=keep, reward_parts=None)
 
 
 _assign = jax.jit(assign, static_argnames=("objective", "group_size"))
@@ -108,7 +117,8 @@ def fill_advantages(rollout: Rollout, objective: ObjectiveConfig, group_size: in
     filled = _assign(rollout, objective, group_size, np.float32(kl_coef))
     target = None if filled.value_target is None else np.asarray(filled.value_target)
     # Only what has changed: the rest may be wider on the host than on a device.
-    return rollout.replace(advantage=np.asarray(filled.advantage), value_target=target, keep=np.asarray(filled.keep))
+    changed = {"advantage": np.asarray(filled.advantage), "value_target": target, "keep": np.asarray(filled.keep)}
+    return rollout.replace(**changed, reward_parts=None)
 
 
 def groups_differ(rollout: Rollout, objective: ObjectiveConfig, group_size: int) -> jax.Array:

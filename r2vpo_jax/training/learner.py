@@ -39,6 +39,7 @@ class Learner:
       values: (params, critic state, rollout) -> the critic's values f32 [B, T] before each response token.
       minibatch: (rollout, key, number) -> the minibatch of update `number`.
       correct: (params, rollout) -> the rollout with importance weights.
+      move_baseline: (params, rollout) -> the rollout with advantages from the baseline of least variance.
       variance: (state, rollout) -> V of the rollout under the state's parameters.
       step_multipliers: (dual state, kl coefficient, statistics of each update) -> (dual state, kl coefficient, report).
       state_shardings: where each part of a LearnerState lives.
@@ -101,6 +102,7 @@ class Learner:
         self.values = jax.jit(self._on_mesh(update.values, **run), out_shardings=rows)
         self.variance = jax.jit(self._on_mesh(update.variance, **run), out_shardings=replicated)
         self.correct = jax.jit(self._on_mesh(update.correct, **run), out_shardings=rows)
+        self.move_baseline = jax.jit(self._on_mesh(update.move_baseline, **run), out_shardings=rows)
         self.minibatch = jax.jit(functools.partial(update.take_minibatch, settings=self.settings), out_shardings=rows)
         self.step_multipliers = jax.jit(functools.partial(update.step_multipliers, settings=self.settings))
         self.cast_params = jax.jit(self._cast_params, out_shardings=self.param_shardings)

@@ -154,7 +154,7 @@ def _plain(result: dict) -> dict:
 
 
 def _optional(objective: ObjectiveConfig, report: RolloutReport, variance_coef: float, kl_coef: float) -> dict:
-    """What exists only with a multiplier, a KL divergence, a critic, or a correction."""
+    """What exists only with a multiplier, a KL divergence, a critic, an imitation, or a correction."""
     result, stats = {}, report.stats
     if objective.has_multiplier:
         result |= {"dual/variance_coef": variance_coef, "dual/signal": float(report.dual_signal)}
@@ -169,11 +169,21 @@ def _optional(objective: ObjectiveConfig, report: RolloutReport, variance_coef: 
             "critic/clip_fraction": stats.mean("value_clip_fraction"),
             "critic/target_mean": stats.mean("value_target"),
         }
-    if objective.correction.mode != "none":
+    if objective.imitates:
+        result["loss/imitation"] = stats.mean("imitation")
+    if objective.correction.weighs:
         mean, second = float(stats.mean("weight")), float(stats.mean("weight_squared"))
         result |= {
             "correction/weight_mean": mean,
             "correction/effective_sample_size": mean**2 / second if second > 0 else 0.0,
+        }
+    if objective.correction.leaves_out:
+        result["correction/left_out"] = stats.mean("left_out")
+    if objective.correction.step_scaling != "none":
+        mean, second = float(stats.mean("sequence_weight")), float(stats.mean("sequence_weight_squared"))
+        result |= {
+            "correction/step_scale": stats.mean("step_scale"),
+            "correction/response_effective_sample_size": mean**2 / second if second > 0 else 0.0,
         }
     return result
 

@@ -19,12 +19,13 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from r2vpo_jax import corrections, dual, kl, losses, ratio_stats, scoring
+from r2vpo_jax import advantages, corrections, dual, kl, losses, ratio_stats, scoring
 from r2vpo_jax.config.objective import ObjectiveConfig
 from r2vpo_jax.rollout import Rollout
 from r2vpo_jax.train_stats import TrainStats
-from r2vpo_jax.training import accumulation, critic
+from r2vpo_jax.training import accumulation, critic, terms
 from r2vpo_jax.training.critic import CriticState
+from r2vpo_jax.training.terms import anchor, mean_over_tokens, normalizer
 
 
 @struct.dataclass
@@ -131,11 +132,17 @@ def update(
         settings=settings,
         normalizer=normalizer(batch, settings.objective),
         computed=computed_arguments(state, batch, model, settings),
+        imitation_normalizer=terms.imitation_normalizer(batch, settings.objective),
     )
     head = None if state.critic is None else (state.critic.kernel, state.critic.bias)
     loss, stats, (grads, head_grads) = accumulation.value_and_grad(loss_fn, (state.params, head), batch, num_micro)
     stats, grad_norm = stats.reduce(), optax.tree.norm((grads, head_grads))
     updates, opt_state = optimizers.policy.update(grads, state.opt_state, state.params)
+    scales = settings.objective.correction.step_scaling != "none"
+    if scales:
+        # Of the update, weight decay included: it is the learning rate that is scaled.
+        scale = terms.step_scale(stats, settings.objective.correction)
+        updates = jax.tree.map(lambda x: (scale * x).astype(x.dtype), updates)
     new = {"params": optax.apply_updates(state.params, updates), "opt_state": opt_state, "critic": None}
     if head is not None:
         head_updates, head_opt_state = optimizers.value.update(head_grads, state.critic.opt_state, head)
@@ -151,15 +158,10 @@ def update(
         "update_norm": (optax.tree.norm(updates), one),
         "nonfinite": ((~finite).astype(jnp.float32), one),
     }
+    if scales:
+        measured["step_scale"] = (scale, one)
     stats = stats.replace(sums=stats.sums | measured)
     return state.replace(**new, version=state.version + 1), stats
-
-
-def normalizer(batch: Rollout, objective: ObjectiveConfig) -> jax.Array:
-    """The count of the reduction over a whole minibatch, f32 []."""
-    if objective.loss.reduction == "constant_length":
-        return jnp.sum(batch.keep, dtype=jnp.float32) * batch.response_size
-    return losses.count(batch.learning_mask, objective.loss.reduction)
 
 
 def computed_arguments(state: LearnerState, batch: Rollout, model, settings: UpdateSettings) -> dict[str, jax.Array]:
@@ -173,7 +175,7 @@ def computed_arguments(state: LearnerState, batch: Rollout, model, settings: Upd
         return coef
 
     def threshold():
-        arrays = score(state.params, batch, model, settings), _anchor(batch), batch.advantage, batch.learning_mask
+        arrays = score(state.params, batch, model, settings), anchor(batch), batch.advantage, batch.learning_mask
         return losses.m2po_threshold(*arrays, budget=objective.loss.options["budget"])
 
     how = {"variance_coef": variance_coef, "threshold": threshold}
@@ -181,7 +183,15 @@ def computed_arguments(state: LearnerState, batch: Rollout, model, settings: Upd
 
 
 def micro_batch_loss(
-    trained, batch: Rollout, *, state: LearnerState, model, settings: UpdateSettings, normalizer, computed
+    trained,
+    batch: Rollout,
+    *,
+    state: LearnerState,
+    model,
+    settings: UpdateSettings,
+    normalizer,
+    computed,
+    imitation_normalizer=None,
 ) -> tuple[jax.Array, TrainStats]:
     """(loss, statistics) of one micro-batch; losses add up over those of a minibatch.
 
@@ -192,20 +202,25 @@ def micro_batch_loss(
       model, settings: of the run.
       normalizer: `normalizer` of the whole minibatch.
       computed: `computed_arguments` of the whole minibatch.
+      imitation_normalizer: `terms.imitation_normalizer` of the whole minibatch, where right responses are imitated.
     """
     objective, mask = settings.objective, batch.learning_mask
     reduction = {"reduction": objective.loss.reduction, "normalizer": normalizer}
     scores = score_rows(*trained, batch, model, settings)
-    loss_of = functools.partial(_policy_loss, batch=batch, state=state, objective=objective, **reduction, **computed)
+    weights, weight_stats = terms.update_weights(batch, scores.logp, objective)
+    weighed = batch.replace(weights=weights)
+    loss_of = functools.partial(_policy_loss, batch=weighed, state=state, objective=objective, **reduction, **computed)
     loss, stats = loss_of(scores.logp)
-    merged = _gradient_stats(lambda logp: loss_of(logp)[0], scores.logp, batch, state, reduction)
+    merged = _gradient_stats(lambda logp: loss_of(logp)[0], scores.logp, weighed, state, reduction)
 
-    stats["entropy"] = _mean_over_tokens(scores.entropy, mask)
+    stats |= weight_stats
+    stats["entropy"] = mean_over_tokens(scores.entropy, mask)
+    if objective.imitates:
+        imitated = terms.imitation(batch, scores.logp, objective.loss.reduction, imitation_normalizer)
+        loss = loss + objective.loss.imitation_coef * imitated
+        stats["imitation"] = mean_over_tokens(-scores.logp, batch.response_mask & terms.right(batch)[:, None])
     if objective.has_entropy_bonus:
         loss = loss - objective.loss.entropy_coef * losses.reduce(scores.entropy, mask, **reduction)
-    if batch.weights is not None:
-        stats["weight"] = _mean_over_tokens(batch.weights, mask)
-        stats["weight_squared"] = _mean_over_tokens(batch.weights**2, mask)
     if scores.value is not None:
         value_loss, value_stats = critic.value_loss(
             scores.value, batch.value, batch.value_target, mask, clip=objective.advantage.value_clip, **reduction
@@ -222,11 +237,11 @@ def _policy_loss(
     mask = batch.learning_mask
     shared = {"reduction": reduction, "normalizer": normalizer}
     loss, stats = losses.get(objective.loss.name)(
-        logp, _anchor(batch), batch.advantage, mask, weights=batch.weights, **shared, **objective.loss.options, **given
+        logp, anchor(batch), batch.advantage, mask, weights=batch.weights, **shared, **objective.loss.options, **given
     )
     if objective.has_kl:
-        divergence = _divergence(batch, logp, objective)
-        stats["kl"] = _mean_over_tokens(divergence, mask)
+        divergence = terms.divergence(batch, logp, objective)
+        stats["kl"] = mean_over_tokens(divergence, mask)
         if objective.kl.where == "loss":
             loss = loss + state.kl_coef * losses.reduce(divergence, mask, **shared)
     return loss, stats
@@ -238,30 +253,13 @@ def _gradient_stats(loss_fn, logp, batch: Rollout, state: LearnerState, reductio
     weight = losses.token_weights(batch.learning_mask, **reduction)
     return ratio_stats.compute(
         logp,
-        _anchor(batch),
+        anchor(batch),
         batch.advantage,
         batch.learning_mask,
         coefficient=-slope / jnp.where(weight == 0, 1.0, weight),
         weights=batch.weights,
         age=state.version - batch.version,
     )
-
-
-def _divergence(batch: Rollout, logp, objective: ObjectiveConfig):
-    """The configured estimate of a KL divergence at each token, f32 [B, T]."""
-    if objective.kl.to == "behavior":
-        return kl.estimate(_anchor(batch), logp, objective.kl.estimator)
-    behavior = batch.behavior_logp if objective.kl.corrected else None
-    return kl.estimate(logp, batch.reference_logp, objective.kl.estimator, behavior_logp=behavior)
-
-
-def _mean_over_tokens(x, mask):
-    return jnp.sum(jnp.where(mask, x, 0.0)), jnp.sum(mask, dtype=jnp.float32)
-
-
-def _anchor(batch: Rollout):
-    """The log-probabilities that the ratio is against: proximal ones if the data is corrected, else behavior."""
-    return batch.behavior_logp if batch.proximal_logp is None else batch.proximal_logp
 
 
 # Scoring ----------------------------------------------------------------------------------------------------
@@ -330,18 +328,35 @@ def take_minibatch(rollout: Rollout, key, number, settings: UpdateSettings) -> R
 
 def correct(params, rollout: Rollout, model, settings: UpdateSettings) -> Rollout:
     """The rollout with proximal log-probabilities, taken once before the first update, and their weights."""
-    correction = settings.objective.correction
     proximal = score(params, rollout, model, settings)
-    weights = corrections.importance_weights(
-        proximal,
-        rollout.behavior_logp,
-        rollout.response_mask,
-        mode=correction.mode,
-        scope=correction.scope,
-        max_weight=correction.max_weight,
-        min_weight=correction.min_weight,
-    )
+    weights = terms.correction_weights(proximal, rollout, settings.objective.correction)
     return rollout.replace(proximal_logp=proximal, weights=weights)
+
+
+def move_baseline(params, rollout: Rollout, model, settings: UpdateSettings) -> Rollout:
+    """The rollout with advantages from the baseline of least variance (`advantages.minimum_variance`).
+
+    It takes the norm of the gradient of each response's log-probability, one backward pass after the other, before the
+    first update.
+    """
+
+    def one(row: Rollout):
+        row = jax.tree.map(lambda x: x[None], row)
+
+        def log_probability(params):
+            logp = score_rows(params, None, row, model, settings).logp
+            return jnp.sum(jnp.where(row.learning_mask, logp, 0.0)), logp
+
+        gradient, logp = jax.grad(log_probability, has_aux=True)(params)
+        weight = corrections.sequence_weights(logp, row.behavior_logp, row.learning_mask)[0]
+        return jnp.where(row.keep[0], (weight * optax.tree.norm(gradient)) ** 2, 0.0)
+
+    weights = jax.lax.map(one, rollout)
+    # A response has one advantage; where an estimator repeats it at each token, the first is as good as any.
+    per_token = rollout.advantage.ndim == 2
+    first = jnp.where(rollout.keep, rollout.advantage[:, 0] if per_token else rollout.advantage, 0.0)
+    shift = advantages.minimum_variance(first, settings.group_size, weights) - first
+    return rollout.replace(advantage=rollout.advantage + (shift[:, None] if per_token else shift))
 
 
 def variance(state: LearnerState, rollout: Rollout, model, settings: UpdateSettings) -> jax.Array:
@@ -352,6 +367,7 @@ def variance(state: LearnerState, rollout: Rollout, model, settings: UpdateSetti
         "settings": settings,
         "normalizer": normalizer(rollout, settings.objective),
         "computed": computed_arguments(state, rollout, model, settings),
+        "imitation_normalizer": terms.imitation_normalizer(rollout, settings.objective),
     }
 
     def one(rows):
@@ -450,6 +466,7 @@ class UpdateFunctions:
         self.score = functools.partial(score, **run)
         self.values = functools.partial(values, **run)
         self.correct = functools.partial(correct, **run)
+        self.move_baseline = functools.partial(move_baseline, **run)
         self.minibatch = functools.partial(take_minibatch, settings=settings)
         self.variance = functools.partial(variance, **run)
         self.step_multipliers = functools.partial(step_multipliers, settings=settings)
@@ -468,8 +485,11 @@ def train_on_rollout(state: LearnerState, rollout: Rollout, key, functions) -> t
       key: decides the shuffle.
       functions: `UpdateFunctions`, or a `Learner`.
     """
-    if functions.settings.objective.correction.mode != "none":
+    objective = functions.settings.objective
+    if objective.correction.weighs:
         rollout = functions.correct(state.params, rollout)
+    if objective.advantage.minimum_variance:
+        rollout = functions.move_baseline(state.params, rollout)
 
     def step(state, number):
         return functions.update(state, functions.minibatch(rollout, key, number))

@@ -38,6 +38,7 @@ def stand_in(logp, settings):
         ),
         model=SimpleNamespace(training=True, is_gradient_checkpointing=False),
         get_gamma_weights=GRPOTrainer.get_gamma_weights,
+        get_off_policy_mask=GRPOTrainer.get_off_policy_mask,
         max_completion_length=logp.shape[1],
         loss_type="grpo",
         importance_sampling_level="token",
@@ -50,6 +51,7 @@ def stand_in(logp, settings):
         scale_rewards="group",
         reward_func_names=[],
         reward_weights=torch.ones(1),
+        reward_funcs=[None],
     )
     defaults |= dict.fromkeys(ABSENT.split()) | dict.fromkeys(OFF.split(), False)
     return SimpleNamespace(**{**defaults, **settings, "args": SimpleNamespace(**args)})
@@ -61,6 +63,7 @@ def loss(x, trainer, weights=None, mask="mask", **settings):
     inputs = {name: torch.ones_like(x[mask]) for name in ("prompt_ids", "prompt_mask", "completion_ids")}
     inputs |= {"completion_mask": x[mask], "num_items_in_batch": x[mask].sum(), "advantages": x["advantages"]}
     inputs |= {"old_per_token_logps": x["old_logp"], "ref_per_token_logps": x["ref_logp"]}
+    inputs |= {"sampling_per_token_logps": x["sampler_logp"]}
     if weights:
         settings["use_vllm"], inputs["importance_sampling_ratio"] = True, x[weights]
     value = TRAINERS[trainer]._compute_loss(stand_in(logp, settings), None, inputs)
@@ -68,14 +71,20 @@ def loss(x, trainer, weights=None, mask="mask", **settings):
     return {"value": value.detach(), "gradient": logp.grad}
 
 
-def score(x, trainer, rewards, output, **settings):
-    """What a trainer makes of rewards and the sampler's log-probabilities: entry `output` of its result."""
+def score(x, trainer, rewards, output, part_weights=None, **settings):
+    """What a trainer makes of rewards and the sampler's log-probabilities: entry `output` of its result.
+
+    Rewards are [B], or [B, F] by function with the name of their weights [F].
+    """
     rows, length = x["mask"].shape
     # All responses are of full length, so that the given mask can be the mask of tool tokens.
     prompts, responses, texts = [[1]] * rows, [[1] * length] * rows, [""] * rows
     generated = (prompts, responses, x["mask"].tolist(), texts, x["sampler_logp"].tolist(), {}, None, None)
     settings["_generate"] = lambda _: (prompts, responses, texts) if trainer == "RLOOTrainer" else generated
-    settings["_calculate_rewards"] = lambda *args: x[rewards].clone()[:, None]
+    given = x[rewards] if x[rewards].ndim == 2 else x[rewards][:, None]
+    settings["_calculate_rewards"] = lambda *args: given.clone()
+    if part_weights:
+        settings |= {"reward_weights": x[part_weights], "reward_funcs": [None] * given.shape[1]}
     stand = stand_in(x["old_logp"], settings)
     result = TRAINERS[trainer]._generate_and_score_completions(stand, [{"prompt": ""}] * rows)[output]
     return {"array": result.expand(rows, length) if result.ndim == 2 else result}

@@ -204,6 +204,11 @@ CONDITIONAL = [
         {"objective.correction.scope": "sequence", "objective.correction.max_weight": 3.0},
     ),
     ({"objective.correction.mode": "mask"}, {"objective.correction.min_weight": 0.5}),
+    (
+        {"objective.correction.filter": "geometric"},
+        {"objective.correction.filter_low": 0.5, "objective.correction.filter_high": 2.0},
+    ),
+    ({"objective.correction.step_scaling": "sqrt"}, {"objective.correction.step_reference": 0.5}),
     ({"replay.draw": "mixed", "replay.capacity": 2}, {"replay.stale_fraction": 0.25}),
     ({"task.name": "arithmetic"}, {"task.arithmetic.max_operands": 3}),
     (

@@ -102,7 +102,8 @@ def test_an_objective_can_be_a_static_argument():
         "dual.rule": ("projected", "multiplicative"),
         "dual.signal": ("auto", "absolute", "excess"),
         "dual.measure": ("before", "corrected", "pooled", "after"),
-        "advantage.scale": ("std", "std_biased", "none"),
+        "advantage.scale": ("std", "std_biased", "batch", "mean", "none"),
+        "advantage.baseline": ("estimator", "minimum_variance"),
         "groups.zero_variance": ("keep", "drop", "resample"),
         "groups.verifier_errors": ("abstain", "wrong"),
         "groups.truncated": ("keep", "mask"),
@@ -111,18 +112,21 @@ def test_an_objective_can_be_a_static_argument():
         "kl.estimator": ("k1", "k2", "k3"),
         "correction.mode": ("none", "truncate", "mask"),
         "correction.scope": ("token", "sequence"),
+        "correction.filter": ("none", "geometric", "mean_k3", "max_k2"),
+        "correction.step_scaling": ("none", "sqrt", "linear"),
     }.items(),
     ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_choices(field, choices):
     with pytest.raises(ValueError, match=f"^objective.{field}='nope' is unknown; one of {', '.join(choices)}$"):
         objective({field: "nope"})
+    beside = {"correction.filter_high": 2.0} if field == "correction.filter" else {}
     for choice in choices:
-        assert value_at(objective({field: choice}), field) == choice
+        assert value_at(objective({field: choice} | beside), field) == choice
 
 
 def test_the_estimators_are_those_of_the_library():
-    names = ("group_relative", "leave_one_out", "reinforce_pp", "reinforce_pp_baseline", "gae")
+    names = ("group_relative", "leave_one_out", "gdpo", "reinforce_pp", "reinforce_pp_baseline", "gae")
     assert tuple(ESTIMATORS) == names
     with pytest.raises(
         ValueError, match=f"^objective.advantage.estimator: .*'nope'; one of {', '.join(names)}, or module:function$"
@@ -149,6 +153,7 @@ NAN, INF = float("nan"), float("inf")
     ("field", "good", "bad"),
     [
         ("loss.entropy_coef", [0.0, 2.0], [-0.1, NAN]),
+        ("loss.imitation_coef", [0.0, 2.0], [-0.1, NAN]),
         ("dual.coef", [0.0, 50.0], [-0.1, 50.1, NAN, INF]),
         ("dual.budget", [1e-6], [0.0, -1.0, NAN]),
         ("dual.step", [1e-6], [0.0, NAN]),
@@ -167,6 +172,10 @@ NAN, INF = float("nan"), float("inf")
         ("kl.coef", [0.0, 2.0], [-0.1, NAN]),
         ("correction.max_weight", [1.0, 100.0], [0.9, NAN]),
         ("correction.min_weight", [0.0, 1.0], [-0.1, 1.1, NAN]),
+        ("correction.filter_low", [0.0, 1.0], [-0.1, 1.1, NAN]),
+        ("correction.filter_high", [1e-6, 5.0], [0.0, NAN]),
+        ("correction.off_policy_threshold", [0.0, 5.0], [-0.1, NAN]),
+        ("correction.step_reference", [1e-6, 1.0], [0.0, 1.1, NAN]),
     ],
 )
 def test_ranges(field, good, bad):
@@ -210,7 +219,31 @@ GAE, PLUS = ({"advantage.estimator": name} for name in ("gae", "reinforce_pp"))
             "objective.kl.to=behavior goes into the loss",
             {"kl.where": "loss"},
         ),
-        ({"kl.to": "behavior", "kl.corrected": True}, "needs no correction", {"kl.to": "reference"}),
+        ({"kl.to": "behavior", "kl.corrected": True}, "is weighed by itself", {"kl.to": "reference"}),
+        (
+            {"correction.filter": "geometric", "correction.filter_high": 0.5},
+            "bounds a ratio with filter=geometric, and must be >= 1",
+            {"correction.filter": "mean_k3"},
+        ),
+        (
+            {"correction.filter": "max_k2"},
+            "max_k2 has no published bound: set objective.correction.filter_high",
+            {"correction.filter_high": 0.5},
+        ),
+        (
+            {"advantage.baseline": "minimum_variance"} | GAE,
+            "minimum_variance moves the baseline of a group; with objective.advantage.estimator=gae there is none",
+            {"advantage.estimator": "leave_one_out"},
+        ),
+        *(
+            ({"advantage.scale": "mean"} | taken, "nothing may be taken off the reward", {"advantage.scale": "std"})
+            for taken in ({"groups.overlong_penalty": 0.5}, {"kl.coef": 0.1, "kl.where": "reward"})
+        ),
+        (
+            {"advantage.estimator": "gdpo", "groups.overlong_penalty": 0.5},
+            "nothing may be taken off the reward",
+            {"groups.overlong_penalty": 0.0},
+        ),
         (
             {"kl.where": "reward", "kl.corrected": True},
             "objective.kl.corrected is for objective.kl.where=loss",
@@ -233,7 +266,7 @@ def test_what_does_not_go_together_is_refused_and_the_cure_is_not(settings, mess
 
 def test_a_group_is_the_baseline_of_those_that_can_drop_it():
     group = {name for name, row in ESTIMATORS.items() if row.group_baseline}
-    assert group == set(ESTIMATORS) - {"gae", "reinforce_pp"}
+    assert group == set(ESTIMATORS) - {"gae", "reinforce_pp", "gdpo"}
     for advantage in group:
         settings = {"advantage.estimator": advantage, "groups.zero_variance": "drop"}
         assert objective(settings).groups.zero_variance == "drop"

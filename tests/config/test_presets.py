@@ -11,7 +11,7 @@ from tests.helpers.paths import ROOT
 R2VPO = {"penalty_scope": "token", "penalty_weight": "none", "negative_factor": 1.0}
 # What a preset has unless its row below says otherwise.
 COMMON = {
-    "loss": {"reduction": "token_mean", "entropy_coef": 0.0},
+    "loss": {"reduction": "token_mean", "entropy_coef": 0.0, "imitation_coef": 0.0},
     "dual": {
         "adaptive": False,
         "coef": 0.0,
@@ -30,6 +30,7 @@ COMMON = {
     "advantage": {
         "estimator": "group_relative",
         "scale": "std",
+        "baseline": "estimator",
         "discount": 1.0,
         "trace_decay": 0.95,
         "whiten": True,
@@ -45,11 +46,24 @@ COMMON = {
         "overlong_buffer": 0.2,
     },
     "kl": {"coef": 0.0, "to": "reference", "where": "loss", "estimator": "k3", "corrected": False, "target": None},
-    "correction": {"mode": "none", "scope": "token", "max_weight": 2.0, "min_weight": 0.0},
+    "correction": {
+        "mode": "none",
+        "scope": "token",
+        "max_weight": 2.0,
+        "min_weight": 0.0,
+        "filter": "none",
+        "filter_high": None,
+        "filter_low": 0.999,
+        "off_policy_threshold": 0.0,
+        "step_scaling": "none",
+        "step_reference": 1.0,
+    },
 }
 PPO = {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": None}
-GPPO = {"clip_low": 0.2, "clip_high": 0.28, "keep_low": 1.0, "keep_high": 1.0, "dual_clip": 3.0}
-DPPO = {"max_ratio": 20.0}
+GPPO = {"clip_low": 0.2, "clip_high": 0.28, "keep_low": 1.0, "keep_high": 1.0, "dual_clip": 10.0}
+IMITATION = {"loss": {"imitation_coef": 0.1}}
+DPPO = {"max_ratio": 1e4}
+UNSCALED = {"advantage": {"scale": "none"}}
 SEQUENCE_MEAN = {"loss": {"reduction": "sequence_mean"}}
 CONSTANT_LENGTH = {"loss": {"reduction": "constant_length"}}
 
@@ -69,11 +83,12 @@ EXPECTED = {
     "grpo": ("ppo_clip", PPO, SEQUENCE_MEAN | {"kl": {"coef": 0.04}}),
     # arXiv 2503.20783: neither the deviation nor the length divides, no KL.
     "dr_grpo": ("ppo_clip", PPO, CONSTANT_LENGTH | {"advantage": {"scale": "none"}}),
-    # arXiv 2503.14476: bounds 0.2 and 0.28, dynamic sampling, a buffer of 4,096 of 20,480 tokens; no KL.
+    # arXiv 2503.14476: bounds 0.2 and 0.28, dynamic sampling, a buffer of 4,096 of 20,480 tokens; no KL. Its penalty of 1
+    # is half of what lies between its rewards -1 and 1.
     "dapo": (
         "ppo_clip",
         PPO | {"clip_high": 0.28},
-        {"groups": {"zero_variance": "resample", "overlong_penalty": 1.0}},
+        {"groups": {"zero_variance": "resample", "overlong_penalty": 0.5}},
     ),
     # arXiv 2402.14740: REINFORCE of whole sequences, the KL is part of the return.
     "rloo": (
@@ -112,20 +127,41 @@ EXPECTED = {
         {},
     ),
     "topr": ("topr", {"max_ratio": 1.0}, CONSTANT_LENGTH),
-    "drpo": ("drpo", {"epsilon": 12.5}, {}),
+    # The authors' code (UniRL) sums tokens over a constant and does not divide by the deviation.
+    "drpo": ("drpo", {"epsilon": 12.5}, CONSTANT_LENGTH | UNSCALED),
     "dro": ("dro", {"beta": 0.1}, {}),
     # Its penalty is written 0.001 (log r)^2, and beta multiplies (log r)^2 / 2.
     "prime_rl": (
         "dppo_tv",
         {"divergence_low": 0.2, "divergence_high": 0.2, "max_ratio": 5e8, "beta": 0.002},
-        {"advantage": {"scale": "none"}},
+        UNSCALED,
     ),
-    "dppo_tv": ("dppo_tv", DPPO | {"divergence_low": 0.15, "divergence_high": 0.15, "beta": 0.0}, CONSTANT_LENGTH),
-    "dppo_kl": ("dppo_kl", DPPO | {"divergence_low": 0.05, "divergence_high": 0.05}, CONSTANT_LENGTH),
-    "gppo": ("gppo", GPPO, {}),
-    "ce_gppo": ("gppo", GPPO | {"keep_low": 0.5}, {}),
-    "aspo": ("aspo", {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": 3.0}, {}),
+    # verl's script for both: no deviation, a cap of 10,000.
+    "dppo_tv": (
+        "dppo_tv",
+        DPPO | {"divergence_low": 0.15, "divergence_high": 0.15, "beta": 0.0},
+        CONSTANT_LENGTH | UNSCALED,
+    ),
+    "dppo_kl": ("dppo_kl", DPPO | {"divergence_low": 0.05, "divergence_high": 0.05}, CONSTANT_LENGTH | UNSCALED),
+    # KlearReasoner's scripts: 1.28, a dual clip of 10, and 0.1 times the mean -log pi of right responses.
+    "gppo": ("gppo", GPPO, IMITATION),
+    # The scripts of the published beta_1: 1.2 and 10.
+    "ce_gppo": ("gppo", GPPO | {"clip_high": 0.2, "keep_low": 0.5}, IMITATION),
+    # Archer2.0's scripts: k3 in the loss.
+    "aspo": ("aspo", {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": 3.0}, {"kl": {"coef": 0.001}}),
     "luspo": ("luspo", {"clip_low": 2e-3, "clip_high": 2.5e-3}, SEQUENCE_MEAN),
+    # The scripts of tajwarfahim/maxrl: bounds of 0.2, no KL.
+    "max_rl": ("ppo_clip", PPO, {"advantage": {"scale": "mean"}}),
+    # The scripts of mit-han-lab/vcpo: no clip, sequence weights up to 8, the root of the sample size, its own baseline.
+    "vcpo": (
+        "policy_gradient",
+        {},
+        SEQUENCE_MEAN
+        | {
+            "advantage": {"baseline": "minimum_variance"},
+            "correction": {"mode": "truncate", "scope": "sequence", "max_weight": 8.0, "step_scaling": "sqrt"},
+        },
+    ),
 }
 
 
@@ -168,7 +204,7 @@ def test_the_default_is_r2vpo():
 def test_what_a_preset_needs(name):
     objective = make_objective(name)
     assert objective.critic == (name == "ppo")
-    assert objective.needs_reference == (name in ("grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"))
+    assert objective.needs_reference == (name in ("grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "aspo"))
     assert objective.has_multiplier == name.startswith("r2vpo")
     assert objective.variance_budget == (0.04 if name in ("r2vpo", "r2vpo_before") else None)
 
@@ -184,7 +220,7 @@ def test_another_loss_on_top_of_a_preset_leaves_its_foreign_constants_behind():
     """DAPO's sampling with R2VPO's loss: its clip has no meaning there; what is given stays refused."""
     objective = make_objective("dapo", loss={"name": "r2vpo"}, dual={"adaptive": True})
     assert objective.loss.options == R2VPO
-    assert (objective.groups.zero_variance, objective.groups.overlong_penalty) == ("resample", 1.0)
+    assert (objective.groups.zero_variance, objective.groups.overlong_penalty) == ("resample", 0.5)
     assert make_objective("m2po", loss={"name": "ppo_clip"}).loss.options == PPO
     assert make_objective("ppo_clip", loss={"name": "m2po"}).loss.options == {"budget": 0.04}
     # A constant that both have is the preset's.

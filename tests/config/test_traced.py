@@ -36,13 +36,13 @@ OBJECTIVES = {
     "policy_gradient": {},
     "ppo_clip": CLIP,
     "grpo": CLIP | {"kl.coef": 0.04},
-    "dapo": CLIP | {"loss.options.clip_high": 0.28, "groups.overlong_penalty": 1.0, "groups.overlong_buffer": 0.2},
+    "dapo": CLIP | {"loss.options.clip_high": 0.28, "groups.overlong_penalty": 0.5, "groups.overlong_buffer": 0.2},
     "ppo": CLIP | {f"advantage.{name}": value for name, value in CRITIC.items()},
     "ppo_kl": {"kl.coef": 1.0, "kl.target": 0.01},
     "cispo": {"loss.options.max_ratio": 5.0},
     "m2po": {"loss.options.budget": 0.04},
     "gppo": CLIP
-    | {"loss.options.clip_high": 0.28, "loss.options.dual_clip": 3.0}
+    | {"loss.imitation_coef": 0.1, "loss.options.clip_high": 0.28, "loss.options.dual_clip": 10.0}
     | {"loss.options.keep_low": 1.0, "loss.options.keep_high": 1.0},
 }
 

@@ -31,6 +31,21 @@ OBJECTIVES = {
         "correction": {"mode": "truncate", "max_weight": 2.0},
     },
 }
+OBJECTIVES |= {
+    "corrected_behavior_kl": {"name": "ppo_kl", "correction": {"mode": "truncate"}},
+    "imitation": {"name": "policy_gradient", "loss": {"imitation_coef": 0.7}},
+    "left_out": {
+        "name": "policy_gradient",
+        "correction": {
+            "mode": "truncate",
+            "max_weight": float("inf"),
+            "filter": "geometric",
+            "filter_high": 1.002,
+            "off_policy_threshold": 0.5,
+        },
+    },
+    "vcpo": {"name": "vcpo", "loss": {"reduction": "token_mean"}},
+}
 VALUE_RATE = 0.1
 
 # Four groups of four: two are dropped, and two rows more. Row i is in micro-batch i % 4: of the second none is left.

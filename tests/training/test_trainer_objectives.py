@@ -15,10 +15,18 @@ from r2vpo_jax.training.trainer import train
 from tests.helpers.runs import assert_same_run, final_state, rows, stop, train_rows, undocumented
 
 GROUP, PROMPTS = 4, 4  # of the tiny run
-PRESETS = ("ppo", "dapo", "grpo", "rloo", "ppo_kl")
+PRESETS = (
+    "ppo",
+    "dapo",
+    "grpo",
+    "rloo",
+    "ppo_kl",
+    *(pytest.param(p, marks=pytest.mark.slow) for p in ("gppo", "vcpo")),
+)
 KL = {"kl/mean", "kl/coef"}
 CRITIC = {"critic/loss", "critic/explained_variance", "critic/clip_fraction", "critic/target_mean"}
 CORRECTION = {"correction/weight_mean", "correction/effective_sample_size"}
+STEPS = {"correction/step_scale", "correction/response_effective_sample_size"}
 
 
 class Recorder:
@@ -103,14 +111,23 @@ def flat(tree, prefix=""):
 
 
 @pytest.mark.parametrize(
-    ("name", "extra"), [("ppo", CRITIC), ("dapo", set()), ("grpo", KL), ("rloo", KL), ("ppo_kl", KL)]
+    ("name", "extra"),
+    [
+        ("ppo", CRITIC),
+        ("dapo", set()),
+        ("grpo", KL),
+        ("rloo", KL),
+        ("ppo_kl", KL),
+        pytest.param("gppo", {"loss/imitation"}, marks=pytest.mark.slow),
+        pytest.param("vcpo", CORRECTION | STEPS, marks=pytest.mark.slow),
+    ],
 )
 def test_metrics_are_there_documented_and_numbers(name, extra, finished):
     """Those that exist only for what the objective switches on, and no others of their kind."""
     workdir, _, _ = finished(name)
     first, second = train_rows(workdir)
     assert list(first) == list(second)
-    kinds = ("kl/", "critic/", "correction/")
+    kinds = ("kl/", "critic/", "correction/", "loss/imitation")
     assert {metric for metric in first if metric.startswith(kinds)} == extra
     assert {metric for metric in first if metric not in extra} == set(train_rows(finished("dapo")[0])[0])
     assert undocumented(first) == []

@@ -259,7 +259,7 @@ def test_the_objective_gets_its_hyper_parameters(name, hyper, monkeypatch):
         ({}, None), batch, state=state, model=None, settings=settings, normalizer=7.0, computed=computed
     )
     if name == "ce_gppo":
-        hyper = hyper | {"keep_low": 0.5}
+        hyper = hyper | {"keep_low": 0.5, "clip_high": 0.2, "dual_clip": 10.0}
     given = {"variance_coef": 3.0} if name == "r2vpo" else {}
     expected, _ = losses.get(objective.loss.name)(
         logp, behavior, advantages, mask, reduction="sequence_mean", normalizer=7.0, **given, **hyper
