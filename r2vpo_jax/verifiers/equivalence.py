@@ -3,13 +3,15 @@ r"""Whether two final answers are the same mathematics: structure and numbers by
 Rules, from the outside in (gold on the left):
   lists     "1, 2", "1 or 2", "x=1, x=2" and \{1, 2\} are unordered and the same thing; a scalar is not a list of it and
             others, so a response that names several candidates is wrong. "\pm 2" is "2, -2".
-  tuples    (1, 2) is ordered; a bare "1, 2" in the same order passes for it, \{1, 2\} and [1, 2] do not.
+  tuples    (1, 2) is ordered; a bare "1, 2" in the same order passes for it, \{1, 2\} and [1, 2] do not; coordinates with
+            names, "y = 2, x = 1", are taken in the order of these. 1:2:3 is 2:4:6.
   choices   "(B) 12" and "B. 12" are B, and 12 where the gold has both.
-  intervals brackets must be the same; unions are compared piece by piece, then by SymPy; x > 3 is (3, \infty), S is x \in S.
+  intervals brackets must be the same; unions are compared piece by piece, then by SymPy; x > 3 is (3, \infty), S is x \in S; \mathbb{R} and "all real
+            numbers" are (-\infty, \infty), "no solution" is \emptyset.
   equations "x = 3" is "3"; of an answer "a = b = c" the last side counts, and plain numbers on the way must agree. A gold
             equation is compared as a whole, or with the right-hand side if its left-hand side is a single name.
-  units     5 cm is 5, but not 5 m; there is no conversion.
-  percent   50% is 50 and 0.5, and 50 is 50%.
+  units     5 cm is 5, but not 5 m; there is no conversion. 5 million is 5000000, not 5.
+  percent   50% is 50 and 0.5, and 50 is 50%; 50 cm is not.
   numbers   exact; only a decimal of six or more significant digits may stand for a number without a finite decimal
             expansion, within 1e-6 relative.
   words     compared as text, without case: Math-Verify would take them for products of letters.
@@ -29,12 +31,19 @@ _CONNECTIVES = re.compile(
 _OR = re.compile(r"\s*(?:\\text\s*\{\s*or\s*\}|(?<![a-zA-Z\\])or(?![a-zA-Z])|\\(?:lor|vee)(?![a-zA-Z]))\s*")
 _BOTH = re.compile(r"^(?:\\text\s*\{\s*(?:either|both)\s*\}|either|both)\s+(?=.*(?:and|or))", re.IGNORECASE)
 _MEMBER = re.compile(rf"\s*\(?\s*(?:{notation.NAME}|[A-Za-z](?:\s*,\s*[A-Za-z])+)\s*\)?\s*\\in(?![a-zA-Z])\s*")
+_ASSIGNMENT = re.compile(r"([A-Za-z])\s*=(?!=)")
+_NO_SOLUTION = re.compile(r"(?:\\text\s*\{)?\s*no\s+solutions?\.?\s*\}?", re.IGNORECASE)
+_ALL_REALS = re.compile(
+    r"\\mathbb\s*\{\s*R\s*\}|(?:\\text\s*\{)?\s*(?:the set of )?all (?:real numbers|reals)\.?\s*\}?", re.IGNORECASE
+)
 _NAMES = re.compile(r"\(\s*[A-Za-z](?:\s*,\s*[A-Za-z])+\s*\)")
 _SET_BUILDER = re.compile(
     rf"\\\{{\s*{notation.NAME}\s*(?:\\in\s*(?:\\mathbb\s*\{{\s*R\s*\}}|\\mathbb\s+R|\\R)\s*)?(?:\\mid|\||:|\\colon)(.*)\\\}}",
     re.DOTALL,
 )
 _INTERVAL_TWICE = re.compile(r"[^:]*(?:[<>]|\\(?:le|ge|lt|gt)(?![a-zA-Z]))[^:]*:\s*([\[(][^:]*[\])])")
+_SIGN = re.compile(r"\\(?:pm|mp)(?![a-zA-Z])")
+_REPEATING = re.compile(r"\\(?:overline|bar|dot)(?![a-zA-Z])")
 _FEW = 8  # members of a list of which each is compared with each
 
 
@@ -55,6 +64,7 @@ def same(gold: str, answer: str) -> bool:
         return _same_unordered(gold_parts, answer_parts)
     brackets, inner = notation.bracketed(gold)
     if gold_parts is None and brackets == "()" and inner and not notation.is_set(answer):
+        answer_parts = _by_name(answer_parts)
         return len(inner) == len(answer_parts) and all(map(_same_single, inner, answer_parts))
     brackets, inner = notation.bracketed(answer)
     if answer_parts is None and brackets == "()" and inner and not notation.is_set(gold):
@@ -62,6 +72,12 @@ def same(gold: str, answer: str) -> bool:
     return _same_unordered(
         [gold] if gold_parts is None else gold_parts, [answer] if answer_parts is None else answer_parts
     )
+
+
+def _by_name(parts) -> list[str]:
+    """Coordinates that have names in the order of these: y = 1, x = 2 is (2, 1)."""
+    names = [match and match[1] for match in map(_ASSIGNMENT.match, parts)]
+    return [part for _, part in sorted(zip(names, parts, strict=True))] if None not in names else parts
 
 
 def _same_choice(gold, answer) -> bool | None:
@@ -83,6 +99,10 @@ def _plain(text) -> str:
     r"""Without what only introduces: x \in S is S, {x | c} is c, (x, y) = (1, 2) is x = 1, y = 2."""
     match = _SET_BUILDER.fullmatch(text) or _INTERVAL_TWICE.fullmatch(text)
     text = match[1].strip() if match else _without_member(text)
+    if _NO_SOLUTION.fullmatch(text):
+        return r"\emptyset"
+    if _ALL_REALS.fullmatch(text):
+        return r"(-\infty,\infty)"
     if notation.has_relation(text):
         pieces = _OR.split(text)
         intervals = [notation.interval(piece) for piece in pieces] if len(pieces) > 1 else [None]
@@ -120,16 +140,16 @@ def _elements(text) -> list[str] | None:
 
 
 def _signs(text) -> list[str]:
-    if r"\pm" not in text or len(re.findall(r"\\pm(?![a-zA-Z])", text)) != 1 or text.startswith(("(", "[")):
+    if ("\\pm" not in text and "\\mp" not in text) or len(_SIGN.findall(text)) != 1 or text.startswith(("(", "[")):
         return [text]
-    return [re.sub(r"\\pm(?![a-zA-Z])", sign, text).strip().removeprefix("+") for sign in "+-"]
+    return [_SIGN.sub(sign, text).strip().removeprefix("+") for sign in "+-"]
 
 
 def _same_unordered(golds, answers) -> bool:
     golds, answers = _distinct(golds), _distinct(answers)
     if len(golds) > len(answers):  # x + 11 and 11 + x are one
         golds = _different(golds)
-    elif len(golds) < len(answers):
+    elif len(golds) < len(answers) and all(map(_is_readable, answers)):
         answers = _different(answers)
     if len(golds) != len(answers):
         for gold in golds:
@@ -225,13 +245,21 @@ def _same_quantity(gold, answer) -> bool:
     times = words.clock(gold), words.clock(answer)
     if None not in times:
         return words.same_clock(*times)
+    if times[0] is not None and ":" in gold and (times[0][3] or not times[0][1]):
+        return False  # 7:00 is no ratio
+    ratios = notation.split(gold, ":"), notation.split(answer, ":")
+    if max(map(len, ratios)) > 2:
+        return _same_ratio(*ratios)
     (gold_body, gold_unit), (answer_body, answer_unit) = units.split_unit(gold), units.split_unit(answer)
     if gold_unit and answer_unit and gold_unit != answer_unit:
         _check_gold(gold_body)
         return False
     a, b = numbers.number(gold_body), numbers.number(answer_body)
     if a is not None and b is not None:
+        if (a.percent and answer_unit and not b.percent) or (b.percent and gold_unit and not a.percent):
+            return False  # 5 cm is not 5%
         return same_number(a, b)
+    gold_body, answer_body = _as_fraction(gold_body, a), _as_fraction(answer_body, b)
     letters = words.bare_letters(gold_body), words.bare_letters(answer_body)
     if all(letters):
         if letters[0] == letters[1]:
@@ -248,6 +276,24 @@ def _same_quantity(gold, answer) -> bool:
     return expressions.same(gold_body, answer_body)
 
 
+def _as_fraction(text, value) -> str:
+    """A number that is no decimal as SymPy's parser reads it: mixed and repeating ones it does not."""
+    if value is None or value.percent or ("." in text and not _REPEATING.search(text)):
+        return text
+    top, bottom = value.value.as_integer_ratio()
+    return str(top) if bottom == 1 else rf"\frac{{{top}}}{{{bottom}}}"
+
+
+def _same_ratio(golds, answers) -> bool:
+    """Whether a : b : c are in proportion; every part over the first that is not 0."""
+    values = map(numbers.number, golds)
+    pivot = next((i for i, value in enumerate(values) if value is None or value.value != 0), 0)
+    shares = [[rf"\frac{{{part}}}{{{parts[pivot % len(parts)]}}}" for part in parts] for parts in (golds, answers)]
+    if len(golds) == len(answers):
+        return all(map(expressions.same, *shares))
+    return False
+
+
 def same_number(gold: numbers.Number, answer: numbers.Number) -> bool:
     if gold.percent == answer.percent:
         return _close(gold, answer, gold.value, answer.value)
@@ -261,6 +307,14 @@ def _close(gold, answer, a, b) -> bool:
     if not (gold.approximate and not numbers.is_finite(b)) and not (answer.approximate and not numbers.is_finite(a)):
         return False
     return abs(a - b) <= _TOLERANCE * max(abs(a), abs(b))
+
+
+def _is_readable(answer) -> bool:
+    try:
+        _check_gold(answer)
+    except ValueError:
+        return False
+    return True
 
 
 def _check_gold(gold) -> None:

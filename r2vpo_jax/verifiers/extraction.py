@@ -22,7 +22,11 @@ _BARE_BOX = re.compile(r"\s*([^\s$\\{}]+)")
 _BETWEEN_BOXES = re.compile(  # \boxed{1} or \boxed{2}; $a = \boxed{1}$ and $a = \boxed{2}$
     r"[\s$]*(?:[,;]|,?\s*(?:\\text\s*\{\s*)?,?\s*(?:and|or)\s*\}?)[\s$]*(?:\\?[A-Za-z](?:_\{?\w\}?)?\s*=)?[\s$]*"
 )
-_SAYS = re.compile(r"answers?(?:\s+(?:is|are)|\s*[:：=])(?:\s*[:：])?", re.IGNORECASE)
+_CALCULATOR = re.compile(r"<<[^<>\n=]*=[^<>\n=]*>>")  # of GSM8K: 9*2=<<9*2=18>>18
+_BOLD = re.compile(r"[\s:]*(?:\*\*\s+)?\*\*(?=[^\s*])([^*\n]+)\*\*")
+_IS = r"(?:\s+(?:is|are)|\s*[:：=])(?:\s*[:：])?"
+_SAYS = re.compile(rf"answers?{_IS}", re.IGNORECASE)
+_SAYS_OR_CHOOSES = re.compile(rf"(?:answers?|correct (?:option|choice)){_IS}", re.IGNORECASE)  # slower
 _SENTENCE_END = re.compile(
     r"\n|[.?](?=\s|$|\*)|[;,]?\s(?=(?:because|since|which|where|as we|not|rather)\s|\((?:since|because|as|i\.e|that)\W)|[。！？]"
 )
@@ -42,8 +46,8 @@ def extract(text: str, style: str = "final") -> str | None:
       answer_tag   content of the last <answer>...</answer>
       hash         what follows the last #### on its line (GSM8K)
       last_number  the last number or formula, as `prose.last_value` finds it
-      final        the first of these that is there: boxed, answer_tag, hash, what follows the last "answer is" or
-                   "answer:" in its sentence (where that is a whole sentence: last_number of what follows), last_number.
+      final        the first of these that is there: boxed, answer_tag, hash, what follows the last "answer is",
+                   "answer:" or "correct option is" in its sentence (where that is a whole sentence: last_number of what follows), last_number.
                    A box, tag or "answer is" that is cut off or empty ends the search.
 
     Raises:
@@ -54,6 +58,8 @@ def extract(text: str, style: str = "final") -> str | None:
     text = after_thinking(text)
     if text is None:
         return None
+    if "<<" in text:
+        text = _CALCULATOR.sub("", text)
     if style == "boxed":
         return _boxed(text)
     if style == "answer_tag":
@@ -68,7 +74,8 @@ def extract(text: str, style: str = "final") -> str | None:
         return _answer_tag(text)
     if "####" in text:
         return _hash(text)
-    ends = collections.deque((match.end() for match in _SAYS.finditer(text)), maxlen=1)
+    says = _SAYS_OR_CHOOSES if "orrect " in text else _SAYS
+    ends = collections.deque((match.end() for match in says.finditer(text)), maxlen=1)
     return _said(text[ends[0] :]) if ends else last_value(text)
 
 
@@ -178,7 +185,8 @@ def _hash(text) -> str | None:
 
 def _said(rest) -> str | None:
     """The answer that follows "answer is"."""
-    rest = rest.lstrip(" \t\n*:")
+    bold = _BOLD.match(rest)
+    rest = (bold[1] + rest[bold.end() :] if bold else rest).lstrip(" \t\n*:")
     short = rest[:2000]
     start, inner, inner_end, end = next(iter(spans(short)), (-1, 0, 0, 0))
     if start == 0:

@@ -42,6 +42,7 @@ _SYMBOLS = {
     **{"⟨": r"\langle ", "⟩": r"\rangle ", "，": ",", "、": ",", "％": "%", "‘": "'", "’": "'", "“": '"', "”": '"'},
 }
 _UNICODE_ROOT = re.compile(r"([√∛])\s*(\d+(?:\.\d+)?)")
+_SCRIPT_FRACTION = re.compile("([⁰¹²³⁴-⁹]+)[⁄/]([₀-₉]+)")
 _VULGAR = re.compile("[¼-¾⅐-⅞↉]")
 _SCRIPTS = re.compile(f"([{''.join(_SUPERSCRIPTS)}]+)|([{''.join(_SUBSCRIPTS)}]+)")
 _PLAIN_NUMBER = re.compile(r"-?\d+(?:\.\d+)?", re.ASCII)
@@ -84,6 +85,7 @@ _ESCAPED_TWICE = re.compile(r"\\\\(?=[a-zA-Z])")
 _ARGUMENTS = {"frac": 2, "binom": 2, "sqrt": 1}
 _TAKES_ARGUMENTS = re.compile(r"\\(frac|binom|sqrt)(?![a-zA-Z])|\^(?=\s*\\[a-zA-Z])")
 _OVER = re.compile(r"\{([^{}]*)\\(over|choose)(?![a-zA-Z])([^{}]*)\}")
+_OUTWARD = re.compile(r"([\[\]])([^\[\]]*[,;][^\[\]]*)([\[\]])")  # ]1, 2] is (1, 2]
 _COMBINATIONS = re.compile(
     r"(?<![A-Za-z\\])(?:C_\{?(\d+)\}?\^\{?(\d+)\}?|C\((\d+), ?(\d+)\)|(?:\{\})?[_^]\{?(\d+)\}? ?C ?_\{?(\d+)\}?)(?![\w(])"
 )
@@ -105,6 +107,9 @@ _SYNONYMS = [
     (re.compile(r"\{\s*,\s*\}(?=\d)"), ","),
     (re.compile(r"\\%|\\text\s*\{\s*percent\s*\}|(?<=\d)\s*\bpercent\b"), "%"),
     (re.compile(r"\\lg(?![a-zA-Z])"), r"\\log_{10}"),
+    (re.compile(r"\\log\s*_\s*(?:\{\s*e\s*\}|e(?![a-zA-Z]))"), r"\\ln "),
+    (re.compile(r"\\bigcup(?![a-zA-Z]|\s*_)"), r"\\cup"),
+    (re.compile(r"\\backslash(?=\s*\\\{)"), r"\\setminus"),
     (re.compile(r"\\(arc)?(c)?tg(?![a-zA-Z])"), lambda m: "\\" + _OTHER_NAMES[m.group()[1:]] + " "),
     (re.compile(r"\\(?:not\\in|notin)(?![a-zA-Z])"), r"\\notin"),
     (re.compile(r"\\(?:to|rightarrow)(?![a-zA-Z])"), r"\\to"),
@@ -132,11 +137,17 @@ def clean(text: str) -> str:
     if "C" in text:
         text = _COMBINATIONS.sub(_binomial, text)
     text = _PREFACE.sub("", text.replace("\0", r"\\").strip(), count=1)
-    return _join_comma_groups(_strip_outside(text))
+    text = _strip_outside(text)
+    if text.startswith("]") or text.endswith("["):
+        text = _OUTWARD.sub(lambda m: f"{'[('[m[1] == ']']}{m[2]}{'])'[m[3] == '[']}", text)
+    return _join_comma_groups(text)
 
 
 def _ascii(text) -> str:
     text = _UNICODE_ROOT.sub(lambda m: rf"{m[1]}{{{m[2]}}}", text)
+    text = _SCRIPT_FRACTION.sub(
+        lambda m: rf" \frac{{{unicodedata.normalize('NFKC', m[1])}}}{{{unicodedata.normalize('NFKC', m[2])}}}", text
+    )
     text = _SCRIPTS.sub(
         lambda m: (
             "^{" + "".join(_SUPERSCRIPTS[c] for c in m[1]) + "}"
@@ -374,11 +385,15 @@ def is_variable(text: str) -> bool:
 
 
 def sides(text: str) -> list[str]:
-    """The sides of an equation "a = b = c"; [text] where a cleaned answer is none."""
+    """The sides of an equation "a = b = c", of "5 = x" x first; [text] where a cleaned answer is none."""
     if "=" not in text or has_relation(text) or r"\begin" in text or not _EQUALS.search(text):
         return [text]
     parts = split(text, "=")
-    return [text] if any(part.endswith(("<", ">", "!", "\\", ":")) for part in parts) else parts
+    if any(part.endswith(("<", ">", "!", "\\", ":")) for part in parts):
+        return [text]
+    if len(parts) == 2 and is_variable(parts[1]) and parts[0] and not _LETTER.search(_COMMAND.sub(" ", parts[0])):
+        parts.reverse()
+    return parts
 
 
 def is_name(text: str) -> bool:

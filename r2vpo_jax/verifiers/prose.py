@@ -34,7 +34,11 @@ _LABELS = (
     "number",
     "option",
 )
+_BETWEEN = re.compile(r"\s*,?\s*(?:and|or)\s+")
+_BETWEEN_OR_COMMA = re.compile(r"\s*,?\s*(?:and|or)\s+|\s*,\s*")
+_MAX_LIST = 8  # formulas of a list
 _PERIOD = re.compile(r"[ap]\.?m\.?", re.IGNORECASE)
+_MAGNITUDE = re.compile(r"hundred|thousand|million|billion|trillion", re.IGNORECASE)
 _PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 _LIST_MARK = re.compile(r"\d+[.)]")
 _MULTILINE = re.compile(r"\\begin\s*\{(?:align|gather|split|eqnarray|multline)")
@@ -66,9 +70,13 @@ def spans(text: str) -> list[tuple[int, int, int, int]]:
 def last_value(text: str) -> str | None:
     """The last number that stands alone, or the last formula, whichever comes later; None where there is neither."""
     formula, after = None, 0
-    for _, inner, inner_end, end in reversed(spans(text)):
+    found_spans = spans(text)
+    for last in reversed(range(len(found_spans))):
+        start, inner, inner_end, end = found_spans[last]
         formula = _value_of(text[inner:inner_end])
         if formula is not None:
+            if last and _BETWEEN.fullmatch(text[found_spans[last - 1][3] : start]):
+                formula = _with_others(text, found_spans[max(last - _MAX_LIST, 0) : last + 1]) or formula
             percent = re.match(r"\s?\\?%", text[end : end + 3])
             formula, after = formula + ("%" if percent else ""), end
             break
@@ -78,6 +86,28 @@ def last_value(text: str) -> str | None:
         if found is not None:
             return found or None
     return formula
+
+
+def _with_others(text, listed) -> str | None:
+    """The list that ends with the last of some spans, "$x = 1$ or $x = 2$"; None where it is no list."""
+    formulas: list[str] = []
+    following = 0  # where the span after this one begins
+    for here in reversed(range(len(listed))):
+        start, inner, inner_end, end = listed[here]
+        if formulas:
+            between = text[end:following]
+            if not (_BETWEEN if len(formulas) == 1 else _BETWEEN_OR_COMMA).fullmatch(between):
+                break
+        following = start
+        formulas.append(text[inner:inner_end].strip().rstrip(".,;"))
+        if _name_of(formulas[-1]) != _name_of(formulas[0]):
+            formulas.pop()
+            break
+    return ", ".join(reversed(formulas)) if len(formulas) > 1 else None
+
+
+def _name_of(formula) -> str:
+    return formula.partition("=")[0].strip() if "=" in formula else ""
 
 
 def _value_of(formula) -> str | None:
@@ -115,14 +145,21 @@ def _around(text, position) -> str | None:
     if _UNIT_POWER.fullmatch(core):
         return f"{before} {core}" if _NUMBER.fullmatch(before) else core
     number = _NUMBER.fullmatch(core)
-    if number is None or "=" in words[here]:
-        return _number_text(number) if number else core
+    if number is None:
+        return core
+    first = _same_name_start(words, here) if words[here - 1 : here] == ["="] or "=" in words[here] else None
+    if first is not None:
+        return " ".join([*words[first:here], words[here].rstrip(".,;:!?*_$")])
+    if "=" in words[here]:
+        return _number_text(number)
     if number[4] and before.isdecimal() and not words[here - 1].endswith(","):
         return f"{before} {core}"
     left, right = _formula(words, here)
     if right - left > 1:
         return " ".join([*words[left : right - 1], _core(words[right - 1])])
-    if _PERIOD.fullmatch(after.rstrip(",;")) and ":" in core:
+    if _MAGNITUDE.fullmatch(after.rstrip(".,;:!?*")):
+        return f"{_number_text(number)} {after.rstrip('.,;:!?*')}"
+    if _PERIOD.fullmatch(after.rstrip(",;")):
         return f"{core} {after}"
     first = _list_start(words, here)
     return _number_text(number) if first == here else " ".join([*words[first:here], core]).lstrip("*_$")
@@ -186,6 +223,28 @@ def _formula(words, here) -> tuple[int, int]:
         else:
             break
     return left, right
+
+
+def _assigned(words, here) -> tuple[int, str]:
+    """(where it begins, name) of "x = 5" or "x=5" that ends at `here`; (here, "") where there is no name."""
+    if "=" in words[here]:
+        return here, words[here].partition("=")[0].strip(_LAYOUT)
+    return (here - 2, words[here - 2].strip(_LAYOUT)) if here > 1 and words[here - 1] == "=" else (here, "")
+
+
+def _same_name_start(words, here) -> int | None:
+    """Where "x = 1 or x = 2" that ends at `here` begins; None where it is no list of values of one name."""
+    last, name = _assigned(words, here)
+    first = last
+    while name and first > 1:
+        before = first - 2 if _CONNECTIVE.fullmatch(words[first - 1]) else first - 1
+        if before == first - 1 and not words[before].endswith((",", ";")):
+            break
+        start, other = _assigned(words, before)
+        if other != name or not _NUMBER.fullmatch(_core(words[before])):
+            break
+        first = start
+    return first if first < last else None
 
 
 def _list_start(words, here) -> int:

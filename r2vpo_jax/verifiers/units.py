@@ -28,8 +28,9 @@ _UNIT_NAMES = {
     "mi h^-1": "mph",
     "km h^-1": "kmh kph",
 }
+_MAGNITUDES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}  # powers of ten: no units
 _UNITS = {name: unit for unit, names in _UNIT_NAMES.items() for name in names.split()}
-_SINGLE_LETTERS = ("m", "s", "g", "h", "l")  # that are units when bare
+_SINGLE_LETTERS = ("m", "s", "g", "h", "l", "L")  # that are units when bare
 _NO_UNITS = re.compile(
     "pi|sqrt|sin|cos|tan|cot|csc|log|ln|exp|inf|infinity|infty|i|e|and|or|mod|to|if|is|not|cdot|times|frac|pm",
     re.IGNORECASE,
@@ -43,13 +44,19 @@ _PRODUCT = rf"{_TEXT}(?:{_JOINT}{_TEXT})*"
 _FACTOR = rf"(?:{_TEXT}|\\frac\s*\{{\s*{_PRODUCT}\s*\}}\s*\{{\s*{_PRODUCT}\s*\}})"
 _TEXT_UNIT = re.compile(rf"(?:\\cdot\s*)?({_FACTOR}(?:{_JOINT}{_FACTOR})*)$")
 _WORD = rf"[A-Za-z]{{1,24}}\.?{_RAISED}"
-_BARE_UNIT = re.compile(rf"(?<=[\d}}.)])(\s*)({_WORD}(?:(?:\s*/\s*|\s*\\cdot\s+|\s+){_WORD}){{0,9}})$")
+_BARE_UNIT = re.compile(rf"(?<=[\d}}.)%])(\s*)({_WORD}(?:(?:\s*/\s*|\s*\\cdot\s+|\s+){_WORD}){{0,9}})$")
 _BARE_FRACTION = re.compile(r"(?<=\d)\s*\\frac\s*\{\s*([a-z]+)\s*\}\s*\{\s*([a-z]+)\s*\}$")
 _AFTER_EXPRESSION = re.compile(r"(?:(?<=[\d}.)])|(?<=\\pi))\s+([A-Za-z]{2,24})$")
 _IN_BRACKETS = re.compile(r"(?<=\d)\s*\(\s*([A-Za-z][A-Za-z .]{0,40})\)$")
 _ORDINAL = re.compile(r"(?<=\d)(?:\s*\^\s*\{?)?\s*\\text\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\}?$")
-_BASE = re.compile(r"(-?\d+)\s*_\s*\{?\s*(?:\\text\s*\{)?\s*(\d+)\s*\}*$")
-_QUANTITY_TAIL = re.compile(r"(?:[\d})]|\\pi|(?<![a-zA-Z])[a-z])$")
+_BASE = re.compile(
+    r"\(?\s*(-?\d+)\s*\)?\s*(?:_\s*\{?\s*(?:\\text\s*\{)?|(?:\\text\s*\{)?\s*\(?(?:in )?base\s*\}?)\s*(\d+)\s*[)}]*$"
+)
+_CURRENCY_AFTER = re.compile(r"(?<=\d)\s*\\?([$€£¥¢])$")
+_MAGNITUDE = re.compile(
+    rf"(?<=[\d}})i])\s*(?:\\text\s*\{{\s*)?({'|'.join(_MAGNITUDES)})(?![A-Za-z])\s*(\}}?)", re.IGNORECASE
+)
+_QUANTITY_TAIL = re.compile(r"(?:[\d})%]|\\pi|(?<![a-zA-Z])[a-z])$")
 _ATOM = re.compile(
     r"\}\s*(?P<below>\{)|(?P<over>/|(?<![A-Za-z])per(?![A-Za-z]))"
     r"|(?P<word>[A-Za-z¢$]+)\.?\s*\}?(?:\s*\^\s*\{?\s*(?P<power>[-+]?\s*\d))?"
@@ -63,10 +70,16 @@ def split_unit(text: str) -> tuple[str, str]:
 
     A unit is \text after a quantity, in one command or several (\text{m}\,\text{s}^{-1}), words after a number (5 apples), a
     known unit after an expression (12\pi cm), a degree sign, a currency sign in front, or the base of 101_2. A single
-    letter is one only after a number and a space ("5 m", not "5m").
+    letter is one only after a number and a space ("5 m", not "5m"). "5 million" is a quantity without a unit.
     """
-    if text.startswith((r"\$", "$", "€", "£")):
-        return split_unit(text.lstrip("\\$€£ "))[0], text.lstrip("\\")[0]
+    if "illion" in text or "hundred" in text or "thousand" in text:
+        text = _with_magnitude(text)
+    if text.endswith(("$", "€", "£", "¥", "¢")):
+        match = _CURRENCY_AFTER.search(text)
+        if match:
+            return text[: match.start()].strip(), _UNITS.get(match[1], match[1])
+    if text.startswith((r"\$", "$", "€", "£", "¥")):
+        return split_unit(text.lstrip("\\$€£¥ "))[0], text.lstrip("\\")[0]
     if "_" not in text and not _LETTER.search(text):
         return text, ""
     if text.endswith(r"^{\circ}") and not re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", text):
@@ -98,6 +111,21 @@ def split_unit(text: str) -> tuple[str, str]:
     return text, ""
 
 
+def _with_magnitude(text) -> str:
+    """5000000 of "5 million", with the unit that follows."""
+    match = _MAGNITUDE.search(text)
+    if match is None:
+        return text
+    body, power, rest = text[: match.start()].strip(), _MAGNITUDES[match[1].lower()], text[match.end() :].strip()
+    sign = re.match(r"\\?[$€£¥]\s*", body)
+    body = body[sign.end() :] if sign else body
+    value = number(body)
+    body = str(value.value * 10**power) if value and not value.percent else rf"({body})\times 10^{{{power}}}"
+    if r"\text" in match.group() and not match[2]:  # \text{ million people}
+        rest = r"\text{ " + rest
+    return f"{sign.group() if sign else ''}{body} {rest}".strip()
+
+
 def _is_bare_unit(space, unit) -> bool:
     """Whether letters after a number are a unit rather than variables or a second answer."""
     words = re.findall("[A-Za-z]+", re.sub(r"\\cdot", " ", unit))
@@ -108,7 +136,7 @@ def _is_bare_unit(space, unit) -> bool:
         return False
     if not known and any(len(word) < 3 and word.lower() not in _UNITS for word in words):
         return False
-    return len(words) > 1 or len(words[0]) > 1 or words[0].lower() in _SINGLE_LETTERS
+    return len(words) > 1 or len(words[0]) > 1 or words[0] in _SINGLE_LETTERS
 
 
 def _spelled(unit) -> str:
@@ -138,6 +166,8 @@ def _spelled(unit) -> str:
 
 def _name(word) -> str:
     lower = word.lower()
+    if word == "M":  # molar
+        return word
     if lower in _UNITS:
         return _UNITS[lower]
     if lower.rstrip("s") in _UNITS:

@@ -11,7 +11,9 @@ _TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
 _HYPHEN = re.compile("(?<=[a-z])-(?=[a-z])")
 _SHORT_WORDS = ("yes", "no", "odd", "none", "even", "all", "up", "in", "on", "off", "one", "two", "six", "ten")
 _PRODUCT_LETTERS = 3
-_CHOICE = re.compile(r"\(?\s*(?:\\text\s*\{)?\s*\(?\s*([A-J])\s*\)?\s*\}?\s*\)?")
+_CHOICE = re.compile(
+    r"\(?\s*(?:\\text\s*\{)?\s*(?:(?:[Oo]ption|[Cc]hoice)\s+(?:\\text\s*\{)?)?\(?\s*([A-J])\s*\)?\s*\}?\s*\)?"
+)
 _CHOICE_WITH_TEXT = re.compile(
     r"\s*(?:\\text\s*\{\s*(?:\(\s*([A-J])\s*\)|([A-J])\s*[.:)])\s*\}?|\(\s*([A-J])\s*\)(?=\s)|([A-J])\s*[.:)]|\(\s*\\text\s*\{\s*([A-J])\s*\}\s*\))"
     r"\s*[.:]?\s*(\S.*)",
@@ -20,7 +22,9 @@ _CHOICE_WITH_TEXT = re.compile(
 _ANOTHER_CHOICE = re.compile(
     r"\([A-J]\)|(?<![A-Za-z\\])(?:or|and)\s+[A-J](?![A-Za-z])|(?<![A-Za-z\\])[A-J][.:)]\s|^[A-J](?![A-Za-z])"
 )
-_CLOCK = re.compile(r"(\d{1,2}):(\d{2})(?::(\d{2}))?\s*(?:\\text\s*\{)?\s*(?:([ap])\.?\s?m\.?)?\s*\}?", re.IGNORECASE)
+_CLOCK = re.compile(
+    r"(\d{1,2})(?::(\d{2})(?::(\d{2}))?)?\s*(?:\\text\s*\{)?\s*(?:([ap])\.?\s?m\.?)?\s*\}?", re.IGNORECASE
+)
 
 
 def word(text: str) -> str | None:
@@ -30,7 +34,7 @@ def word(text: str) -> str | None:
     """
     text = text.strip()
     choice = _CHOICE.fullmatch(text)
-    if choice and (text.startswith("(") or "text" in text or len(text) == 1):
+    if choice and (text.lower().startswith(("(", "option", "choice")) or "text" in text or len(text) == 1):
         return choice[1].lower()
     if not _WORD.fullmatch(text):
         return None
@@ -84,9 +88,9 @@ def choice(text: str) -> tuple[str, str]:
 def clock(text: str) -> tuple[int, int, int, str] | None:
     """(hour, minute, second, "a", "p" or "") of a time of day such as 4:30 p.m.; None of anything else."""
     match = _CLOCK.fullmatch(text.strip())
-    if match is None:
+    if match is None or not (match[2] or match[4]):
         return None
-    return int(match[1]), int(match[2]), int(match[3] or 0), (match[4] or "").lower()
+    return int(match[1]), int(match[2] or 0), int(match[3] or 0), (match[4] or "").lower()
 
 
 def same_clock(a: tuple, b: tuple) -> bool:

@@ -54,6 +54,17 @@ W math 3 :: It is \log_2 3.
 W math 3 :: With radius 3 the length is $6\pi$.
 W math 2 :: The solutions are 1 and 2.
 W numeric 0.5 :: It takes 3 1/2 hours.
+R math 1,2 :: The solutions are x = 1 and x = 2.
+R math 1,2,3 :: The solutions are $x=1$, $x=2$, and $x=3$.
+R math 7 :: If x = 3, y = 7.
+R math 10 :: With $a=3$ and $b=7$ we get $a+b=10$.
+R math 5000000 :: The population is 5 million people.
+R math 7:00\text{ p.m.} :: They leave at 7 p.m.
+R math 18 :: She makes 9*2=<<9*2=18>>18 dollars.
+W math 2 :: So x=1 or x=2.
+W math 2 :: The solutions are $x=1$ and $x=2$.
+W math 2 :: The solutions are $1$ and $2$.
+W math 5 :: The population is 5 million.
 """,
     "sentences after answer": r"""
 R math 34 :: Final Answer: The largest $n$ is 34.
@@ -64,6 +75,8 @@ R math 12 :: The answer is 12, not 13.
 R math \text{no solution} :: The answer is no solution.
 W math 5 :: The answer is not 5.
 W math 5 :: We have 5 apples. The final answer is
+R math 12 :: The answer is **12** dollars.
+R math 8 :: **Answer:** 2**3
 """,
     "upright": r"""
 R math 1-\frac{1}{e} :: \boxed{1-\frac{1}{\mathrm{e}}}
@@ -103,6 +116,9 @@ W math B :: \boxed{A/B}
 W math B :: \boxed{(B) or (C)}
 W math B :: \boxed{(A) 1, (B) 2}
 W math \textbf{(B) }12 :: \boxed{(B) 13}
+R math C :: The correct option is C.
+R math C :: \boxed{\text{Option C}}
+R math C :: The correct answer is option C.
 """,
     "units": r"""
 R math 10\sqrt{3} :: \boxed{10\sqrt{3} cm}
@@ -117,6 +133,16 @@ R math 3:30\text{ p.m.} :: \boxed{15:30}
 W math 15\text{ m/s}^2 :: \boxed{15\text{ m/s}}
 W math 5\text{ mW} :: \boxed{5\text{ MW}}
 W math 3:30\text{ p.m.} :: \boxed{3:30\text{ a.m.}}
+R math 7\text{ a.m.} :: \boxed{7:00 a.m.}
+R math 32 :: \boxed{32 €}
+R math 25\text{ cents} :: \boxed{25¢}
+R math 5\% :: \boxed{5\%\text{ increase}}
+R math 1010_2 :: \boxed{1010 \text{ (base 2)}}
+R math 1010_2 :: \boxed{(1010)_2}
+W math 1010_2 :: \boxed{1010\text{ base }3}
+W math 5\% :: \boxed{5\text{ cm}}
+W math 5\text{ m} :: \boxed{5\text{ M}}
+W math 7:00\text{ p.m.} :: \boxed{7}
 """,
     "names": r"""
 R math E_{1},E_{2} :: \boxed{E_2, E_1}
@@ -146,6 +172,16 @@ R math No solution : \oslash :: \boxed{\emptyset}
 R math (-\infty,1)\cup(3,\infty) :: \boxed{x<1\text{ or }x>3}
 W math x>0 :: \boxed{x>10^{-20}}
 W math x>0 :: \boxed{y>0}
+R math (-\infty,\infty) :: \boxed{\mathbb{R}}
+R math \mathbb{R} :: \boxed{\text{all real numbers}}
+R math (-\infty,0)\cup(0,\infty) :: \boxed{\mathbb{R}\backslash\{0\}}
+R math (-\infty,1]\cup[3,\infty) :: \boxed{\left(-\infty,1\right] \bigcup \left[3,\infty\right)}
+R math (3,4] :: \boxed{]3,4]}
+R math \emptyset :: \boxed{\text{No solutions}}
+R math 5 :: \boxed{5 = x}
+R math (2,1) :: \boxed{y=1, x=2}
+W math (1,2) :: \boxed{y=1, x=2}
+W math [3,4] :: \boxed{]3,4[}
 """,
     "words": r"""
 R math \text{May} :: \boxed{May}
@@ -167,6 +203,34 @@ R math \text{Alice, Bob} :: \boxed{\text{Bob and Alice}}
 R math -2, 1 :: $a=\boxed{-2}$ or $a=\boxed{1}$
 R math x+11, 11+x :: \boxed{x+11}
 W math 1 :: \boxed{-2} or \boxed{1}
+R math \pm 3 :: \boxed{\mp 3}
+W math 5 :: \boxed{5, 6, \ldots}
+""",
+    "magnitudes": r"""
+R math 9000000 :: \boxed{9 \text{ million}}
+R math 9\text{ million} :: \boxed{9{,}000{,}000}
+R math \$9\text{ million} :: \boxed{9 million dollars}
+R math 1500000 :: \boxed{1\frac{1}{2}\text{ million}}
+R math 2\pi\times10^6 :: \boxed{2\pi\text{ million}}
+R math 9\text{ million} :: \boxed{9 million people}
+R numeric 9000000 :: \boxed{9 million}
+R exact 9000000 :: \boxed{9 million}
+W math 9 :: \boxed{9\text{ million}}
+W math 9\text{ million} :: \boxed{9}
+W math 9\text{ million} :: \boxed{9\text{ billion}}
+W numeric 9 :: \boxed{9 thousand}
+W exact 9 :: \boxed{9 million}
+""",
+    "ratios and scripts": r"""
+R math 1:2:3 :: \boxed{2:4:6}
+R math 1:\sqrt{3}:2 :: \boxed{\sqrt3:3:2\sqrt3}
+R math \frac{3}{4} :: \boxed{³⁄₄}
+R math \ln x :: \boxed{\log_e x}
+R math 0.\overline{3} :: \boxed{\sqrt{\frac{1}{9}}}
+W math 1:2:3 :: \boxed{1:3:2}
+W math 1:2:3 :: \boxed{\frac{1}{6}}
+W math 1:2:3 :: \boxed{0:0:0}
+W math 0:1:2 :: \boxed{0:2:1}
 """,
     "tiny differences": r"""
 R math \sqrt{3+2\sqrt{2}} :: \boxed{1+\sqrt{2}}
