@@ -112,6 +112,8 @@ def start_devices() -> None:
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path.cwd() / ".cache" / "jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     if _DISTRIBUTED.value:
+        # It would take SIGTERM away from the process, also while it starts: a run listens to that itself.
+        jax.config.update("jax_enable_preemption_service", False)
         jax.distributed.initialize(
             coordinator_address=_COORDINATOR.value, num_processes=_NUM_PROCESSES.value, process_id=_PROCESS_ID.value
         )

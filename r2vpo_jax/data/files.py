@@ -61,7 +61,7 @@ def find(base: pathlib.Path, split: str, *, stated: bool = False, one_split: boo
     whole = whole or sorted(base.glob(_SAVED))
     parts = split_files(base, split) or (split_files(base, "*") if one_split and not stated else [])
     if whole and base.suffix not in SUFFIXES and base.is_file():
-        raise ValueError(f"{base} is none of {', '.join(SUFFIXES)}")
+        raise ValueError(f"{base} is none of {', '.join(SUFFIXES)}; unpack it, or write it as one of them")
     if stated and whole and not parts:
         raise ValueError(f"{whole[0]} has no splits: leave split={split} out, or choose rows by rows=a:b")
     suffixes = {path.suffix for path in parts}
@@ -77,6 +77,8 @@ def find(base: pathlib.Path, split: str, *, stated: bool = False, one_split: boo
     )
     if base.is_dir():
         message += f"; that folder has {', '.join(sorted(p.name for p in base.iterdir())[:8]) or 'nothing'}"
+        if any(p.stem.isdigit() for folder in ("", "*/", "*/*/") for p in base.glob(f"{folder}*.json")):
+            message += "; files of one problem each are not read: make them the rows of one .jsonl"
     if split != "train" and not one_split:
         message += "; a part of another split can stand in: split=train&rows=:500"
     raise FileNotFoundError(message)

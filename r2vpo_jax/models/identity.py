@@ -54,8 +54,8 @@ def refuse_others(before: Mapping[str, str], now: Mapping[str, str], directory) 
     """Raises UsageError where what is in `directory` was started from another base model; the message names the parts."""
     if others := differing(before, now):
         raise UsageError(
-            f"the base model is not the one that {directory} was started from: it has other {', '.join(others)}; put back what "
-            "model.path named then, or choose another --workdir"
+            f"the base model is not the one that {directory} was started from: it differs in {', '.join(others)}; put back "
+            "what model.path named then, or choose another --workdir"
         )
 
 

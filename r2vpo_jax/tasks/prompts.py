@@ -11,7 +11,8 @@ class PromptTemplate:
 
     Raises:
       ValueError: a chat template is asked for and the tokenizer has none, the template refuses the messages or
-        ignores `thinking` or gives another prompt each time, or BOS is asked for and there is none.
+        ignores `thinking`, leaves the question or `system` out or gives another prompt each time, or BOS is asked for and
+        there is none.
     """
 
     def __init__(self, config: PromptConfig, tokenizer):
@@ -30,6 +31,14 @@ class PromptTemplate:
                 "the tokenizer's chat template gives another prompt each time (it draws random numbers); mend it, or set "
                 "task.prompt.template=plain"
             )
+        # Templates of models that also see write nothing where a message is plain text and not a list of parts.
+        if self.text("1") == self.text("2"):
+            raise ValueError(
+                "the tokenizer's chat template leaves the question out (it may want messages of another form than a role and a "
+                "text); mend it, or set task.prompt.template=plain"
+            )
+        if config.template == "chat" and (config.system or "").strip() not in self.text("?"):
+            raise ValueError("task.prompt.system is set, but the tokenizer's chat template leaves it out")
         # A chat template writes special tokens itself; plain text gets those that the tokenizer puts in front of it.
         self._first = _put_before(tokenizer) if config.template == "plain" else []
         self.tokens("?")

@@ -111,6 +111,15 @@ def test_data_that_are_not_there(tmp_path):
         load("math", data_dir=tmp_path)
     with pytest.raises(FileNotFoundError, match=r"there is no .*absent\.jsonl"):
         load("absent.jsonl", data_dir=tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"there is no .*rows\.csv\.gz"):
+        load("rows.csv.gz", data_dir=tmp_path)
+    (tmp_path / "rows.csv.gz").write_bytes(b"\x1f\x8b")
+    with pytest.raises(ValueError, match=r"rows\.csv\.gz is none of .*; unpack it"):
+        load("rows.csv.gz", data_dir=tmp_path)
+    (tmp_path / "math" / "test" / "algebra").mkdir(parents=True)
+    (tmp_path / "math" / "test" / "algebra" / "1.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"that folder has test; files of one problem each are not read"):
+        load("math", data_dir=tmp_path)
     with pytest.raises(FileNotFoundError, match=r"that folder has test\.jsonl, train\.jsonl; a part of another split"):
         load("math", "validation")
     with pytest.raises(ValueError, match="needs a data folder .task.text.data_dir. with a copy of EleutherAI"):

@@ -124,6 +124,17 @@ def test_bos_of_the_template_is_not_doubled():
         ({}, {"chat_template": "{{ raise_exception('no roles') }}"}, "refuses the prompt: no roles"),
         ({}, {"chat_template": "{{ messages.append(1) }}"}, "refuses the prompt"),  # the sandbox
         ({}, {"chat_template": "{{ 1 // 0 }}"}, "refuses the prompt"),
+        (
+            {},
+            {"chat_template": "{% for p in messages[0].content %}{{ p.text }}{% endfor %}:"},
+            "leaves the question out",
+        ),
+        (
+            {"system": "Be brief."},
+            {"chat_template": "{{ messages[-1].content }}"},
+            "system is set, but .* leaves it out",
+        ),
+        ({"system": ""}, {"chat_template": "{{ messages[-1].content }}"}, None),
         ({"template": "plain", "text": "{question}"}, {}, None),
     ],
 )

@@ -178,7 +178,7 @@ def test_another_base_is_refused_on_resume(make, tmp_path):
         change(copy)
         base.unlink()
         base.symlink_to(copy)
-        with pytest.raises(UsageError, match=f"the base model is not the one that .*: it has other .*{part}"):
+        with pytest.raises(UsageError, match=f"the base model is not the one that .*: it differs in .*{part}"):
             train(chosen, tmp_path / "run", say=lambda _: None)
     base.unlink()
     shutil.copytree(original, base)
