@@ -333,7 +333,7 @@ def draw_headline(found: dict[str, list[dict]], path: pathlib.Path) -> None:
     """Paired differences to the clip where seeds are most, a panel for each comparison."""
     panels = [
         ("again eureka", ""), ("headline countdown", 0), ("headline arithmetic", 0),
-        ("stale eureka", 8), ("stale countdown", 8), ("headline arithmetic", 8),
+        ("stale eureka", 8), ("headline countdown", 8), ("headline arithmetic", 8),
     ]  # fmt: skip
     panels = [(name, level) for name, level in panels if name in found]
     if not panels:

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from r2vpo_jax import corrections, kl, losses
+from r2vpo_jax import corrections, kl, losses, ratio_stats
 from r2vpo_jax.config.objective import CorrectionConfig, ObjectiveConfig
 from r2vpo_jax.rollout import Rollout
 from r2vpo_jax.train_stats import TrainStats
@@ -126,4 +126,19 @@ def step_scale(stats: TrainStats, correction: CorrectionConfig) -> jax.Array:
     squared, _ = stats.sums["sequence_weight_squared"]
     return corrections.step_scale(
         total, squared, number, rule=correction.step_scaling, reference=correction.step_reference
+    )
+
+
+def gradient_stats(loss_fn, logp, batch: Rollout, version, reduction) -> TrainStats:
+    """`ratio_stats.compute` with g of each token, whatever the objective: elementwise, so cheap."""
+    slope = jax.grad(loss_fn)(jax.lax.stop_gradient(logp))
+    weight = losses.token_weights(batch.learning_mask, **reduction)
+    return ratio_stats.compute(
+        logp,
+        anchor(batch),
+        batch.advantage,
+        batch.learning_mask,
+        coefficient=-slope / jnp.where(weight == 0, 1.0, weight),
+        weights=batch.weights,
+        age=version - batch.version,
     )

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from r2vpo_jax import advantages, corrections, dual, kl, losses, ratio_stats, scoring
+from r2vpo_jax import advantages, corrections, dual, kl, losses, scoring
 from r2vpo_jax.config.objective import ObjectiveConfig
 from r2vpo_jax.rollout import Rollout
 from r2vpo_jax.train_stats import TrainStats
@@ -211,7 +211,7 @@ def micro_batch_loss(
     weighed = batch.replace(weights=weights)
     loss_of = functools.partial(_policy_loss, batch=weighed, state=state, objective=objective, **reduction, **computed)
     loss, stats = loss_of(scores.logp)
-    merged = _gradient_stats(lambda logp: loss_of(logp)[0], scores.logp, weighed, state, reduction)
+    merged = terms.gradient_stats(lambda logp: loss_of(logp)[0], scores.logp, weighed, state.version, reduction)
 
     stats |= weight_stats
     stats["entropy"] = mean_over_tokens(scores.entropy, mask)
@@ -245,21 +245,6 @@ def _policy_loss(
         if objective.kl.where == "loss":
             loss = loss + state.kl_coef * losses.reduce(divergence, mask, **shared)
     return loss, stats
-
-
-def _gradient_stats(loss_fn, logp, batch: Rollout, state: LearnerState, reduction) -> TrainStats:
-    """`ratio_stats.compute` with g of each token, whatever the objective: elementwise, so cheap."""
-    slope = jax.grad(loss_fn)(jax.lax.stop_gradient(logp))
-    weight = losses.token_weights(batch.learning_mask, **reduction)
-    return ratio_stats.compute(
-        logp,
-        anchor(batch),
-        batch.advantage,
-        batch.learning_mask,
-        coefficient=-slope / jnp.where(weight == 0, 1.0, weight),
-        weights=batch.weights,
-        age=state.version - batch.version,
-    )
 
 
 # Scoring ----------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
-"""Outcomes and splits by name. Imports nothing, so that verifier processes start fast."""
+"""Outcomes and splits by name, and what is judged. Imports nothing of the package, so that verifier processes start fast."""
 
 import enum
+from typing import NamedTuple
 
 SPLITS = ("train", "validation", "test")
 
@@ -17,3 +18,19 @@ class Outcome(enum.IntEnum):
 def unjudged(outcome):
     """Where there is no verdict: bool, of the shape of `outcome`."""
     return (outcome == Outcome.ERROR) | (outcome == Outcome.TIMEOUT)
+
+
+class Check(NamedTuple):
+    """A response to be judged against a gold answer."""
+
+    kind: str  # one of KINDS
+    gold: str  # the right answer; reasoning_gym: JSON, see `procedural.right`
+    response: str  # whole text, thinking included
+
+
+class Judgement(NamedTuple):
+    """Whether one response is right, or why nobody could tell."""
+
+    outcome: Outcome
+    reason: str = ""  # why there is no verdict
+    applies: bool = True  # False: a reward function says that it has none to give (None or NaN)

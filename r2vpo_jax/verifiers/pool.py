@@ -21,33 +21,16 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
 
 from r2vpo_jax.verifiers import answers, extraction, functions, notation
 from r2vpo_jax.verifiers.kinds import KINDS
-from r2vpo_jax.verifiers.outcome import Outcome
+from r2vpo_jax.verifiers.outcome import Check, Judgement, Outcome
 from r2vpo_jax.verifiers.process import Process, ProtocolError, Starter
 
 STARTUP_LIMIT = 60.0  # seconds for a process to start, or to import a kind or a function
 RIGHT_ABOVE = 0.5  # value of a user's function that counts as right
 _MAX_FAILED_STARTS = 3
 _POLL = 0.05  # seconds between looks at processes that may have died with their pipe held open by a child
-
-
-class Check(NamedTuple):
-    """A response to be judged against a gold answer."""
-
-    kind: str  # one of KINDS
-    gold: str  # the right answer; reasoning_gym: JSON, see `procedural.right`
-    response: str  # whole text, thinking included
-
-
-class Judgement(NamedTuple):
-    """Whether one response is right, or why nobody could tell."""
-
-    outcome: Outcome
-    reason: str = ""  # why there is no verdict
-    applies: bool = True  # False: a reward function says that it has none to give (None or NaN)
 
 
 _WRONG, _RIGHT = Judgement(Outcome.WRONG), Judgement(Outcome.RIGHT)
