@@ -155,7 +155,7 @@ def test_a_mixture_by_text():
     dataset = data.load("math?weight=3 + dapo_math_17k", "train", FIXTURES)
     assert collections.Counter(dataset.example(i).source for i in range(40)) == {"math": 30, "dapo_math_17k": 10}
     assert dataset.counts == {"rows": 80, "duplicates": 48}
-    assert data.load("math + dapo_math_17k", "test", FIXTURES).num_examples == 8 + 12
+    assert data.load("math + dapo_math_17k", "test", FIXTURES).num_examples == 12 + 12
 
 
 # Splits --------------------------------------------------------------------------------------------------------------

@@ -187,7 +187,7 @@ def test_pretraining_sees_the_prompts_of_runs_and_whole_solutions(tokenizer):
 
 def test_the_shipped_base_model_answers_in_form_and_is_right_now_and_then(shipped, tokenizer, mesh):
     assert shipped.eos_ids == tuple(tokenizer.convert_tokens_to_ids([END_OF_TURN, END_OF_TEXT]))
-    assert shipped.notices == ()
+    assert shipped.notices == ("responses end at any of <|im_end|> (2), <|endoftext|> (0)",)
     assert sum(f.stat().st_size for f in CHECKPOINT.iterdir()) < 1_800_000
     _, params = models.from_pretrained(CHECKPOINT, param_dtype="float32", num_tokens=len(tokenizer))
     problems = WordProblems(tokenizer).problems("test", np.arange(32))

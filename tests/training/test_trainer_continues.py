@@ -45,7 +45,7 @@ def test_a_score_belongs_to_the_weights_that_it_was_measured_on(tiny_config, tmp
     stop(config, run, 1)
     assert score_of(folder, 1) is None, "0.9 is the base model's"
     assert checkpoints.best(folder) is None
-    with pytest.raises(ValueError, match=r"no checkpoint of .* has a validation score of its own.*--checkpoint=latest"):
+    with pytest.raises(ValueError, match=r"no checkpoint of .* has a validation score of its own.*--checkpoint=last"):
         model_source.find(str(run), "best")
     stop(config, run, 3)
     assert [score_of(folder, step) for step in (1, 2, 3)] == [None, None, 0.5]

@@ -279,8 +279,8 @@ def test_dapo_trains_on_groups_that_differ(finished, configure, tiny_model, mesh
     assert progress["problems"] == position
     assert progress["rollouts"] == GROUP * position
     for sampled, learned, row in zip(recorder.sampled, recorder.learned, train_rows(workdir), strict=True):
-        # The penalty: nothing up to 11.2 of 14 tokens, 1 for 14.
-        penalty = np.clip((sampled.response_length - 11.2) / 2.8, 0, 1)
+        # The penalty: nothing up to 11.2 of 14 tokens, 0.5 for 14.
+        penalty = 0.5 * np.clip((sampled.response_length - 11.2) / 2.8, 0, 1)
         assert penalty.max() > 0
         np.testing.assert_allclose(row["reward/learned"], (sampled.reward - penalty).mean(), rtol=1e-5, atol=1e-6)
         np.testing.assert_array_equal(learned.reward, sampled.reward[learned.rollout_id - sampled.rollout_id[0]])
