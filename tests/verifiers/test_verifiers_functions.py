@@ -80,13 +80,18 @@ FUNCTIONS = """
         pathlib.Path(os.environ["VICTIM"]).write_text(str(os.getpid()))
         time.sleep(60)
 
+    def _interrupt():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+
     loop = _each(lambda: [None for _ in iter(int, 1)])
     big_power = _each(lambda: 9 ** (9 ** 9))  # holds the interpreter's lock: no thread could stop it
     raises = _each(_raise)
     exits = _each(lambda: sys.exit(0))
     dies = _each(lambda: os._exit(0))
     segfaults = _each(lambda: ctypes.string_at(0))
-    interrupts = _each(lambda: os.kill(os.getpid(), signal.SIGINT) or [time.sleep(0.05) for _ in range(12)])
+    interrupts = _each(_interrupt)
     prints = _each(_print)
     closes = _each(lambda: os.closerange(0, 256))
     hogs = _each(_hog)
