@@ -134,6 +134,12 @@ def _escaped(name: str) -> str:
     return name.replace("|", "\\|")
 
 
+def _paired(ours: dict[int, float], theirs: dict[int, float]) -> str:
+    """Mean and interval of the differences at the seeds of `ours`."""
+    d = statistics.paired_difference(list(ours.values()), [theirs[seed] for seed in ours])
+    return f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]"
+
+
 def tables(found: dict[str, list[dict]]) -> Iterator[str]:
     """Markdown."""
     for name, runs in found.items():
@@ -144,10 +150,10 @@ def tables(found: dict[str, list[dict]]) -> Iterator[str]:
         seeds = len({run["seed"] for run in runs})
         yield f"## {axis}, {task}: {len(runs)} runs, {seeds} seeds\n"
         yield (
-            f"Base model {base:.3f} on the test problems; rollouts to {target:.2f} on validation. What is measured (V to entropy) is of the median run.\n"
+            f"Base model {base:.3f} on the test problems; rollouts to {target:.2f} on validation. What is measured (V to entropy) is of the median run; retained and restoring are shares of the gradient that a clip at 0.2 would cut.\n"
         )
-        yield f"| {title or 'setting'} | method | final pass@1 | IQM | less {NAMES[REFERENCE]}, paired | p | rollouts to target | not reached | lost | V | of it one token | killed | ESS | entropy |"
-        yield "|" + "---|" * 14
+        yield f"| {title or 'setting'} | method | final pass@1 | IQM | less {NAMES[REFERENCE]}, paired | p | rollouts to target | not reached | lost | V | of it one token | killed | retained | restoring | ESS | entropy |"
+        yield "|" + "---|" * 16
         methods = list(dict.fromkeys(run["method"] for run in runs))
         for level in levels:
             theirs = scores(runs, REFERENCE, level)
@@ -167,7 +173,7 @@ def tables(found: dict[str, list[dict]]) -> Iterator[str]:
                     f"{np.median([run[key] for run in mine if key in run]):.3g}"
                     if any(key in run for run in mine)
                     else "–"
-                    for key in ("V", "top_token", "killed", "ess", "entropy")
+                    for key in ("V", "top_token", "killed", "retained", "restoring", "ess", "entropy")
                 ]
                 lost = sum(run["status"] != "finished" for run in mine)
                 yield (
@@ -232,10 +238,34 @@ def forms_table(found: dict[str, list[dict]]) -> Iterator[str]:
     for method in study.MAIN:
         ours, theirs = (scores(runs, method, 8) for runs in (decoupled, direct))
         means = [f"{np.mean(list(some.values())):.3f}" for some in (theirs, ours)]
-        for others in (theirs, clip):
-            d = statistics.paired_difference(list(ours.values()), [others[seed] for seed in ours])
-            means.append(f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]")
+        means += [_paired(ours, others) for others in (theirs, clip)]
         yield f"| {_escaped(NAMES[method])} | {' | '.join(means)} |"
+    yield ""
+
+
+def shapes_table(found: dict[str, list[dict]]) -> Iterator[str]:
+    """Markdown: other penalties and methods at the seeds that the plain adaptive penalty has in the headline."""
+    others, plain = found.get("penalties eureka"), found.get("headline eureka")
+    if not others or not plain:
+        return
+    seeds = {run["seed"] for run in others}
+    yield "## shapes of the penalty and other methods, eureka, no lag\n"
+    yield f"Each as tuned with three seeds; {len(seeds)} test seeds; those of the headline where they are the same.\n"
+    yield "| method | final pass@1 | less R²VPO, paired |\n|---|---|---|"
+
+    def row(method, ours, base):
+        mean = statistics.mean_interval(list(ours.values()))
+        difference = "–" if ours is base else _paired(ours, base)
+        return f"| {_escaped(NAMES.get(method, method))} | {mean.value:.3f} ± {mean.high - mean.value:.3f} | {difference} |"
+
+    def at_seeds(method):
+        return {seed: score for seed, score in scores(plain, method, 0).items() if seed in seeds}
+
+    base = at_seeds("r2vpo")
+    yield row("r2vpo", base, base)
+    yield row("r2vpo_A_mu", at_seeds("r2vpo_A_mu"), base)
+    for method in dict.fromkeys(run["method"] for run in others):
+        yield row(method, scores(others, method, ""), base)
     yield ""
 
 
@@ -253,8 +283,7 @@ def none_table(found: dict[str, list[dict]]) -> Iterator[str]:
         cells = []
         for name, level in strained:
             ours, none = scores(found[name], method, level), scores(found[name], "none", level)
-            d = statistics.paired_difference(list(ours.values()), [none[seed] for seed in ours])
-            cells.append(f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]")
+            cells.append(_paired(ours, none))
         yield f"| {_escaped(NAMES[method])} | {' | '.join(cells)} |"
     yield ""
 
@@ -417,7 +446,14 @@ def main():
     (where / "study_tables.md").write_text(
         "# Tables of the study\n\nMade by `python -m scripts.study_results`.\n\n"
         + "\n".join(
-            [*tables(found), *speed_tables(found), *forms_table(found), *none_table(found), *displacement_table(found)]
+            [
+                *tables(found),
+                *speed_tables(found),
+                *forms_table(found),
+                *shapes_table(found),
+                *none_table(found),
+                *displacement_table(found),
+            ]
         )
     )
     draw_headline(found, where / "study_headline.png")
