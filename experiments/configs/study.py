@@ -106,8 +106,16 @@ STALE = {
 
 
 def main_methods(task: str) -> tuple[str, ...]:
-    """The methods that are compared on a task."""
-    return _FEW.get(task, MAIN)
+    """The methods that are compared on a task; also by its name in study_tuned.json, such as eureka_again."""
+    return _FEW.get(task.partition("_")[0], MAIN)
+
+
+def _chosen(task: str) -> dict:
+    """What was chosen in a tuning sweep."""
+    there = json.loads(TUNED.read_text())
+    if task not in there:
+        raise ValueError(f"study.py: {TUNED.name} has no {task}: make its tuning sweep and call scripts.choose_trials")
+    return there[task]
 
 
 def _method(name: str, value, rate: float) -> grid.Grid:
@@ -130,13 +138,13 @@ def trials(task: str) -> list[tuple]:
 
 def best_trials(task: str, name: str, number: int = 3) -> list[tuple]:
     """(method, value of its coefficient, learning rate) of its first trials by validation."""
-    trials = sorted(json.loads(TUNED.read_text())[task][name]["trials"], key=lambda trial: -trial["score"])
+    trials = sorted(_chosen(task)[name]["trials"], key=lambda trial: -trial["score"])
     return [(name, trial["value"], trial["rate"]) for trial in trials[:number]]
 
 
 def _tuned(task: str, names=None, rate: float = 1.0) -> grid.Grid:
     """The best trial of each method on the task, at a multiple of its learning rate."""
-    best = json.loads(TUNED.read_text())[task]
+    best = _chosen(task)
     cells = []
     for name in names or main_methods(task):
         (cell,) = _method(name, best[name]["value"], best[name]["rate"])

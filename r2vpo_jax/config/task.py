@@ -144,6 +144,11 @@ class RewardConfig:
             raise ValueError(f"task.reward.format_pattern is not a regular expression: {error}") from error
 
     @property
+    def num_parts(self) -> int:
+        """Parts that the reward of a text task has in training."""
+        return (self.correct > 0) + len(self.functions) + (self.format != 0)
+
+    @property
     def functions(self) -> tuple[tuple[str, float], ...]:
         """(module:function, weight) of each function of the user."""
         if self.function is None:

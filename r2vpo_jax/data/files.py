@@ -115,11 +115,13 @@ def _json_lines(path: pathlib.Path) -> Iterator[tuple[int, dict]]:
             yield number, _object(path, number, _loads(path, f"row {number}", line))
 
 
-def _json(path: pathlib.Path, head: bytes, columns: set[str]) -> Iterator[tuple[int, dict]]:
+def _json(path: pathlib.Path, head: bytes, columns: set[str] | None) -> Iterator[tuple[int, dict]]:
     """The rows of a .json file, of whichever kind."""
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if start.startswith(b"["):
         return _json_array(path)
+    if _has_lines(path):
+        return _json_lines(path)
     try:
         whole = json.loads(path.read_bytes()) if start.startswith(b"{") else None
     except (ValueError, RecursionError):  # more than one object: the reader of lines says what is wrong with which
@@ -166,6 +168,16 @@ def _loads(path: pathlib.Path, where: str, data: bytes):
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}, {where} is not JSON: {error}") from error
+
+
+def _has_lines(path: pathlib.Path) -> bool:
+    """Whether the first line is an object by itself and more follows: such a file is never read as a whole."""
+    with path.open("rb") as file:
+        first, more = file.readline().removeprefix(b"\xef\xbb\xbf"), file.readline()
+    try:
+        return bool(more.strip()) and isinstance(json.loads(first), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _object(path: pathlib.Path, number: int, row) -> dict:

@@ -122,7 +122,11 @@ class Evaluator:
         greedy = self._draw(benchmark, positions, 1, temperature=0.0) if config.greedy else None
         rows = []
         for number, position in enumerate(positions):
-            row = {"task": benchmark.spec, "index": benchmark.index[position], "level": benchmark.levels[position]}
+            row = {
+                "task": benchmark.spec,
+                "index": int(benchmark.problems.index[position]),
+                "level": benchmark.levels[position],
+            }
             row |= {name: columns[number] for name, columns in _columns(drawn).items()}
             row["greedy"] = None
             if greedy is not None:

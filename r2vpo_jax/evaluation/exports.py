@@ -1,14 +1,12 @@
 """A checkpoint of a run as a Hugging Face directory."""
 
-import pathlib
-
 import jax
 
 from r2vpo_jax import sharding
 from r2vpo_jax.errors import usage_errors
 from r2vpo_jax.evaluation import model_source
 from r2vpo_jax.models.base import open_base_model
-from r2vpo_jax.run import files
+from r2vpo_jax.run import directory, files
 
 
 def export(run: str, checkpoint: str, output, *, dtype: str | None = None, say=print) -> None:
@@ -24,14 +22,14 @@ def export(run: str, checkpoint: str, output, *, dtype: str | None = None, say=p
       say: where lines for people go.
 
     Raises:
-      UsageError: there is no such checkpoint, or it is torn; the base model is gone; `output` holds something already, or
+      UsageError: there is no such checkpoint, or it is torn; the base model is gone or another one; `output` holds something already, or
         cannot be written; a weight is not finite in this dtype.
     """
     chief = jax.process_index() == 0
-    output = pathlib.Path(output)
+    output = directory.local(output, "--output")
     with usage_errors():
         source = model_source.find(run, checkpoint)
-        if chief and output.exists() and any(output.iterdir()):
+        if output.exists() and any(output.iterdir()):
             raise ValueError(f"--output={output} is not empty; choose another directory")
         base = open_base_model(source.run.model)
         params = source.load_params(base, sharding.make_mesh((1, -1, 1)))

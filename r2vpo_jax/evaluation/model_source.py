@@ -9,7 +9,9 @@ import orbax.checkpoint as ocp
 from r2vpo_jax import config as config_lib
 from r2vpo_jax import models, sharding
 from r2vpo_jax.config import Config
+from r2vpo_jax.errors import UsageError
 from r2vpo_jax.models.base import BaseModel, find_directory
+from r2vpo_jax.models.identity import differing
 from r2vpo_jax.models.tensor_files import read_object
 from r2vpo_jax.run import checkpoints, report
 
@@ -28,10 +30,17 @@ class ModelSource:
         """The parameters, placed on the mesh, in the dtype of `base.model`.
 
         Raises:
-          UsageError: a tensor is missing or does not fit.
+          UsageError: a tensor is missing or does not fit, or the run was started from another base model.
         """
         if self.checkpoint is None:
             return base.load_params(mesh)
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+            progress = reader.restore(self.checkpoint / "progress")
+        if others := differing(progress.get("model", {}), base.identity()):
+            raise UsageError(
+                f"{self.directory} is not the base model that {self.name} was started from: it differs in "
+                f"{', '.join(others)}; put back what model.path named then"
+            )
         abstract = models.abstract_params(base.model)
         where = sharding.tree_shardings(models.logical_axes(base.model), abstract, mesh)
         target = {

@@ -33,6 +33,11 @@ class Evaluation:
     prompts: tuple[str, ...]
     reason: str = ""  # the first why there is no verdict
 
+    @property
+    def judged(self) -> bool:
+        """Whether any response has a verdict."""
+        return self.errors + self.timeouts < self.right.size
+
     def without_verdicts(self) -> str:
         """A line that says so if most responses have no verdict; else ""."""
         number = self.errors + self.timeouts

@@ -6,11 +6,10 @@ import pathlib
 from collections.abc import Mapping
 
 from r2vpo_jax.errors import UsageError
+from r2vpo_jax.models import tensor_files
 from r2vpo_jax.models.tensor_files import read_object
+from r2vpo_jax.models.tokenizer_files import vocabulary_files
 
-_TOKENIZER_FILES = (
-    "tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-)  # fmt: skip
 _WHOLE_BYTES = 64 << 20  # files up to this size are digested whole
 _BLOCKS, _BLOCK_BYTES = 1024, 64 << 10  # of larger ones, so many blocks, evenly spaced
 
@@ -31,15 +30,16 @@ def identity(path, tokenizer, eos_ids, *, weights: bytes | None = None) -> dict[
     """
     path = pathlib.Path(path)
     if weights is None:
-        weights = b"".join(f.name.encode() + b"\0" + _content(f) for f in sorted(path.glob("*.safetensors")))
+        weights = b"".join(f.name.encode() + b"\0" + _content(f) for f in tensor_files.weight_files(path))
     settings = path / "tokenizer_config.json"
     settings = read_object(settings) if settings.is_file() else {}
     settings.pop("chat_template", None)
-    files = [path / name for name in _TOKENIZER_FILES if (path / name).is_file()]
     return {
         "weights": _short(weights),
         "architecture": _short((path / "config.json").read_bytes()),
-        "tokenizer": _short(_json(settings), *(part for f in files for part in (f.name.encode(), f.read_bytes()))),
+        "tokenizer": _short(
+            _json(settings), *(part for f in vocabulary_files(path) for part in (f.name.encode(), f.read_bytes()))
+        ),
         "chat template": _short(_json(tokenizer.chat_template)),
         "ends of text": _short(_json(sorted(eos_ids))),
     }

@@ -41,19 +41,7 @@ class Tensors:
 
     def __init__(self, path):
         self._path = path = pathlib.Path(path)
-        single, index = path / SINGLE, path / INDEX
-        weight_map = None
-        if index.is_file() and not single.is_file():  # with both present, Transformers too reads the single file
-            weight_map = read_object(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(n, str) for n in weight_map.values()):
-                raise ValueError(f"{index} lacks a weight_map from tensor names to file names")
-            outside = sorted(n for n in set(weight_map.values()) if n == ".." or pathlib.PurePath(n).name != n)
-            if outside:
-                raise ValueError(f"{index} names files outside its directory: {outside}")
-        names = [single.name] if weight_map is None else sorted(set(weight_map.values()))
-        missing = [n for n in names if not (path / n).is_file()]
-        if missing:
-            raise FileNotFoundError(f"{path} lacks the weight files {missing} (only safetensors are read)")
+        names, weight_map = _named(path)
         files = {n: _open(path / n) for n in names}
         held = [(key, n) for n, file in files.items() for key in file.keys()]  # noqa: SIM118 (not a dict)
         self._owner = {key: files[n] for key, n in held if weight_map is None or weight_map.get(key) == n}
@@ -99,6 +87,34 @@ class Tensors:
         held, length = self._header(name), self.shape(name)[0]
         for start in range(0, length, count):
             yield held[start : min(start + count, length)]
+
+
+def weight_files(path) -> list[pathlib.Path]:
+    """The files that the weights of a directory are in, and no other that lies there.
+
+    Raises:
+      FileNotFoundError, ValueError: as `Tensors`.
+    """
+    path = pathlib.Path(path)
+    return [path / name for name in _named(path)[0]]
+
+
+def _named(path: pathlib.Path) -> tuple[list[str], dict[str, str] | None]:
+    """(names of the files of weights, tensor name -> file name if there is an index)."""
+    single, index = path / SINGLE, path / INDEX
+    weight_map = None
+    if index.is_file() and not single.is_file():  # with both present, Transformers too reads the single file
+        weight_map = read_object(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(n, str) for n in weight_map.values()):
+            raise ValueError(f"{index} lacks a weight_map from tensor names to file names")
+        outside = sorted(n for n in set(weight_map.values()) if n == ".." or pathlib.PurePath(n).name != n)
+        if outside:
+            raise ValueError(f"{index} names files outside its directory: {outside}")
+    names = [single.name] if weight_map is None else sorted(set(weight_map.values()))
+    missing = [n for n in names if not (path / n).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{path} lacks the weight files {missing} (only safetensors are read)")
+    return names, weight_map
 
 
 def _open(file: pathlib.Path):

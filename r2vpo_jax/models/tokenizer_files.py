@@ -41,6 +41,12 @@ def tokenizer_files(path) -> list[pathlib.Path]:
     return [file for file in (*named, *sorted((path / _MORE_TEMPLATES).glob("*.jinja"))) if file.is_file()]
 
 
+def vocabulary_files(path) -> list[pathlib.Path]:
+    """Those of them that say which text is which token: neither settings nor chat templates."""
+    others = (_CONFIG, "chat_template.json")
+    return [file for file in tokenizer_files(path) if file.suffix != ".jinja" and file.name not in others]
+
+
 def copy_tokenizer(source, destination) -> None:
     """Put the tokenizer files of `source` in the place of those in `destination`, which may be the same.
 

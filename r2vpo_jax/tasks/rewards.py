@@ -62,6 +62,10 @@ class Rewards:
             *(["format"] if reward.format else []),
         ]
 
+    def asks_functions(self, split: str) -> bool:
+        """Whether functions of the user are called on responses of a split."""
+        return bool(self._functions.keys() & set(self.terms(split)))
+
     def try_out(self, split: str, gold: Responses) -> list[str]:
         """Calls each function that `split` is judged by on right responses, before a run.
 

@@ -20,7 +20,7 @@ from r2vpo_jax.data import Example, digest, disjoint, load
 from r2vpo_jax.models.stops import stop_table
 from r2vpo_jax.tasks.base import SPLITS, Problems, Verdicts
 from r2vpo_jax.tasks.prompts import PromptTemplate, unknown_share
-from r2vpo_jax.tasks.responses import OPEN, ResponseTexts
+from r2vpo_jax.tasks.responses import CLOSE, OPEN, ResponseTexts
 from r2vpo_jax.tasks.rewards import Responses, Rewards
 from r2vpo_jax.verifiers.outcome import unjudged
 
@@ -123,17 +123,22 @@ class TextTask:
             of_source[None] = [data.example(position) for position in range(2)]
         examples = [pair[i] for i in range(2) for pair in of_source.values() if i < len(pair)][:_TRIED]
         examples = examples if len(examples) > 1 else examples * 2  # one value for one response may hide a wrong shape
-        texts = [("</think>" if self._opens_thinking else "") + rf"\boxed{{{e.answer}}}" for e in examples]
+        texts = [(CLOSE if self._opens_thinking else "") + rf"\boxed{{{e.answer}}}" for e in examples]
         return self._responses(examples, [self._tokenizer(text)["input_ids"] for text in texts], texts)
 
-    def _responses(self, examples, tokens, texts) -> Responses:
+    def _responses(self, examples, tokens, texts, *, prompts=True) -> Responses:
+        """What functions are given; without prompts where none is asked."""
         texts = [OPEN + text for text in texts] if self._opens_thinking else texts
-        prompts, lengths = {}, {}
-        for question in {example.question for example in examples}:  # few: the responses to one are a group
-            prompts[question] = self._template.text(question)
-            lengths[question] = len(self._template.tokens(question))
+        # Few: the responses to one question are a group.
+        questions = {example.question for example in examples} if prompts else ()
+        shown = {question: self._template.text(question) for question in questions}
+        lengths = {question: len(self._template.tokens(question)) for question in questions}
         return Responses(
-            examples, [prompts[e.question] for e in examples], texts, tokens, [lengths[e.question] for e in examples]
+            examples,
+            [shown.get(example.question, "") for example in examples],
+            texts,
+            tokens,
+            [lengths.get(example.question, 0) for example in examples],
         )
 
     def _only_short(self, split, data):
@@ -238,7 +243,8 @@ class TextTask:
             unique = {int(i): self.example(split, i)[0] for i in np.unique(index)}
             examples = [unique[int(i)] for i in index]
             rows, texts = _rows(responses, lengths), self._response_texts(responses, lengths)
-            outcome, terms, reasons = self._rewards.judge(split, self._responses(examples, rows, texts))
+            asked = self._rewards.asks_functions(split)
+            outcome, terms, reasons = self._rewards.judge(split, self._responses(examples, rows, texts, prompts=asked))
             values = np.stack([terms[name] for name in names]).astype(np.float32)
         outcome, values = self._from_chief((outcome, values))
         values = np.where(unjudged(outcome), np.float32(0), values)

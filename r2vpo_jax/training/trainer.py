@@ -27,6 +27,7 @@ decision but the time limits of verifiers.
 
 import contextlib
 import dataclasses
+import math
 import re
 import resource
 from collections.abc import Callable
@@ -364,7 +365,8 @@ class _Run:
         """Scores the validation split; whether the policy is the best so far."""
         result = self._evaluate("validation")
         score, before = result.average_at(self.config.trainer.eval_samples), self.counters.best_validation
-        self.counters = self.counters.after_validation(score)
+        # Where nothing could be judged there is no score by which weights could be chosen.
+        self.counters = self.counters.after_validation(score if result.judged else math.nan)
         self._write_evaluation(result, {"pass_at_1": score})
         return self.counters.best_validation != before
 

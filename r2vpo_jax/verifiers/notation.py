@@ -96,7 +96,7 @@ _SYNONYMS = [
     (re.compile(r"\\leq(?:slant|q)?(?![a-zA-Z])|\\leqslant(?![a-zA-Z])"), r"\\le"),
     (re.compile(r"\\geq(?:slant|q)?(?![a-zA-Z])"), r"\\ge"),
     (re.compile(r"\\neq(?![a-zA-Z])"), r"\\ne"),
-    (re.compile(r"\\l[v]ert(?![a-zA-Z])|\\r[v]ert(?![a-zA-Z])|\\[lr]?vert(?![a-zA-Z])"), "|"),
+    (re.compile(r"\\[lr]?vert(?![a-zA-Z])"), "|"),
     (re.compile(r"\\lbrace(?![a-zA-Z])"), r"\\{"),
     (re.compile(r"\\rbrace(?![a-zA-Z])"), r"\\}"),
     (re.compile(r"\\l(?:brack)(?![a-zA-Z])"), "["),

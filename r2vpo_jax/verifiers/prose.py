@@ -13,7 +13,6 @@ _MARK = re.compile(r"\\\\|\\\$|\$\$|\$|\\\(|\\\)|\\\[|\\\]|\n[ \t]*\n")
 _CLOSING = {"$": "$", "$$": "$$", r"\(": r"\)", r"\[": r"\]"}
 _DIGITS = re.compile(r"\d[\d,.]*|\.\d+", re.ASCII)
 _NUMBER = re.compile(r"([-+−]?)(?:\\?[$€£])?([-−]?)(\d[\d,]*(?:\.\d+)?|\.\d+)(/\d+)?(\\?%)?", re.ASCII)
-_WITH_UNIT = re.compile(r"[-−]?\d[\d,]*(?:\.\d+)?(?:[a-zA-Z]{2,}|°)(?:\^\d)?", re.ASCII)
 _UNIT_POWER = re.compile(r"[A-Za-z]{1,4}(?:/[A-Za-z]{1,4})?\^\{?-?\d\}?")
 _WORD_WITH_NUMBER = re.compile(r"[A-Za-z]+-?\d+[A-Za-z]*|\d+(?:st|nd|rd|th)|\d+-[A-Za-z-]+")
 _OPERATOR = re.compile(r"[-+*/^×÷·−]|\\(?:times|cdot|div|pm)")

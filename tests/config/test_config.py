@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from r2vpo_jax import config as config_lib
 from r2vpo_jax.config import (
     AlarmConfig,
     ArithmeticConfig,
@@ -180,3 +181,27 @@ def test_reward_functions_and_their_weights():
     ):
         with pytest.raises(ValueError, match=message):
             build(RewardConfig, given)
+
+
+@pytest.mark.parametrize(
+    ("task", "refused"),
+    [
+        ({"name": "eureka"}, True),
+        ({"name": "text", "text": {"train": "a.jsonl", "validation": "b.jsonl"}}, True),
+        ({"name": "text", "text": {"train": "a.jsonl", "validation": "b.jsonl"}, "reward": {"format": 0.5}}, False),
+        (
+            {"name": "text", "text": {"train": "a.jsonl", "validation": "b.jsonl"}, "reward": {"function": "mine:f"}},
+            False,
+        ),
+        ({"name": "mine:Task"}, False),
+    ],
+)
+def test_normalizing_each_part_of_a_reward_needs_several(task, refused):
+    def make():
+        return config_lib.from_flags(config_lib.make(task=task, objective={"advantage": {"estimator": "gdpo"}}))
+
+    if refused:
+        with pytest.raises(ValueError, match="has one part only"):
+            make()
+    else:
+        make()

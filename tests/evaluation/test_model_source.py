@@ -1,5 +1,6 @@
 """What --model can be: a Hugging Face directory, a shipped model, a run at one of its checkpoints."""
 
+import dataclasses
 import json
 import shutil
 
@@ -10,6 +11,7 @@ import pytest
 
 from r2vpo_jax import config as config_lib
 from r2vpo_jax import sharding
+from r2vpo_jax.errors import UsageError
 from r2vpo_jax.evaluation import model_source
 from r2vpo_jax.models import identity
 from r2vpo_jax.models.base import open_base_model
@@ -32,6 +34,16 @@ def test_a_run_that_has_not_finished(checkpoint, step, unfinished, make, tiny_mo
     parts = {name: model_source.find(str(unfinished), name).identity(base) for name in ("2", "4")}
     assert source.identity(base) in parts.values()
     assert identity.differing(parts["2"], parts["4"]) == identity.differing(base.identity(), parts["2"]) == ["weights"]
+
+
+def test_a_checkpoint_is_not_joined_to_another_base_model(unfinished, make, tiny_checkpoint, tmp_path):
+    shutil.copytree(tiny_checkpoint, tmp_path / "other")
+    config = tmp_path / "other" / "config.json"
+    config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 2e-06'))
+    source = dataclasses.replace(model_source.find(str(unfinished), "4"), directory=tmp_path / "other")
+    base = open_base_model(make().model_config(source.directory))
+    with pytest.raises(UsageError, match=r"is not the base model that .* was started from: it differs in architecture"):
+        source.load_params(base, sharding.make_mesh((1, 1, 1), jax.devices()[:1]))
 
 
 @pytest.mark.parametrize(

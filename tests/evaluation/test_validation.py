@@ -83,6 +83,8 @@ def test_errors_are_counted_and_not_right(tiny_model, task, mesh):
     assert (result.errors, result.timeouts) == (64, 32)
     np.testing.assert_array_equal(result.right, ~np.isin(np.arange(16) % 8, [0, 1, 4]) & np.ones((16, 1), bool))
     assert result.without_verdicts() == ""
+    assert result.judged
+    assert not dataclasses.replace(result, errors=200, timeouts=56).judged
     most = dataclasses.replace(result, errors=100, timeouts=29, reason="KeyError: 1")
     assert most.without_verdicts() == (
         "test: 129 of 256 responses have no verdict, and count as not right; the first reason: KeyError: 1"

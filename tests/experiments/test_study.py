@@ -91,3 +91,9 @@ def test_the_best_trial_is_chosen_by_validation_alone(tmp_path):
     assert (best[name]["value"], best[name]["rate"], best[name]["score"]) == (value, rate, 0.2)
     other = next(some for some in best if some != name)
     assert best[other]["rate"] == min(trial["rate"] for trial in best[other]["trials"]), "ties: the smaller rate"
+
+
+def test_a_sweep_whose_tuning_was_not_made_says_so():
+    with pytest.raises(ValueError, match=r"study_tuned.json has no arithmetic_stale: make its tuning sweep"):
+        study.get_config("stale,arithmetic")
+    assert len(plan_of("tune_stale,arithmetic").cells) == 10 * len(study.main_methods("arithmetic"))

@@ -56,6 +56,8 @@ def another_end(path):
         (another_end, {"ends of text"}),
         (lambda path: rewrite(path / "config.json", rms_norm_eps=1e-5), {"architecture"}),
         (lambda path: (path / "README.md").write_text("notes"), set()),
+        (lambda path: (path / "adapter_model.safetensors").write_bytes(b"of somebody else"), set()),
+        (lambda path: (path / "tekken.json").write_text("{}"), {"tokenizer"}),
         (lambda path: rewrite(path / "generation_config.json", temperature=0.6), set()),
     ],
 )

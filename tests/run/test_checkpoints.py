@@ -1,8 +1,10 @@
 """Checkpoints by themselves: what is saved, kept, found damaged, and resumed from."""
 
 import contextlib
+import dataclasses
 import errno
 import json
+import math
 import os
 import pathlib
 import re
@@ -17,6 +19,7 @@ import pytest
 
 from r2vpo_jax.run import checkpoints, files
 from r2vpo_jax.run.checkpoints import Checkpointer
+from r2vpo_jax.training.lifecycle import Counters
 
 WIDTH = 1000
 
@@ -447,3 +450,11 @@ def test_faults_failing_write_deletes_nothing(open_at, folder, monkeypatch):
             save(checkpointer, iteration)
     assert open_at(write=False).latest() == 1
     assert json.loads(checkpoints.manifest(folder, 1).read_text())["score"] == 0.0
+
+
+def test_a_validation_in_which_nothing_was_judged_is_no_score():
+    counters = Counters(code="", data="", iteration=3).after_validation(0.25)
+    assert (counters.own_score, counters.best_validation) == (0.25, 0.25)
+    unjudged = dataclasses.replace(counters, iteration=4).after_validation(math.nan)
+    assert math.isnan(unjudged.own_score), "which a checkpoint takes for none"
+    assert unjudged.best_validation == 0.25
