@@ -183,14 +183,17 @@ def test_reward_functions_and_their_weights():
             build(RewardConfig, given)
 
 
+_FILES = {"train": "a.jsonl", "validation": "b.jsonl", "test": "c.jsonl"}
+
+
 @pytest.mark.parametrize(
     ("task", "refused"),
     [
         ({"name": "eureka"}, True),
-        ({"name": "text", "text": {"train": "a.jsonl", "validation": "b.jsonl"}}, True),
-        ({"name": "text", "text": {"train": "a.jsonl", "validation": "b.jsonl"}, "reward": {"format": 0.5}}, False),
+        ({"name": "text", "text": _FILES}, True),
+        ({"name": "text", "text": _FILES, "reward": {"format": 0.5}}, False),
         (
-            {"name": "text", "text": {"train": "a.jsonl", "validation": "b.jsonl"}, "reward": {"function": "mine:f"}},
+            {"name": "text", "text": _FILES, "reward": {"function": "mine:f"}},
             False,
         ),
         ({"name": "mine:Task"}, False),
