@@ -19,10 +19,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from r2vpo_jax.models import attention
 from r2vpo_jax.models.config import DecoderConfig
+from r2vpo_jax.models.products import MASKED, einsum
 from r2vpo_jax.sharding import constrain
 
-_MASKED = -1e30  # finite, so that a row with nothing to attend to gives a mean and not NaN
 _ONE_HOT_VOCAB = 256  # up to here a one-hot matmul beats gather and scatter-add (measured on CPU)
 
 
@@ -60,12 +61,6 @@ def init_cache(config: DecoderConfig, num_prompts: int, prompt_size: int, group_
     )
 
 
-def _einsum(spec, x, y, config, **kwargs):
-    # By default float32 means float32: TPUs and TF32 GPUs would otherwise round the inputs.
-    precision = config.matmul_precision if config.compute_dtype == jnp.float32 else None
-    return jnp.einsum(spec, x, y, precision=precision, **kwargs)
-
-
 class Projection(nn.Module):
     """`einsum(spec, x, kernel) (+ bias)` with logical axis names on every parameter."""
 
@@ -89,7 +84,7 @@ class Projection(nn.Module):
             self.kernel_shape,
             config.param_dtype,
         )
-        y = _einsum(self.spec, x, kernel.astype(config.compute_dtype), config)
+        y = einsum(self.spec, x, kernel.astype(config.compute_dtype), config)
         if self.use_bias:
             bias = self.param(
                 "bias",
@@ -168,9 +163,9 @@ class Attention(nn.Module):
         query = query.reshape(*query.shape[:-2], c.num_kv_heads, c.num_heads // c.num_kv_heads, c.head_dim)
 
         if cache is None:
-            out, response = self._full(query, key, value, mask), None
+            out, response = attention.full(query, key, value, mask, c), None
         else:
-            out, response = self._cached(query, key, value, mask, cache, layer)
+            out, response = attention.cached(query, key, value, mask, cache, layer, c)
         out = out.reshape(*x.shape[:-1], c.num_heads, c.head_dim)
         out = Projection(
             c,
@@ -182,49 +177,6 @@ class Attention(nn.Module):
             name="o_proj",
         )(out)
         return out, (key, value), response
-
-    def _full(self, query, key, value, mask):
-        """Causal attention within the rows: query [B, S, K, R, D], mask bool [B, S]."""
-        size, block = query.shape[1], self.config.attention_block_size
-        if not 0 < block < size:
-            return self._attend(query, key, value, mask, 0)
-        # A block's scores live while it is computed, and are computed again in the backward pass.
-        num_blocks = -(-size // block)
-        query = jnp.pad(query, [(0, 0), (0, num_blocks * block - size), (0, 0), (0, 0), (0, 0)])
-        blocks = jnp.moveaxis(query.reshape(query.shape[0], num_blocks, block, *query.shape[2:]), 1, 0)
-        attend = jax.checkpoint(self._attend, prevent_cse=False)
-        out = jax.lax.map(lambda x: attend(x[0], key, value, mask, x[1]), (blocks, jnp.arange(num_blocks) * block))
-        return jnp.moveaxis(out, 0, 1).reshape(query.shape)[:, :size]
-
-    def _attend(self, query, key, value, mask, start):
-        """The same for queries [B, s, K, R, D] that stand in columns `start` to `start + s` of the rows."""
-        columns = jnp.arange(key.shape[1])
-        causal = start + jnp.arange(query.shape[1])[:, None] >= columns  # [s, S]
-        allowed = causal & mask[:, None, :]  # [B, s, S]
-        scores = _einsum("bskrd,btkd->bkrst", query, key, self.config, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(jnp.where(allowed[:, None, None], scores, _MASKED), axis=-1)
-        return _einsum("bkrst,btkd->bskrd", weights.astype(value.dtype), value, self.config)
-
-    def _cached(self, query, key, value, prompt_mask, cache, layer):
-        """query [N, G, S, K, R, D] attends to the group's prompt and to the sample's own response."""
-        prompt_key, prompt_value, response_key, response_value, start = cache
-        index = (layer, 0, 0, start, 0, 0)
-        response_key = jax.lax.dynamic_update_slice(response_key, key[None], index)
-        response_value = jax.lax.dynamic_update_slice(response_value, value[None], index)
-        keys = jax.lax.dynamic_index_in_dim(response_key, layer, keepdims=False)  # [N, G, T, K, D]
-        values = jax.lax.dynamic_index_in_dim(response_value, layer, keepdims=False)
-        f32 = {"preferred_element_type": jnp.float32}
-        to_prompt = _einsum("ngskrd,npkd->ngkrsp", query, prompt_key, self.config, **f32)
-        to_response = _einsum("ngskrd,ngtkd->ngkrst", query, keys, self.config, **f32)
-        steps = start + jnp.arange(query.shape[2])
-        filled = jnp.arange(keys.shape[2]) <= steps[:, None]  # [S, T]
-        to_prompt = jnp.where(prompt_mask[:, None, None, None, None, :], to_prompt, _MASKED)
-        to_response = jnp.where(filled, to_response, _MASKED)
-        weights = jax.nn.softmax(jnp.concatenate([to_prompt, to_response], axis=-1), axis=-1).astype(value.dtype)
-        split = prompt_key.shape[1]
-        out = _einsum("ngkrsp,npkd->ngskrd", weights[..., :split], prompt_value, self.config)
-        out = out + _einsum("ngkrst,ngtkd->ngskrd", weights[..., split:], values, self.config)
-        return out, (response_key, response_value)
 
 
 class MLP(nn.Module):
@@ -308,7 +260,9 @@ class Decoder(nn.Module):
           tokens: int32 [B, S]; with a cache [N, P] (prefill) or [N, G, S] (decode).
           positions: int32, like tokens. Default: counted from each row's first valid token, in decode
             from the length of the row's prompt.
-          mask: bool [B, S], False for padding (default: all valid). Decode takes the prompt's from the cache.
+          mask: bool [B, S], False for padding (default: all valid); or int32 [B, S], the segment that a token belongs to,
+            0 for padding: tokens attend within their segment only, and `positions` must be given. Decode takes the
+            prompt's from the cache.
           cache: see `Cache`.
 
         Returns:
@@ -322,15 +276,15 @@ class Decoder(nn.Module):
                 start = jnp.sum(mask, axis=-1)[:, None, None] + cache.response_length
                 positions = start + jnp.arange(tokens.shape[-1])
         else:
-            mask = jnp.ones(tokens.shape, bool) if mask is None else mask.astype(bool)
+            mask = jnp.ones(tokens.shape, bool) if mask is None else mask
             if positions is None:
-                positions = jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
+                positions = jnp.maximum(jnp.cumsum(mask != 0, axis=-1) - 1, 0)
         positions = jnp.broadcast_to(positions, tokens.shape)
 
         embed = self.embed.astype(c.compute_dtype)
         if c.vocab_size <= _ONE_HOT_VOCAB:
             one_hot = jax.nn.one_hot(tokens, c.vocab_size, dtype=c.compute_dtype)
-            x = _einsum("...v,ve->...e", one_hot, embed, c)
+            x = einsum("...v,ve->...e", one_hot, embed, c)
         else:
             x = jnp.take(embed, tokens, axis=0)
 
@@ -352,7 +306,7 @@ class Decoder(nn.Module):
                 response_length=cache.response_length + tokens.shape[-1],
             )
         prompt_key, prompt_value = keys_values
-        return x, cache.replace(prompt_key=prompt_key, prompt_value=prompt_value, prompt_mask=mask)
+        return x, cache.replace(prompt_key=prompt_key, prompt_value=prompt_value, prompt_mask=mask.astype(bool))
 
     def unembedding(self):
         """The kernel [hidden, V] of `unembed`, in its layout: made once before a loop that unembeds."""
@@ -361,9 +315,9 @@ class Decoder(nn.Module):
     def unembed(self, hidden, kernel=None):
         """Hidden states [..., hidden] -> float32 logits [..., V]; padding rows of the vocabulary get -1e30."""
         kernel = (self.unembedding() if kernel is None else kernel).astype(self.config.compute_dtype)
-        logits = _einsum("...e,ev->...v", hidden, kernel, self.config, preferred_element_type=jnp.float32)
+        logits = einsum("...e,ev->...v", hidden, kernel, self.config, preferred_element_type=jnp.float32)
         if self.config.num_tokens is not None:
-            logits = jnp.where(jnp.arange(logits.shape[-1]) < self.config.num_tokens, logits, _MASKED)
+            logits = jnp.where(jnp.arange(logits.shape[-1]) < self.config.num_tokens, logits, MASKED)
         return constrain(logits, *(("batch",) + (None,) * (logits.ndim - 2) + ("logits",)))
 
 
