@@ -59,7 +59,7 @@ CONFIGS = {
     "arithmetic": PretrainConfig(),
     "countdown": PretrainConfig(num_steps=2000),
     "eureka": PretrainConfig(num_steps=1000, hidden_size=32, intermediate_size=96),
-    "long_arithmetic": PretrainConfig(num_steps=1000, batch_size=64, forget_carry=0.15, slip=0.1),
+    "long_arithmetic": PretrainConfig(num_steps=2000, batch_size=64, forget_carry=0.1, slip=0.1),
     "word_problems": PretrainConfig(
         num_steps=1000,
         batch_size=64,
@@ -83,7 +83,8 @@ _EMBEDDED = {
     "arithmetic": ArithmeticTask(),
     "countdown": CountdownTask(),
     "eureka": EurekaTask(),
-    "long_arithmetic": ArithmeticTask(min_operands=8, max_operands=8, num_digits=3),
+    # Shorter chains too: in eight operands alone the digits of the answer are 3 of 130 tokens, and are not learned.
+    "long_arithmetic": ArithmeticTask(min_operands=2, max_operands=8, num_digits=3),
 }
 
 
