@@ -1,7 +1,8 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: a virtual environment in .venv with the pinned packages. Idempotent.
 # PYTHON names the interpreter to use (default: the newest of python3.13, 3.12, 3.11 that is found).
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
 find_python() {
   local candidate
