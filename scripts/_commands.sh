@@ -1,6 +1,19 @@
 # shellcheck shell=bash
 # Sourced by the launchers: commands that are printed (with $dry) or run, and questions before something is deleted ($name).
 
+# What stands at the top of the script.
+usage() {
+  sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "$0" >&2
+  exit 2
+}
+refuse() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || refuse "this needs bash 4.4 or newer; here is $BASH_VERSION"
+shopt -s inherit_errexit # a failure inside $(…) counts
+
 # The arguments as a shell reads them.
 quote() {
   local argument inner="'\\''" line=''

@@ -20,14 +20,7 @@
 #   --restarts=N             when a pod is preempted or fails (default 50)
 set -euo pipefail
 
-usage() {
-  sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "$0" >&2
-  exit 2
-}
-refuse() {
-  echo "error: $*" >&2
-  exit 2
-}
+source "$(dirname "$0")/_commands.sh"
 
 case "${1:-}" in
   image | launch | status | logs | stop | delete) action=$1 ;;
@@ -62,7 +55,6 @@ while [ $# -gt 0 ]; do
   shift
 done
 cd "$(dirname "$0")/.."
-source scripts/_commands.sh
 
 image() {
   [ -n "$image" ] || refuse "image needs --image=REGISTRY/r2vpo_jax:TAG"

@@ -22,14 +22,7 @@
 #   --status=FILE        one line, kept up to date: running, waiting or ended, and why
 set -uo pipefail
 
-usage() {
-  sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "$0" >&2
-  exit 2
-}
-refuse() {
-  echo "error: $*" >&2
-  exit 2
-}
+source "$(dirname "$0")/_commands.sh"
 
 max_restarts=100 max_fruitless=5 wait=10 max_wait=300 settle=30 status=''
 while [ $# -gt 0 ]; do

@@ -30,17 +30,9 @@
 #   --logs-to=gs://BUCKET/FOLDER     each host copies its log there every minute, and at the end
 set -euo pipefail
 
-usage() {
-  sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "$0" >&2
-  exit 2
-}
-refuse() {
-  echo "error: $*" >&2
-  exit 2
-}
+source "$(dirname "$0")/_commands.sh"
 note() { echo "# $*"; }
 
-((BASH_VERSINFO[0] > 4 || (BASH_VERSINFO[0] == 4 && BASH_VERSINFO[1] >= 4))) || refuse "this needs bash 4.4 or newer; here is $BASH_VERSION"
 case "${1:-}" in
   create | install | launch | status | logs | stop | delete) action=$1 ;;
   *) usage ;;
@@ -88,8 +80,6 @@ done
 cd "$(dirname "$0")/.."
 
 # Commands: printed or run -------------------------------------------------------------------------------------
-
-source scripts/_commands.sh
 
 # ask VARIABLE ASSUMED COMMAND …: what the command prints; ASSUMED where nothing is run.
 ask() {
@@ -222,7 +212,10 @@ launch() {
     # A host that does not see the others' disk would wait for them without a word.
     mark=$workdir/.seen_by_all_hosts
     [ -n "$dry" ] || mark+=.$RANDOM$RANDOM
-    ssh_to 0 "$(on_host mark "$mark")"
+    ssh_to 0 "$(on_host mark "$mark")" || {
+      echo "error: worker 0 could not write to $workdir (is the code installed? is the disk mounted?)" >&2
+      exit 1
+    }
     ssh_to all "$(on_host see "$mark")"
     ssh_to 0 "$(quote rm -f "$mark")"
     [ -n "$distributed" ] || training+=(--distributed)
