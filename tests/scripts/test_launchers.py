@@ -19,11 +19,6 @@ LAUNCH = (
 AWKWARD = ('--config.x=it\'s "$HOME" $(PROCESS_ID) \\ & #', "--config.y=", "--config.z=@NAME@ &")
 
 
-@pytest.fixture
-def cloud(tmp_path):
-    return fakes.make(tmp_path)
-
-
 def gke(cloud, *arguments, code=0):
     done = cloud.bash("scripts/gke_jobset.sh", *arguments)
     assert done.returncode == code, done.stdout + done.stderr

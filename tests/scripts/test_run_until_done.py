@@ -4,16 +4,18 @@ import os
 import pty
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 
+from r2vpo_jax.run import files
 from tests.helpers.paths import ROOT
 
 SCRIPT = ROOT / "scripts" / "run_until_done.sh"
 FAST = "--wait=0", "--settle=0"
 # Keeps count of its starts; $1 is the workdir without --workdir=.
-COUNT = 'w=${1#--workdir=}; n=$(($(cat $w/starts 2>/dev/null || echo 0) + 1)); echo $n > $w/starts; '
+COUNT = "w=${1#--workdir=}; n=$(($(cat $w/starts 2>/dev/null || echo 0) + 1)); echo $n > $w/starts; "
 SAVE = "mkdir -p $w/checkpoints/manifests; echo {} > $w/checkpoints/manifests/$((n * 10)).json; "
 FINISH = "mkdir -p $w/report; echo {} > $w/report/summary.json; "
 
@@ -90,7 +92,7 @@ def test_pauses_double_until_there_is_a_newer_checkpoint(tmp_path):
 
 
 def wait_for(condition):
-    for _ in range(400):
+    for _ in range(4000):
         if condition():
             return
         time.sleep(0.05)
@@ -106,7 +108,9 @@ SLOW_END = (
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_is_passed_on_once_and_waited_for(tmp_path, number, code):
-    with subprocess.Popen(command(tmp_path, SLOW_END, f"--status={tmp_path / 'status'}"), stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        command(tmp_path, SLOW_END, f"--status={tmp_path / 'status'}"), stderr=subprocess.PIPE
+    ) as process:
         wait_for((tmp_path / "up").exists)
         assert "running, start 1, from iteration 0" in (tmp_path / "status").read_text()
         process.send_signal(number)
@@ -161,3 +165,53 @@ def test_bad_options_are_refused():
         done = subprocess.run(["bash", str(SCRIPT), *arguments], capture_output=True, text=True, timeout=60)
         assert done.returncode == 2, arguments
         assert said in done.stderr, (arguments, done.stderr)
+
+
+def lines_of(path):
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+@pytest.mark.slow
+def test_the_trainer_is_stopped_and_killed_and_ends_as_if_it_were_not(config_file, tmp_path):
+    trainer = [sys.executable, "-m", "experiments.train", f"--config={config_file}"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+
+    def start(workdir):
+        return subprocess.Popen(
+            ["bash", str(SCRIPT), *FAST, "--", *trainer, f"--workdir={workdir}"],
+            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+
+    def child(process):
+        return int(subprocess.check_output(["ps", "-o", "pid=", "--ppid", str(process.pid)], text=True).split()[0])
+
+    rows = tmp_path / "run" / "metrics.jsonl"
+    with start(tmp_path / "run") as process:
+        wait_for(lambda: lines_of(rows) >= 2)  # the base model's evaluation, and an iteration
+        process.terminate()
+        output = process.communicate(timeout=300)[0]
+    assert process.returncode == 143, output
+    assert "the same command goes on from there" in output
+    before = lines_of(rows)
+    with start(tmp_path / "run") as process:
+        wait_for(lambda: lines_of(rows) > before)
+        os.kill(child(process), signal.SIGKILL)
+        output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    assert "exit code 137" in output
+    assert "running, start 2" in output
+
+    undisturbed = start(tmp_path / "undisturbed")
+    assert undisturbed.wait(timeout=300) == 0
+
+    def numbers(workdir):
+        found = files.read_jsonl(workdir / "metrics.jsonl")
+        return [{k: v for k, v in row.items() if not k.startswith(files.TIME_PREFIXES)} for row in found]
+
+    assert numbers(tmp_path / "run") == numbers(tmp_path / "undisturbed")
+
+    refused = subprocess.run(
+        ["bash", str(SCRIPT), *FAST, "--", *trainer, f"--workdir={tmp_path}/bad", "--config.trainer.num_iterations=0"],
+        cwd=ROOT, env=environment, timeout=300,
+    )  # fmt: skip
+    assert refused.returncode == 2
