@@ -178,15 +178,16 @@ def test_packing_changes_no_objective(name, micro_batch_size):
     assert_packing_changes_nothing(params, make_rollout(11), Table(), settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "block"),
     [
         ("kv2_untied_rope_theta", 0),
-        pytest.param("kv2_untied_rope_theta", 4, marks=pytest.mark.slow),
-        pytest.param("qwen3_tied", 0, marks=pytest.mark.slow),
-        pytest.param("llama_llama3_tied_bias", 4, marks=pytest.mark.slow),
-        pytest.param("mistral_untied", 0, marks=pytest.mark.slow),
-        pytest.param("pangu_tied", 4, marks=pytest.mark.slow),
+        ("kv2_untied_rope_theta", 4),
+        ("qwen3_tied", 0),
+        ("llama_llama3_tied_bias", 4),
+        ("mistral_untied", 0),
+        ("pangu_tied", 4),
     ],
 )
 def test_packing_changes_no_family(case, block):

@@ -10,7 +10,7 @@ from tests.helpers.terms import KEEP, OBJECTIVES, corrected, garbage, per_token,
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in ("critic", "vcpo") else pytest.param(name, marks=pytest.mark.slow) for name in OBJECTIVES]
+    "name", [name if name == "critic" else pytest.param(name, marks=pytest.mark.slow) for name in OBJECTIVES]
 )
 def test_packing_changes_no_term(name, learners, params, head, batch, scored):
     """Gradients, value head, loss and statistics, with rows that take no part and hold garbage."""
@@ -29,6 +29,7 @@ def test_packing_changes_no_term(name, learners, params, head, batch, scored):
             np.testing.assert_allclose(new, old, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_rollout_batch_packed(learners, params, head, batch):
     """Corrections, values, two epochs and V, of a batch half of which takes no part; nothing compiles for other lengths."""
     batch = per_token(batch).replace(keep=KEEP)
