@@ -57,13 +57,41 @@ def score(
     mask = prompt_and_response_mask(prompt_length, response_length, prompt_size, tokens.shape[1])
     positions = jnp.maximum(jnp.arange(tokens.shape[1]) - (prompt_size - prompt_length)[:, None], 0)
     hidden = model.apply({"params": params}, tokens, positions, mask, method="hidden_states")
-    hidden, targets = hidden[:, prompt_size - 1 : -1], tokens[:, prompt_size:]
+    return token_scores(
+        model,
+        params,
+        hidden[:, prompt_size - 1 : -1],
+        tokens[:, prompt_size:],
+        jnp.broadcast_to(temperature[:, None], (tokens.shape[0], tokens.shape[1] - prompt_size)),
+        chunk_size=chunk_size,
+        value_head=value_head,
+    )
+
+
+def token_scores(
+    model,
+    params,
+    hidden: Float[Array, "batch time hidden"],
+    targets: Int[Array, "batch time"],
+    temperature: Float[Array, "batch time"],
+    *,
+    chunk_size: int = 128,
+    value_head: Callable[[Array], Array] | None = None,
+) -> Scores:
+    """Scores of tokens, each given the hidden state before it.
+
+    Args:
+      model, params, chunk_size, value_head: as for `score`.
+      hidden: [B, T, hidden size], last hidden states.
+      targets: int32 [B, T], the tokens that come after them.
+      temperature: float32 [B, T], of each token.
+    """
     value = None if value_head is None else value_head(hidden)
     kernel = model.apply({"params": params}, method="unembedding")  # laid out once, not once a chunk
 
     @jax.checkpoint
-    def chunk_scores(hidden, targets):
-        logits = model.apply({"params": params}, hidden, kernel, method="unembed") / temperature[:, None, None]
+    def chunk_scores(hidden, targets, temperature):
+        logits = model.apply({"params": params}, hidden, kernel, method="unembed") / temperature[..., None]
         logps = jax.nn.log_softmax(logits, axis=-1)
         # A comparison instead of a gather: it shards over the vocabulary, and its gradient is elementwise.
         chosen = jnp.arange(logits.shape[-1]) == targets[..., None]
@@ -72,14 +100,15 @@ def score(
 
     size = targets.shape[1]
     if size <= chunk_size:
-        return Scores(*chunk_scores(hidden, targets), value)
+        return Scores(*chunk_scores(hidden, targets, temperature), value)
     padding = -size % chunk_size
 
-    def chunked(x):
-        x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
+    def chunked(x, filler=0):
+        x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2), constant_values=filler)
         x = x.reshape(x.shape[0], -1, chunk_size, *x.shape[2:]).swapaxes(0, 1)
         return constrain(x, None, "batch", *(None,) * (x.ndim - 2))
 
-    _, scores = jax.lax.scan(lambda _, xs: (None, chunk_scores(*xs)), None, (chunked(hidden), chunked(targets)))
+    chunks = chunked(hidden), chunked(targets), chunked(temperature, 1)
+    _, scores = jax.lax.scan(lambda _, xs: (None, chunk_scores(*xs)), None, chunks)
     logps, entropy = (x.swapaxes(0, 1).reshape(x.shape[1], -1)[:, :size] for x in scores)
     return Scores(logps, entropy, value)

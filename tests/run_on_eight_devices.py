@@ -18,6 +18,7 @@ import pytest
 from r2vpo_jax import config, models, sampler, sharding
 from r2vpo_jax.rollout import Rollout
 from r2vpo_jax.training.learner import Learner
+from tests.helpers.learner import assert_same_stats
 from tests.helpers.params import random_params
 
 RATE = 2.0**20  # swamps the parameters: the new ones are -RATE * gradient
@@ -42,8 +43,9 @@ def make_model(num_kv_heads):
     )
 
 
-def make_config(micro_batch_size=MICRO):
+def make_config(micro_batch_size=MICRO, packing=False):
     trainer = {"prompts_per_rollout": 8, "num_minibatches": 1, "num_epochs": 2, "scoring_chunk_size": 3}
+    trainer["packing"] = packing
     objective = {"name": "r2vpo_fixed", "loss": {"reduction": "sequence_mean"}}
     return config.from_flags(
         config.make(
@@ -81,18 +83,18 @@ class Subject:
         self.params = random_params(self.model)
         self.rollout = make_rollout()
 
-    def learner(self):
-        return Learner(self.model, make_config(), self.mesh, optimizer=optax.sgd(RATE))
+    def learner(self, packing=False):
+        return Learner(self.model, make_config(packing=packing), self.mesh, optimizer=optax.sgd(RATE))
 
-    def update(self):
-        learner = self.learner()
+    def update(self, packing=False):
+        learner = self.learner(packing)
         state = learner.init_state(self.params)
         state, stats = learner.update(state, sharding.put_batch(self.rollout, self.mesh))
         after, stats = sharding.to_host((state.params, stats))
         return jax.tree.map(lambda new, old: (old - new) / RATE, after, self.params), stats
 
-    def score(self):
-        learner = self.learner()
+    def score(self, packing=False):
+        learner = self.learner(packing)
         params = learner.init_state(self.params).params
         return sharding.to_host(learner.score(params, sharding.put_batch(self.rollout, self.mesh)))
 
@@ -120,13 +122,7 @@ def same_update(actual, expected):
     assert largest > 0.1
     for (path, a), e in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(expected_grads), strict=True):
         np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-5 * largest, err_msg=jax.tree_util.keystr(path))
-    for name, (total, number) in expected_stats.sums.items():
-        largest = float(np.max(number))  # some statistics are split: a vector of sums
-        np.testing.assert_allclose(stats.sums[name][0], total, rtol=1e-5, atol=1e-6 * largest, err_msg=name)
-        np.testing.assert_allclose(stats.sums[name][1], number, rtol=1e-5, err_msg=name)
-    for name, value in expected_stats.maxima.items():
-        np.testing.assert_allclose(stats.maxima[name], value, rtol=1e-5, err_msg=name)
-    np.testing.assert_array_equal(stats.histogram, expected_stats.histogram)
+    assert_same_stats(stats, expected_stats)
 
 
 def same_score(actual, expected):
@@ -153,6 +149,8 @@ CHECKS = {
     "minibatch": (Subject.minibatch, same_minibatch),
     "draws": (Subject.draws, same_draws),
 }
+# Packed on eight devices is unpacked on one.
+PACKED_CHECKS = ("update", "score")
 # Mesh and number of key-value heads. Two of them do not divide over eight devices, nor do three prompts.
 CASES = {
     "8,1,1": ((8, 1, 1), 8),
@@ -185,6 +183,10 @@ def compare():
             results[f"{name} on {case}"] = attempt(
                 lambda: same(compute(subject), expected[name, num_kv_heads])  # noqa: B023
             )
+            if name in PACKED_CHECKS:
+                results[f"packed {name} on {case}"] = attempt(
+                    lambda: same(compute(subject, packing=True), expected[name, num_kv_heads])  # noqa: B023
+                )
     return results
 
 

@@ -37,7 +37,9 @@ def comparison():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", run_on_eight_devices.CASES)
-@pytest.mark.parametrize("check", run_on_eight_devices.CHECKS)
+@pytest.mark.parametrize(
+    "check", [*run_on_eight_devices.CHECKS, *(f"packed {check}" for check in run_on_eight_devices.PACKED_CHECKS)]
+)
 def test_eight_devices_agree_with_one(check, case, comparison):
     assert comparison[f"{check} on {case}"] is None, comparison[f"{check} on {case}"]
 

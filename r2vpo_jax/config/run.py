@@ -37,7 +37,12 @@ class TrainerConfig:
     prompts_per_rollout: int = option(64, "problems per rollout batch")
     num_minibatches: int = option(8, "optimizer updates per epoch over a rollout batch")
     num_epochs: int = option(1, "epochs over a rollout batch")
-    micro_batch_size: int = option(32, "responses whose activations exist at one time, all devices together")
+    micro_batch_size: int = option(
+        32, "responses, or packs of them, whose activations exist at one time, all devices together"
+    )
+    packing: bool = option(
+        False, "cut responses to their tokens and pack them, for updates and scoring: same result, less work"
+    )
     scoring_chunk_size: int = option(128, "response columns whose logits exist at one time")
     eval_every: int = option(10, "iterations between validations")
     eval_problems: int = option(256, "validation problems, a fixed sample of a larger split")

@@ -23,8 +23,8 @@ from r2vpo_jax.config.run import Config
 
 _SECTIONS = ("objective.", "optimizer.")
 _FIELDS = ("sampler.temperature",)
-# They enter no program: what is drawn, a label, and what the host compares and writes.
-_NOT_STRUCTURE = ("seed", "objective.name", "trainer.max_noise_floor")
+# They enter no program: what is drawn, a label, and what the host compares and writes. Programs for many runs pack nothing.
+_NOT_STRUCTURE = ("seed", "objective.name", "trainer.max_noise_floor", "trainer.packing")
 _NOT_STRUCTURE_SECTIONS = ("alarms.",)
 
 
@@ -49,8 +49,8 @@ def numbers(config: Config) -> dict[str, float]:
 def structure(config: Config) -> Hashable:
     """What a compiled program depends on. Configurations of one structure differ in `numbers` and in the seed alone.
 
-    Not compared are fields without effect, the name of the preset (what it stands for is compared), the alarms, and
-    the limit of the noise floor.
+    Not compared are fields without effect, the name of the preset (what it stands for is compared), the alarms, the limit
+    of the noise floor, and packing, which a program for many runs has none of.
 
     Returns:
       A hashable key.

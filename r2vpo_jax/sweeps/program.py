@@ -10,6 +10,7 @@ something is the ordinary trainer's, and so is the order (`iteration.iterate`); 
 do: files, checkpoints, verifiers in Python, and sampling until enough groups differ.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -207,7 +208,9 @@ class _Run:
             policy=make_optimizer(config.optimizer, config.num_updates),
             value=critic.make_optimizer(config.optimizer.value_learning_rate, config.optimizer.max_grad_norm),
         )
-        self.functions = UpdateFunctions(program.model, self.optimizers, settings_of(config))
+        # Runs in lockstep would all go through as many packs as the one that has most: here nothing is packed.
+        settings = dataclasses.replace(settings_of(config), packing=False)
+        self.functions = UpdateFunctions(program.model, self.optimizers, settings)
         self.reference = program._cast(params) if config.objective.needs_reference else None
 
     def empty_ring(self) -> Ring | None:

@@ -31,20 +31,57 @@ def value_and_grad(loss_fn, params, batch, num_micro_batches: int):
     Returns:
       (loss, aux with a leading micro-batch axis, float32 gradients).
     """
+    if num_micro_batches == 1:
+        (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)
+        return loss, jax.tree.map(lambda x: x[None], aux), _as_float32(grads)
+    add = _adds(loss_fn, params)
+    (loss, grads), aux = jax.lax.scan(add, _nothing(params), split_rows(batch, num_micro_batches))
+    return loss, aux, grads
+
+
+def value_and_grad_of_some(loss_fn, params, count, outputs):
+    """The same over micro-batches 0 to `count` - 1, a number that only the device knows.
+
+    Args:
+      loss_fn: (params, number of the micro-batch, int32 []) -> (loss, aux).
+      params: differentiated.
+      count: int32 [].
+      outputs: what is returned of aux for the micro-batches that are not reached; a leading micro-batch axis.
+
+    Returns:
+      (loss, aux with that axis, float32 gradients).
+    """
+    add = _adds(loss_fn, params)
+
+    def body(number, carry):
+        sums, outputs = carry
+        sums, aux = add(sums, number)
+        return sums, write(outputs, aux, number)
+
+    (loss, grads), aux = jax.lax.fori_loop(0, count, body, (_nothing(params), outputs))
+    return loss, aux, grads
+
+
+def write(outputs, new, number):
+    """`outputs` with `new` at an index of the leading axis of its leaves."""
+    return jax.tree.map(lambda out, x: jax.lax.dynamic_update_index_in_dim(out, x, number, axis=0), outputs, new)
+
+
+def _adds(loss_fn, params):
+    """((loss, gradients) so far, micro-batch) -> (those with it, aux)."""
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
-    def as_float32(tree):
-        return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
-
-    if num_micro_batches == 1:
-        (loss, aux), grads = grad_fn(params, batch)
-        return loss, jax.tree.map(lambda x: x[None], aux), as_float32(grads)
-
-    def body(carry, micro_batch):
-        loss_sum, grad_sum = carry
+    def add(sums, micro_batch):
+        loss_sum, grad_sum = sums
         (loss, aux), grads = grad_fn(params, micro_batch)
-        return (loss_sum + loss, jax.tree.map(jnp.add, grad_sum, as_float32(grads))), aux
+        return (loss_sum + loss, jax.tree.map(jnp.add, grad_sum, _as_float32(grads))), aux
 
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
-    (loss, grads), aux = jax.lax.scan(body, (jnp.float32(0), zeros), split_rows(batch, num_micro_batches))
-    return loss, aux, grads
+    return add
+
+
+def _nothing(params):
+    return jnp.float32(0), jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
+
+
+def _as_float32(tree):
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)

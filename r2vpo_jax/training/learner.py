@@ -26,6 +26,7 @@ def settings_of(config: Config) -> UpdateSettings:
         num_epochs=trainer.num_epochs,
         micro_batch_size=trainer.micro_batch_size,
         scoring_chunk_size=trainer.scoring_chunk_size,
+        packing=trainer.packing,
         stale=config.replay.enabled,
     )
 

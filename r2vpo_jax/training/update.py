@@ -9,7 +9,6 @@ Everything here can be called under jit, vmap and scan, on any devices; `Learner
 measured before its own update, lambda on that or on the whole batch after the last update (objective.dual.measure).
 """
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -23,8 +22,9 @@ from r2vpo_jax import advantages, corrections, dual, kl, losses, scoring
 from r2vpo_jax.config.objective import ObjectiveConfig
 from r2vpo_jax.rollout import Rollout
 from r2vpo_jax.train_stats import TrainStats
-from r2vpo_jax.training import accumulation, critic, terms
+from r2vpo_jax.training import accumulation, critic, packing, terms
 from r2vpo_jax.training.critic import CriticState
+from r2vpo_jax.training.settings import UpdateSettings
 from r2vpo_jax.training.terms import anchor, mean_over_tokens, normalizer
 
 
@@ -57,32 +57,6 @@ class Optimizers(NamedTuple):
 
     policy: optax.GradientTransformation
     value: optax.GradientTransformation | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class UpdateSettings:
-    """What the functions here have to know besides arrays. Hashable: it can be a static argument."""
-
-    objective: ObjectiveConfig
-    group_size: int
-    num_minibatches: int
-    num_epochs: int = 1
-    micro_batch_size: int | None = None  # responses whose activations exist at one time; None: a whole minibatch
-    scoring_chunk_size: int = 128  # response columns whose logits exist at one time
-    stale: bool = False  # whether batches may come out of a replay buffer: the dual signal `auto` then is `excess`
-
-    @property
-    def num_updates(self) -> int:
-        """Updates per rollout batch."""
-        return self.num_minibatches * self.num_epochs
-
-    @property
-    def excess(self) -> bool:
-        """Whether lambda sees what the updates added to V rather than V itself (objective.dual.signal).
-
-        Stale data starts at V > 0 whatever this batch's updates do: that must not wind the multiplier up (ours).
-        """
-        return {"auto": self.stale, "excess": True, "absolute": False}[self.objective.dual.signal]
 
 
 def init_state(params, model, optimizers: Optimizers, settings: UpdateSettings) -> LearnerState:
@@ -124,18 +98,16 @@ def update(
     Raises:
       ValueError: B is not a multiple of the micro-batch size.
     """
-    num_micro = _num_micro_batches(batch, settings)
-    loss_fn = functools.partial(
-        micro_batch_loss,
-        state=state,
-        model=model,
-        settings=settings,
-        normalizer=normalizer(batch, settings.objective),
-        computed=computed_arguments(state, batch, model, settings),
-        imitation_normalizer=terms.imitation_normalizer(batch, settings.objective),
-    )
+    num_micro, whole = settings.num_micro_batches(len(batch.keep)), _of_whole_minibatch(state, batch, model, settings)
     head = None if state.critic is None else (state.critic.kernel, state.critic.bias)
-    loss, stats, (grads, head_grads) = accumulation.value_and_grad(loss_fn, (state.params, head), batch, num_micro)
+    if settings.packing:
+        loss_of = functools.partial(loss_of_scores, settings=settings, **whole)
+        loss, scores, grads = packing.value_and_grad(loss_of, (state.params, head), batch, model, settings)
+        stats = _of_row_micro_batches(lambda *rows: loss_of(*rows)[1], scores, batch, settings)
+    else:
+        loss_fn = functools.partial(micro_batch_loss, model=model, settings=settings, **whole)
+        loss, stats, grads = accumulation.value_and_grad(loss_fn, (state.params, head), batch, num_micro)
+    grads, head_grads = grads
     stats, grad_norm = stats.reduce(), optax.tree.norm((grads, head_grads))
     updates, opt_state = optimizers.policy.update(grads, state.opt_state, state.params)
     scales = settings.objective.correction.step_scaling != "none"
@@ -182,31 +154,53 @@ def computed_arguments(state: LearnerState, batch: Rollout, model, settings: Upd
     return {name: how[name]() for name in losses.computed(objective.loss.name)}
 
 
+def _of_whole_minibatch(state: LearnerState, batch: Rollout, model, settings: UpdateSettings) -> dict:
+    """The arguments of `loss_of_scores` that are the same for all micro-batches."""
+    return {
+        "state": state,
+        "normalizer": normalizer(batch, settings.objective),
+        "computed": computed_arguments(state, batch, model, settings),
+        "imitation_normalizer": terms.imitation_normalizer(batch, settings.objective),
+    }
+
+
 def micro_batch_loss(
-    trained,
-    batch: Rollout,
-    *,
-    state: LearnerState,
-    model,
-    settings: UpdateSettings,
-    normalizer,
-    computed,
-    imitation_normalizer=None,
+    trained, batch: Rollout, *, model, settings: UpdateSettings, **whole
 ) -> tuple[jax.Array, TrainStats]:
     """(loss, statistics) of one micro-batch; losses add up over those of a minibatch.
 
     Args:
       trained: (params, value head or None), what gradients are taken of.
       batch: rows of the minibatch.
-      state: for the multipliers and the version.
       model, settings: of the run.
+      **whole: as for `loss_of_scores`.
+    """
+    return loss_of_scores(score_rows(*trained, batch, model, settings), batch, settings=settings, **whole)
+
+
+def loss_of_scores(
+    scores: scoring.Scores,
+    batch: Rollout,
+    *,
+    state: LearnerState,
+    settings: UpdateSettings,
+    normalizer,
+    computed,
+    imitation_normalizer=None,
+) -> tuple[jax.Array, TrainStats]:
+    """`micro_batch_loss`, given the scores of its rows.
+
+    Args:
+      scores: f32 [B, T] each, under the policy.
+      batch: rows of the minibatch.
+      state: for the multipliers and the version.
+      settings: of the run.
       normalizer: `normalizer` of the whole minibatch.
       computed: `computed_arguments` of the whole minibatch.
       imitation_normalizer: `terms.imitation_normalizer` of the whole minibatch, where right responses are imitated.
     """
     objective, mask = settings.objective, batch.learning_mask
     reduction = {"reduction": objective.loss.reduction, "normalizer": normalizer}
-    scores = score_rows(*trained, batch, model, settings)
     weights, weight_stats = terms.update_weights(batch, scores.logp, objective)
     weighed = batch.replace(weights=weights)
     loss_of = functools.partial(_policy_loss, batch=weighed, state=state, objective=objective, **reduction, **computed)
@@ -267,27 +261,27 @@ def score_rows(params, head, batch: Rollout, model, settings: UpdateSettings) ->
 
 def score(params, batch: Rollout, model, settings: UpdateSettings) -> jax.Array:
     """Log-probabilities f32 [B, T] of a batch's responses, one micro-batch at a time, by the same code as the update."""
-    return _map_rows(lambda rows: score_rows(params, None, rows, model, settings).logp, batch, settings)
+    return _map_rows(lambda scores: scores.logp, (params, None), batch, model, settings)
 
 
 def values(params, state: CriticState, batch: Rollout, model, settings: UpdateSettings) -> jax.Array:
     """The critic's values f32 [B, T] before each response token."""
-    head = state.kernel, state.bias
-    return _map_rows(lambda rows: score_rows(params, head, rows, model, settings).value, batch, settings)
+    return _map_rows(lambda scores: scores.value, (params, (state.kernel, state.bias)), batch, model, settings)
 
 
-def _map_rows(function, batch: Rollout, settings: UpdateSettings):
-    """`function` of the rows, f32 [B, T], one micro-batch at a time."""
-    outputs = jax.lax.map(function, accumulation.split_rows(batch, _num_micro_batches(batch, settings)))
+def _map_rows(of, trained, batch: Rollout, model, settings: UpdateSettings):
+    """One of the scores of all rows, f32 [B, T], one micro-batch at a time."""
+    if settings.packing:
+        return of(packing.score(trained, batch, model, settings))
+    split = accumulation.split_rows(batch, settings.num_micro_batches(len(batch.keep)))
+    outputs = jax.lax.map(lambda rows: of(score_rows(*trained, rows, model, settings)), split)
     return outputs.swapaxes(0, 1).reshape(batch.behavior_logp.shape)
 
 
-def _num_micro_batches(batch: Rollout, settings: UpdateSettings) -> int:
-    rows = batch.tokens.shape[0]
-    size = settings.micro_batch_size or rows
-    if rows % size:
-        raise ValueError(f"a batch of {rows} responses is not a multiple of micro_batch_size={size}")
-    return rows // size
+def _of_row_micro_batches(function, scores: scoring.Scores, batch: Rollout, settings: UpdateSettings):
+    """`function` (scores, rows) of each micro-batch of rows, stacked."""
+    split = accumulation.split_rows((scores, batch), settings.num_micro_batches(len(batch.keep)))
+    return jax.lax.map(lambda rows: function(*rows), split)
 
 
 # One rollout batch ------------------------------------------------------------------------------------------
@@ -346,21 +340,18 @@ def move_baseline(params, rollout: Rollout, model, settings: UpdateSettings) -> 
 
 def variance(state: LearnerState, rollout: Rollout, model, settings: UpdateSettings) -> jax.Array:
     """V of a whole rollout batch under the parameters as they are, f32 []: the mean that the penalty takes."""
-    fixed = {
-        "state": state,
-        "model": model,
-        "settings": settings,
-        "normalizer": normalizer(rollout, settings.objective),
-        "computed": computed_arguments(state, rollout, model, settings),
-        "imitation_normalizer": terms.imitation_normalizer(rollout, settings.objective),
-    }
+    whole, trained = _of_whole_minibatch(state, rollout, model, settings), (state.params, None)
 
-    def one(rows):
-        _, stats = micro_batch_loss((state.params, None), rows, **fixed)
-        return stats.sums["ratio_variance"]
+    def of_scores(scores, rows):
+        return loss_of_scores(scores, rows, settings=settings, **whole)[1].sums["ratio_variance"]
 
-    split = accumulation.split_rows(rollout, _num_micro_batches(rollout, settings))
-    total, count = (jnp.sum(x) for x in jax.lax.map(one, split))
+    if settings.packing:
+        scores = packing.score(trained, rollout, model, settings, take=rollout.keep)
+        variances = _of_row_micro_batches(of_scores, scores, rollout, settings)
+    else:
+        split = accumulation.split_rows(rollout, settings.num_micro_batches(len(rollout.keep)))
+        variances = jax.lax.map(lambda rows: of_scores(score_rows(*trained, rows, model, settings), rows), split)
+    total, count = (jnp.sum(x) for x in variances)
     return total / jnp.where(count == 0, 1.0, count)
 
 

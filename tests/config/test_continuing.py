@@ -31,6 +31,7 @@ def test_every_name_on_the_lists_is_a_field_or_a_section():
     [
         ({"trainer": {"micro_batch_size": 16}}, "rounding"),
         ({"trainer": {"scoring_chunk_size": 64}}, "rounding"),
+        ({"trainer": {"packing": True}}, "rounding"),
         ({"mesh": {"data": 2}}, "rounding"),
         ({"model": {"remat": True}}, "rounding"),
         ({"evaluation": {"batch_size": 512}}, "rounding"),

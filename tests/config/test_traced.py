@@ -116,6 +116,7 @@ def test_what_is_not_among_the_numbers_is_refused(path):
         ("r2vpo", {"objective": {"dual": {"budget": 0.01, "coef": 2}}}),
         ("r2vpo", {"optimizer": {"learning_rate": 1.0}, "sampler": {"temperature": 0.5}, "seed": 7}),
         ("r2vpo", {"alarms": {"patience": 3}, "trainer": {"max_noise_floor": 1.0}}),
+        ("r2vpo", {"trainer": {"packing": True}}),
         ("cispo", {"objective": {"loss": {"options": {"max_ratio": 2.0}}}}),
         ("grpo", {"objective": {"kl": {"coef": 0.5}}}),
     ],

@@ -18,3 +18,17 @@ def assert_same(actual, expected):
     for (path, a), e in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
         assert np.abs(e).max() > 1e-3 * largest, path
         np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-5 * largest, err_msg=jax.tree_util.keystr(path))
+
+
+def assert_same_stats(actual, expected):
+    """Every statistic of two updates, at the tolerance of float32 sums in another order."""
+    assert actual.sums.keys() == expected.sums.keys()
+    for name, (total, number) in expected.sums.items():
+        largest = float(np.max(number))  # some statistics are split: a vector of sums
+        np.testing.assert_allclose(actual.sums[name][0], total, rtol=1e-5, atol=1e-6 * largest, err_msg=name)
+        np.testing.assert_allclose(actual.sums[name][1], number, rtol=1e-5, err_msg=name)
+    for name, value in expected.maxima.items():
+        np.testing.assert_allclose(actual.maxima[name], value, rtol=1e-5, err_msg=name)
+    np.testing.assert_array_equal(actual.histogram, expected.histogram)
+    for name, bins in expected.concentration.items():
+        np.testing.assert_allclose(actual.concentration[name].sum(axis=1), bins.sum(axis=1), rtol=1e-5, err_msg=name)

@@ -120,9 +120,10 @@ def test_a_finished_run_gets_more_iterations(finished_run, tiny_config, tiny_mod
 
 
 @pytest.mark.slow
-def test_a_run_with_bfloat16_weights_ends_the_same_after_a_stop(tiny_config, tmp_path, mesh):
-    """The optimizer's moments are restored in the dtype that they are computed in."""
-    config = tiny_config(model={"param_dtype": "bfloat16"})
+@pytest.mark.parametrize("changed", [{"model": {"param_dtype": "bfloat16"}}, {"trainer": {"packing": True}}], ids=str)
+def test_a_run_with_other_programs_ends_the_same_after_a_stop(changed, tiny_config, tmp_path, mesh):
+    """The optimizer's moments are restored in the dtype that they are computed in; packs are a function of the batch."""
+    config = tiny_config(**changed)
     model = open_base_model(config.model).model
     train(config, tmp_path / "whole")
     stop(config, tmp_path / "parts", 2)
@@ -132,13 +133,13 @@ def test_a_run_with_bfloat16_weights_ends_the_same_after_a_stop(tiny_config, tmp
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_sums_in_other_pieces(finished_run, tiny_config, tmp_path):
-    """Other micro-batches are the same result but for its last digits, and that is said."""
+    """Other micro-batches, packed ones too, are the same result but for its last digits, and that is said."""
     said = []
     stop(tiny_config(), tmp_path / "run", 2)
-    config = tiny_config(trainer={"micro_batch_size": 8, "scoring_chunk_size": 7})
+    config = tiny_config(trainer={"micro_batch_size": 8, "scoring_chunk_size": 7, "packing": True})
     train(config, tmp_path / "run", say=said.append)
     (note,) = (line for line in said if "last digits" in line)
-    assert note.startswith("note: trainer.micro_batch_size, trainer.scoring_chunk_size take the same sums")
+    assert note.startswith("note: trainer.micro_batch_size, trainer.packing, trainer.scoring_chunk_size take")
     for row, expected in zip(train_rows(tmp_path / "run"), train_rows(finished_run[0]), strict=True):
         for name in ("reward/mean", "ratio/variance", "optimizer/grad_norm", "dual/variance_coef"):
             np.testing.assert_allclose(row[name], expected[name], rtol=1e-3, atol=1e-6, err_msg=name)

@@ -19,18 +19,18 @@ def learners(tiny_model, tiny_config, mesh):
     """Learners by name, made once: SGD whose rate is part of the state, one minibatch of 16 rows, two epochs."""
     made = {}
 
-    def make(name, micro_batch_size=4):
-        if (name, micro_batch_size) not in made:
+    def make(name, micro_batch_size=4, packing=False):
+        if (name, micro_batch_size, packing) not in made:
             config = tiny_config(
                 # The budget and the step of the preset, not those of the tiny run.
                 objective=OBJECTIVES[name]
                 | {"dual": {"budget": None, "step": None} | OBJECTIVES[name].get("dual", {})},
-                trainer={"micro_batch_size": micro_batch_size, "num_minibatches": 1},
+                trainer={"micro_batch_size": micro_batch_size, "num_minibatches": 1, "packing": packing},
                 optimizer={"value_learning_rate": VALUE_RATE},
             )
             optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=RATE)
-            made[name, micro_batch_size] = Learner(tiny_model[0], config, mesh, optimizer=optimizer)
-        return made[name, micro_batch_size]
+            made[name, micro_batch_size, packing] = Learner(tiny_model[0], config, mesh, optimizer=optimizer)
+        return made[name, micro_batch_size, packing]
 
     return make
 
