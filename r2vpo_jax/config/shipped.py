@@ -7,11 +7,9 @@ import pathlib
 from ml_collections import config_dict
 
 _PACKAGE = pathlib.Path(__file__).parent.parent
-# setup.py puts the folder experiments/ of a checkout into the installed package.
-_DIRECTORY = next(
-    (folder for folder in (_PACKAGE / "experiments" / "configs", _PACKAGE.parent / "experiments" / "configs") if folder.is_dir()),
-    None,
-)  # fmt: skip
+# setup.py puts the folder experiments/ of a checkout, which is beside the package, into it.
+_FOLDERS = [place / "experiments" / "configs" for place in (_PACKAGE, _PACKAGE.parent)]
+_DIRECTORY = next((folder for folder in _FOLDERS if folder.is_dir()), None)
 
 
 def names() -> tuple[str, ...]:
@@ -34,10 +32,10 @@ def file_of(text: str) -> str:
         return text
     if name not in names():
         near = difflib.get_close_matches(name, names(), n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
         raise ValueError(
-            f"no configuration is called {name!r}"
-            + (f"; did you mean {near[0]}?" if near else "")
-            + f" The names are {', '.join(names()) or 'none here'}; a file of yours ends in .py, as in --config=my_config.py"
+            f"no configuration is called {name!r}{hint}; the names are {', '.join(names()) or 'none here'}; "
+            "a file of yours ends in .py, as in --config=my_config.py"
         )
     return f"{_DIRECTORY / name}.py{colon}{choice}"
 
