@@ -101,17 +101,17 @@ def test_each_command_says_what_it_is_and_of_which_version(commands, tmp_path):
         helps = {
             name: pool.submit(call, commands / f"r2vpo-{name}", "--help", cwd=tmp_path, code=1) for name in COMMANDS
         }
-        versions = [pool.submit(call, commands / f"r2vpo-{name}", "--version", cwd=tmp_path) for name in COMMANDS]
+        version = pool.submit(call, commands / "r2vpo-train", "--version", cwd=tmp_path)
     own = {"train": "stop_after_iteration", "evaluate": "greedy", "sweep": "runs_at_once", "report": "reference",
            "export": "checkpoint", "pretrain": "num_steps"}  # fmt: skip
     for name, answer in helps.items():
         shown = " ".join(answer.result()[0].split())
         assert f"r2vpo-{name} --" in shown, name
-        assert f"--{own[name]}" in shown.replace("[no]", ""), name
+        for flag in (own[name], "version"):
+            assert f"--{flag}" in shown.replace("[no]", ""), name
         assert "python -m" not in shown, name
         assert "experiments/" not in shown, name
-    for answer in versions:
-        assert answer.result()[0].startswith(f"r2vpo_jax {r2vpo_jax.__version__}, JAX ")
+    assert version.result()[0].startswith(f"r2vpo_jax {r2vpo_jax.__version__}, JAX ")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -154,11 +154,11 @@ def test_what_is_wrong_or_missing_is_one_line(commands, tmp_path):
     missing = tmp_path / "missing"
     missing.mkdir()
     (missing / "sitecustomize.py").write_text(
-        "import importlib.machinery\nimport sys\n\n\nclass Others:\n"
-        "    def find_spec(name, path=None, target=None):\n"
+        "import sys\nfrom importlib.machinery import PathFinder\n\n\nclass Others(PathFinder):\n    @classmethod\n"
+        "    def find_spec(cls, name, path=None, target=None):\n"
         "        if name.partition('.')[0] not in ('math_verify', 'reasoning_gym'):\n"
-        "            return importlib.machinery.PathFinder.find_spec(name, path, target)\n\n\n"
-        "sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = Others\n"
+        "            return super().find_spec(name, path, target)\n\n\n"
+        "sys.meta_path[sys.meta_path.index(PathFinder)] = Others\n"
     )
     small = "--num_problems=2", "--k=1", "--output=runs/eval"
     for arguments, parts in (
