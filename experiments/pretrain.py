@@ -14,9 +14,10 @@ import dataclasses
 
 from absl import flags
 
-from experiments.base_models import pretraining, word_problems
 from r2vpo_jax import cli
 from r2vpo_jax.run import directory
+
+from .base_models import pretraining, word_problems
 
 _TASK = flags.DEFINE_enum("task", "arithmetic", list(pretraining.CONFIGS), "What the model is to learn.")
 _OUTPUT = flags.DEFINE_string("output", None, "Directory for the model, in Hugging Face format.")
@@ -62,5 +63,9 @@ def main():
     print(f"wrote {_OUTPUT.value}")
 
 
-if __name__ == "__main__":
+def command():
     cli.run(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -29,5 +29,9 @@ def main():
             print(report.rewrite(_WORKDIR.value))
 
 
-if __name__ == "__main__":
+def command():
     cli.run(main)
+
+
+if __name__ == "__main__":
+    command()

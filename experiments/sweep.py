@@ -60,5 +60,9 @@ def main():
     print(table)
 
 
-if __name__ == "__main__":
+def command():
     cli.run(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -28,5 +28,9 @@ def main():
     trainer.train(config, workdir, stop_after_iteration=_STOP_AFTER.value, profile_steps=profile)
 
 
-if __name__ == "__main__":
+def command():
     cli.run(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -1,11 +1,15 @@
 """The one entry of all binaries: flags in, one clear line out when something is wrong.
 
+A binary is called in two ways: `python -m experiments.train` in a checkout, `r2vpo-train` where the package is installed.
+Its docstring and our messages are written for the first, and shown as the second needs them.
+
 An unknown flag or field, a bad value or a missing file ends with one line on stderr and exit code 2, nearly
 always before any work is done; everything unexpected keeps its traceback and exit code 1.
 """
 
 import os
 import pathlib
+import platform
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -14,10 +18,13 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from r2vpo_jax import __version__
 from r2vpo_jax import config as config_lib
+from r2vpo_jax.config import shipped
 from r2vpo_jax.errors import NonFiniteUpdateError, Stopped, UsageError, usage_errors
 
 _PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print every config field with its value and help, and exit.")
+_VERSION = flags.DEFINE_bool("version", False, "Print the version, and exit.")
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Call jax.distributed.initialize first (TPU pods find their peers by themselves)."
 )
@@ -27,10 +34,20 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, 
 
 
 def define_config() -> flags.FlagHolder:
-    """The --config flag: a Python file that returns a ConfigDict; fields are set by --config.section.field=value."""
-    return config_flags.DEFINE_config_file(
-        "config", None, "Configuration file, for example experiments/configs/arithmetic.py."
+    """The --config flag: a configuration that ships or a Python file that returns a ConfigDict, by name or by path.
+
+    Fields are set by --config.section.field=value.
+    """
+    flag = config_flags.DEFINE_config_file(
+        "config",
+        None,
+        f"Configuration: one of {', '.join(shipped.names())}, or a file such as my_config.py. What it takes follows a "
+        "colon, as in sweep_variance:smoke. --config.section.field=value sets a field.",
     )
+    parser = flags.FLAGS["config"].parser
+    parse_file = parser.parse
+    parser.parse = lambda text: parse_file(shipped.file_of(text))
+    return flag
 
 
 def define_sections(sections, renamed: Mapping[str, str]) -> flags.FlagHolder:
@@ -79,7 +96,7 @@ def resolve(flag) -> config_lib.Config:
     Raises:
       UsageError: no --config, an unknown field or a value out of range.
     """
-    require_flag(flag, "experiments/configs/arithmetic.py")
+    require_flag(flag, "arithmetic")
     with usage_errors(TypeError):
         config = config_lib.from_flags(flag.value)
     show_if_asked(lambda: config_lib.describe(config))
@@ -90,12 +107,10 @@ def resolve(flag) -> config_lib.Config:
 
 def resolve_sweep(flag) -> tuple[dict, config_lib.SweepConfig]:
     """The same for a sweep: (plain values shared by all runs, the grid)."""
-    require_flag(flag, "experiments/configs/sweep_variance.py:smoke")
+    require_flag(flag, "sweep_variance:smoke")
     with usage_errors(TypeError):
         if set(flag.value) != {"base", "sweep"}:
-            raise UsageError(
-                "a sweep's config has the fields base and sweep, see experiments/configs/sweep_variance.py"
-            )
+            raise UsageError("a sweep's config has the fields base and sweep, as --config=sweep_variance has")
         base, sweep = flag.value.base.to_dict(), config_lib.SweepConfig(**flag.value.sweep.to_dict())
         resolved = config_lib.from_dict(base)
     show_if_asked(lambda: config_lib.describe(sweep) + "\n" + config_lib.describe(resolved))
@@ -119,8 +134,16 @@ def start_devices() -> None:
         )
 
 
+def _as_called(text: str) -> str:
+    """A text that names the binaries and files of a checkout, with the names that they have for this caller."""
+    if not pathlib.Path(sys.argv[0]).name.startswith("r2vpo-"):
+        return text
+    text = re.sub(r"python -m experiments\.(\w+)", r"r2vpo-\1", text)
+    return re.sub(r"experiments/configs/(\w+)\.py", r"\1", text)
+
+
 def _fail(message: str) -> None:
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"error: {_as_called(' '.join(str(message).split()))}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -156,7 +179,11 @@ def _reason(error: Exception, argv) -> str:
 
 
 def run(main) -> None:
-    """Run `main()` as a program. Replaces absl.app.run."""
+    """Run `main()` as a program. Replaces absl.app.run.
+
+    Args:
+      main: a function of the binary's module, whose docstring --help shows, and its flags.
+    """
 
     def parse(argv):
         try:
@@ -165,6 +192,9 @@ def run(main) -> None:
             _refuse(error, argv)
         if len(rest) > 1:
             _fail(f"unexpected argument {rest[1]!r}; flags start with --")
+        if _VERSION.value:
+            print(f"r2vpo_jax {__version__}, JAX {jax.__version__}, Python {platform.python_version()}")
+            sys.exit(0)
         return rest
 
     def guarded(_):
@@ -183,9 +213,14 @@ def run(main) -> None:
             print("interrupted; what was saved is intact", file=sys.stderr)
             return 130
 
-    shared = (_PRINT_CONFIG, _DISTRIBUTED, _COORDINATOR, _NUM_PROCESSES, _PROCESS_ID)
-    for name in (*(flag.name for flag in shared), *({"config"} & set(flags.FLAGS))):
-        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])  # so that --help shows it
+    binary = sys.modules[main.__module__]
+    if binary.__name__ != "__main__":  # called by an installed script, which is what Python takes for the program
+        sys.path.insert(0, os.getcwd())  # as python -m does: losses, tasks and rewards of the user's own are there
+        sys.modules["__main__"].__doc__ = binary.__doc__ and _as_called(binary.__doc__)
+    shared = (_PRINT_CONFIG, _VERSION, _DISTRIBUTED, _COORDINATOR, _NUM_PROCESSES, _PROCESS_ID)
+    names = (*(flag.name for flag in shared), *({"config"} & set(flags.FLAGS)))
+    for flag in (*flags.FLAGS.get_flags_for_module(binary), *(flags.FLAGS[name] for name in names)):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # so that --help shows it
     app.run(guarded, flags_parser=parse)
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -149,3 +150,11 @@ def test_verifiers_and_data_load_no_jax(package):
     )
     assert "jax" not in result.stdout
     assert "flax" not in result.stdout
+
+
+def test_the_experiments_do_not_count_on_their_folder_being_a_package():
+    """Where the package is installed, experiments/ is a part of it (setup.py)."""
+    for file in (PACKAGE.parent / "experiments").rglob("*.py"):
+        assert not re.findall(r"^\s*(?:from|import) experiments\b", file.read_text(encoding="utf-8"), re.MULTILINE), (
+            file
+        )

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.base_models import word_problems
 from r2vpo_jax import models, scoring
 from r2vpo_jax.tasks.arithmetic import ArithmeticTask
 from r2vpo_jax.tasks.countdown import CountdownTask
 from r2vpo_jax.tasks.embedded import make_tokenizer
 from r2vpo_jax.tasks.eureka import EurekaTask
 from r2vpo_jax.training import accumulation
+
+from . import word_problems
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,11 +4,11 @@ The settings are those of the shipped run; only the queue's lag and the number o
 the queue). Chosen on the validation split.
 """
 
-from experiments.configs import arithmetic
+from r2vpo_jax import config
 
 
 def get_config():
-    config = arithmetic.get_config()
-    config.replay.lag = 16
-    config.trainer.update(num_iterations=120, eval_every=10)
-    return config
+    run = config.named("arithmetic")
+    run.replay.lag = 16
+    run.trainer.update(num_iterations=120, eval_every=10)
+    return run

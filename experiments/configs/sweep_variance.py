@@ -7,7 +7,6 @@ the methods compare.
 
 from ml_collections import config_dict
 
-from experiments.configs import arithmetic
 from r2vpo_jax import config
 from r2vpo_jax.config import grid
 
@@ -24,7 +23,7 @@ def cells(coefs, budgets, clips):
 
 
 def get_config(size: str = "full"):
-    base = arithmetic.get_config()
+    base = config.named("arithmetic")
     if size == "full":
         sweep = config.SweepConfig(
             cells=cells((0.1, 0.5, 2.5, 12.5), (0.0002, 0.0006, 0.002, 0.006), (0.05, 0.1, 0.2, 0.4)), seeds=range(3)

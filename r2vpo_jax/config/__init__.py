@@ -38,6 +38,7 @@ from r2vpo_jax.config.run import (
     TrainerConfig,
     make_objective,
 )
+from r2vpo_jax.config.shipped import named
 from r2vpo_jax.config.task import ArithmeticConfig, PromptConfig, RewardConfig, TaskConfig, TextConfig, VerifierConfig
 from r2vpo_jax.config.traced import numbers, structure, with_numbers
 
@@ -75,6 +76,7 @@ __all__ = [
     "leaves",
     "make",
     "make_objective",
+    "named",
     "new_name",
     "numbers",
     "structure",
