@@ -144,8 +144,15 @@ def _measure_program(program, everyone, workload, limits, results, ends, argumen
     if time.perf_counter() > ends:
         results.note(f"{program}: not begun, --budget_seconds is spent")
         return
-    able = [one for one in everyone if one.can(program)]
-    facts, rounds = [one.prepare(program) for one in able], [[] for _ in able]
+    able, facts = [], []
+    for one in everyone:
+        if one.can(program):
+            try:
+                facts.append(one.prepare(program))
+                able.append(one)
+            except EnvironmentFailedError as error:  # the others go on
+                results.note(f"left out: {error}")
+    rounds = [[] for _ in able]
     for number in range(arguments.rounds):
         begun = time.perf_counter()
         for one, times in zip(able, rounds, strict=True):

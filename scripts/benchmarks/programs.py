@@ -11,6 +11,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from references.serving import Steps
 
 from benchmarks import workloads
 from benchmarks.workloads import GROUP, Workload
@@ -22,7 +23,7 @@ NAMES = ("rollout", "scoring", "update", "iteration")
 _QUIET = 1e-4  # what layers write to the residual stream where weights draw the lengths
 
 
-class Programs:
+class Programs(Steps):
     """The programs of one workload, each prepared, measured and released on request."""
 
     def __init__(self, workload: Workload, learner_class, settings=()):
@@ -40,32 +41,10 @@ class Programs:
         self.config = _configuration(workload, dict(settings))
         self.model = models.Decoder(_decoder_config(workload, self.config.model))
         self.mesh = sharding.make_mesh((-1, 1, 1))
-        self._step = None
 
-    def prepare(self, program: str) -> dict:
-        """Compile a program and run it once.
-
-        Returns:
-          facts: tokens and lengths of a call; first_seconds, of the first call; compile_seconds and program_bytes (all arrays,
-          temporary ones included) where the compiler can be asked; peak_bytes of the device so far, where it counts.
-        """
-        self.release()
-        self._step, facts = getattr(self, f"_{program}")()
-        start = time.perf_counter()
-        facts |= self._step() or {}
-        facts["first_seconds"] = time.perf_counter() - start
-        stats = jax.local_devices()[0].memory_stats()
-        return facts | ({"peak_bytes": stats["peak_bytes_in_use"]} if stats and "peak_bytes_in_use" in stats else {})
-
-    def round(self) -> float:
-        """Seconds of one call of the program that was prepared."""
-        start = time.perf_counter()
-        self._step()
-        return time.perf_counter() - start
-
-    def release(self) -> None:
-        """Let go of the program's arrays."""
-        self._step = None
+    def peak_bytes(self):
+        stats = jax.local_devices()[0].memory_stats() or {}
+        return stats.get("peak_bytes_in_use")
 
     def describe(self) -> dict:
         """The fields of the configuration that decide how fast it is."""
@@ -98,7 +77,7 @@ class Programs:
         def step():
             jax.block_until_ready(score(params, batch))
 
-        return step, facts | self._update_facts()
+        return step, facts | workloads.update_facts(self.workload)
 
     def _update(self):
         learner, batch = self._learner(), self._batch()
@@ -110,7 +89,7 @@ class Programs:
             state, stats = update(state, batch)
             jax.block_until_ready((state, stats))
 
-        return step, facts | self._update_facts()
+        return step, facts | workloads.update_facts(self.workload)
 
     def _iteration(self):
         """A rollout, rewards by a rule that costs nothing, scores of the whole batch, and the updates."""
@@ -188,10 +167,6 @@ class Programs:
             version=np.zeros(rows, np.int32),
         )
         return sharding.put_batch(rollout, self.mesh)
-
-    def _update_facts(self):
-        lengths = workloads.response_lengths(self.workload, self.workload.update_rows)
-        return {"tokens": int(lengths.sum()) + len(lengths) * self.workload.prompt_size, "lengths": lengths.tolist()}
 
 
 def _quieter(path, x):

@@ -255,6 +255,30 @@ def length_weights(workload: Workload) -> tuple[np.ndarray, np.ndarray]:
     return embedding, lm_head / math.sqrt(hidden)
 
 
+# Facts ------------------------------------------------------------------------------------------------------------
+
+
+def update_facts(workload: Workload) -> dict:
+    """Tokens and lengths of an update or of scoring: prompts and responses, without padding."""
+    lengths = response_lengths(workload, workload.update_rows)
+    return {"tokens": int(lengths.sum()) + len(lengths) * workload.prompt_size, "lengths": lengths.tolist()}
+
+
+def rollout_facts(workload: Workload, generate) -> dict:
+    """Sample the whole rollout with a function that knows neither groups nor batches, and say what came out.
+
+    Args:
+      generate: prompts, lists of token ids, to responses, lists of token ids, of which what follows an end of text does not count.
+    """
+    rows = np.repeat(prompts(workload), workload.group_size, axis=0).tolist()
+    size, lengths = workload.prompts_at_once * workload.group_size, []
+    for start in range(0, len(rows), size):
+        for response in generate(rows[start : start + size]):
+            ends = [response.index(eos) + 1 for eos in workload.eos_ids if eos in response]
+            lengths.append(min(ends, default=len(response)))
+    return {"tokens": sum(lengths), "lengths": lengths}
+
+
 # Least work -------------------------------------------------------------------------------------------------------
 
 
