@@ -54,7 +54,7 @@ def main() -> None:
     else:
         try:
             measure(arguments)
-        except (ValueError, EnvironmentFailedError) as error:
+        except (ValueError, OSError, EnvironmentFailedError) as error:
             raise SystemExit(str(error)) from None
 
 
@@ -87,8 +87,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FIELD=VALUE",
         help="a field of the configuration, for this tree alone",
     )
-    parser.add_argument("--json", metavar="PATH", help="write everything here, after each line")
-    parser.add_argument("--markdown", metavar="PATH", help="write the table here")
+    parser.add_argument("--json", metavar="PATH", help="write everything here, after each program")
+    parser.add_argument("--markdown", metavar="PATH", help="write the table here, after each program")
     parser.add_argument(
         "--profile", metavar="DIR", help="also trace one call of each program, and say what took longest"
     )
@@ -113,16 +113,16 @@ def measure(arguments: argparse.Namespace) -> None:
     ours = programs.Programs(workload, Learner, [_pair("set", text, ast.literal_eval) for text in arguments.set])
     pythons = dict(_pair("python", text) for text in arguments.python)
     with subjects.others(arguments.against, workload, ours, pythons) as others:
-        limits = ceilings.measure(workload.compute_dtype, tiny=arguments.tiny)
         header = {
             "workload": workload.name,
             "tiny": arguments.tiny,
             "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
             "jax": jax.__version__,
             "revision": subjects.revision(),
-            "ceilings": limits,
             "configuration": ours.describe(),
         }
+        results = report.Report(header, arguments.json, arguments.markdown)
+        limits = header["ceilings"] = ceilings.measure(workload.compute_dtype, tiny=arguments.tiny)
         print(
             f"{header['device']}, JAX {header['jax']}, {workload.name}{' (tiny)' if arguments.tiny else ''}: "
             f"{limits['flops_per_second'] / 1e12:.3g} TFLOP/s in {workload.compute_dtype} products, "
@@ -130,12 +130,9 @@ def measure(arguments: argparse.Namespace) -> None:
             + ", ".join(f"{name}={value}" for name, value in header["configuration"].items()),
             flush=True,
         )
-        results = report.Report(header, arguments.json)
         ends = started + (arguments.budget_seconds or float("inf"))
         for program in arguments.programs:
             _measure_program(program, [subjects.Ours(ours), *others], workload, limits, results, ends, arguments)
-    if arguments.markdown:
-        Path(arguments.markdown).write_text(results.markdown() + "\n", encoding="utf-8")
     print(f"\n{results.markdown()}")
 
 

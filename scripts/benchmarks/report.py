@@ -1,4 +1,4 @@
-"""What was measured, as lines while it goes on, as JSON after each line, and as a Markdown table."""
+"""What was measured: lines while it goes on, and after each program a JSON file and a table in Markdown."""
 
 import json
 import os
@@ -63,9 +63,17 @@ def record(workload: Workload, program: str, who: str, facts: dict, rounds: list
 class Report:
     """Lines in the order in which they come; `speed` is that of the line over this tree's line of the same program."""
 
-    def __init__(self, header: dict, path: str | None):
-        """`header` is written above the lines to `path` (None: nowhere)."""
-        self._header, self._path, self._lines = header, path, []
+    def __init__(self, header: dict, json_path: str | None, markdown_path: str | None):
+        """Write the files (None: none), without lines as yet, so that a wrong path is found before anything is measured.
+
+        Args:
+          header: what stands above the lines in the JSON file.
+
+        Raises:
+          OSError: a file cannot be written.
+        """
+        self._header, self._paths, self._lines = header, (json_path, markdown_path), []
+        self.save()
 
     def add(self, lines: list[dict]) -> None:
         """Take the lines of one program, this tree's first; print them, and write everything so far."""
@@ -89,11 +97,13 @@ class Report:
         self.save()
 
     def save(self) -> None:
-        """Write the JSON file, whole or not at all."""
-        if self._path is not None:
-            part = Path(f"{self._path}.part")
-            part.write_text(json.dumps(self._header | {"results": self._lines}, indent=1), encoding="utf-8")
-            os.replace(part, self._path)
+        """Write each file whole or not at all."""
+        texts = (json.dumps(self._header | {"results": self._lines}, indent=1), self.markdown())
+        for path, text in zip(self._paths, texts, strict=True):
+            if path is not None:
+                part = Path(f"{path}.part")
+                part.write_text(text + "\n", encoding="utf-8")
+                os.replace(part, path)
 
     def markdown(self) -> str:
         """The table."""
