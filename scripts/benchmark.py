@@ -54,7 +54,7 @@ def main() -> None:
     else:
         try:
             measure(arguments)
-        except (ValueError, OSError, EnvironmentFailedError) as error:
+        except (ValueError, EnvironmentFailedError) as error:
             raise SystemExit(str(error)) from None
 
 
@@ -71,7 +71,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--against",
         **names,
         default=(),
-        help=f"others on the same work, in turn: {', '.join(subjects.PEERS)}, or a git revision",
+        help=f"others on the same work, in turn: {', '.join(subjects.PEERS)}, a git revision, or a folder with one",
     )
     parser.add_argument(
         "--python",
@@ -121,7 +121,10 @@ def measure(arguments: argparse.Namespace) -> None:
             "revision": subjects.revision(),
             "configuration": ours.describe(),
         }
-        results = report.Report(header, arguments.json, arguments.markdown)
+        try:
+            results = report.Report(header, arguments.json, arguments.markdown)
+        except OSError as error:
+            raise ValueError(f"cannot write results: {error}") from None
         limits = header["ceilings"] = ceilings.measure(workload.compute_dtype, tiny=arguments.tiny)
         print(
             f"{header['device']}, JAX {header['jax']}, {workload.name}{' (tiny)' if arguments.tiny else ''}: "

@@ -128,7 +128,10 @@ def test_refusals_come_before_any_work(capsys, monkeypatch):
     for arguments, message in {
         ("0.5b",): "0.5b needs an accelerator (JAX finds a CPU only); --tiny runs the same programs in small",
         (*tiny, "--programs=rollout,sampling"): "--programs: sampling is none of rollout, scoring, update, iteration",
-        (*tiny, "--json=/no/such/folder/x.json"): "[Errno 2] No such file or directory: '/no/such/folder/x.json.part'",
+        (
+            *tiny,
+            "--json=/no/such/folder/x.json",
+        ): "cannot write results: [Errno 2] No such file or directory: '/no/such/folder/x.json.part'",
         (*tiny, "--rounds=0"): "--rounds=0 must be at least 1",
         (*tiny, "--set=trainer.speed=2"): "the configuration has no field trainer.speed",
         (*tiny, "--set=trainer.micro_batch_size"): "--set=trainer.micro_batch_size must be NAME=VALUE",

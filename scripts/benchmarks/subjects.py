@@ -112,11 +112,14 @@ class Worker:
 
 @contextlib.contextmanager
 def checkout(revision: str):
-    """A worktree of a revision, while the context lasts.
+    """A worktree of a revision, while the context lasts; a folder that holds a tree already is taken as it is.
 
     Raises:
       EnvironmentFailedError: git does not know the revision.
     """
+    if Path(revision, "r2vpo_jax").is_dir():
+        yield str(Path(revision).resolve())
+        return
     git = ["git", "-C", str(ROOT), "worktree"]
     with tempfile.TemporaryDirectory() as folder:
         tree = str(Path(folder) / "tree")
@@ -131,7 +134,7 @@ def checkout(revision: str):
 
 @contextlib.contextmanager
 def others(against, workload, programs, pythons):
-    """Workers for the names of --against: peers, and else revisions of this repository.
+    """Workers for the names of --against: peers, and else revisions of this repository, or folders of one.
 
     A peer that cannot be installed or started is left out, and it is said why.
 
@@ -149,6 +152,7 @@ def others(against, workload, programs, pythons):
         described.write_text(json.dumps(dataclasses.asdict(workload)), encoding="utf-8")
         if any(name in PEERS for name in against):
             programs.save(folder / "weights")
+        environment = clean_environment() | ({"CUDA_VISIBLE_DEVICES": ""} if jax.default_backend() == "cpu" else {})
         started = []
         for name in against:
             if name in PEERS:
@@ -159,7 +163,7 @@ def others(against, workload, programs, pythons):
                     print(f"left out: {error}", file=sys.stderr)
                     continue
                 script = REFERENCES / f"{name}_programs.py"
-                worker = Worker(name, [python, script, described, folder / "weights"], clean_environment(), can)
+                worker = Worker(name, [python, script, described, folder / "weights"], environment, can)
             else:
                 tree = stack.enter_context(checkout(name))
                 command = [sys.executable, REFERENCES / "revision_worker.py", tree, described]
