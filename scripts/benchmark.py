@@ -14,6 +14,7 @@ beside others come from rounds in turn, so they carry over better.
 
 import argparse
 import ast
+import signal
 import sys
 import time
 from pathlib import Path
@@ -52,6 +53,7 @@ def main() -> None:
     elif arguments.command in (None, "shipped"):
         shipped.run()
     else:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # workers and worktrees go away then too
         try:
             measure(arguments)
         except (ValueError, EnvironmentFailedError) as error:
