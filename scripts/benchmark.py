@@ -8,8 +8,8 @@
     python scripts/benchmark.py sweep              # both modes of a sweep
     python scripts/benchmark.py verifiers
 
-Absolute numbers depend on the machine and on what else it does. Shares are of ceilings measured just before, and speeds
-beside others come from rounds in turn, so they carry over better.
+Workloads use one device. Absolute numbers depend on the machine and on what else it does. Shares are of ceilings measured
+just before, and speeds beside others come from rounds in turn, so they carry over better.
 """
 
 import argparse
@@ -118,7 +118,7 @@ def measure(arguments: argparse.Namespace) -> None:
         header = {
             "workload": workload.name,
             "tiny": arguments.tiny,
-            "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            "device": jax.devices()[0].device_kind,
             "jax": jax.__version__,
             "revision": subjects.revision(),
             "configuration": ours.describe(),

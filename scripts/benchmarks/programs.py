@@ -40,7 +40,7 @@ class Programs(Steps):
         self.workload, self._learner_class = workload, learner_class
         self.config = _configuration(workload, dict(settings))
         self.model = models.Decoder(_decoder_config(workload, self.config.model))
-        self.mesh = sharding.make_mesh((-1, 1, 1))
+        self.mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])  # the ceilings are those of one device
 
     def peak_bytes(self):
         stats = jax.local_devices()[0].memory_stats() or {}
