@@ -13,7 +13,6 @@ Exit code 0: all differences are at most 1e-5; 1: one is larger; 2: something ca
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -24,18 +23,14 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import jax
 import numpy as np
+from references.environments import PINS, REFERENCES, EnvironmentFailedError, execute, interpreter
 
 from r2vpo_jax import advantages, corrections, kl, losses
 from r2vpo_jax.training import critic
 
-SCRIPTS = Path(__file__).resolve().parent
 TOLERANCE = 1e-5
 HEADER = ["theirs", "ours", "value", "gradient", "advantages"]
 BATCH, TIME, GROUP = 16, 24, 4
-PINS = {
-    "trl": {"trl": "1.16.0", "torch": "2.13.0", "transformers": "5.23.0"},
-    "tunix": {"google-tunix": "0.1.7", "jax": "0.10.2", "flax": "0.12.8"},
-}
 LEFT_OUT = {
     "trl": (
         "a response without tokens, for GMPOTrainer: it adds -A to its value, without a gradient; nothing here",
@@ -55,7 +50,7 @@ LEFT_OUT = {
 
 
 class CannotCompareError(Exception):
-    """No environment, a worker that failed, or arrays that would not show a difference; the message is one line."""
+    """The arrays would not show a difference; the message is one line."""
 
 
 def listing(settings):
@@ -273,38 +268,6 @@ def make_arrays(seed=0):
     return x | {"parts": parts, "part_weights": np.float32([1.0, 0.5, 2.0])}
 
 
-def execute(command, doing):
-    """Run a command and return its standard output.
-
-    Raises:
-      CannotCompareError: it cannot be started or fails, with the line of its output that says why.
-    """
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONNOUSERSITE": "1"}
-    try:
-        return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
-    except OSError as error:
-        raise CannotCompareError(f"{doing}: {error}") from None
-    except subprocess.CalledProcessError as error:
-        lines = [line for line in error.stderr.splitlines() if line.strip()] or [f"exit code {error.returncode}"]
-        stated = [line for line in lines if line.startswith("ERROR: ")] or lines  # pip's hints come after its error
-        raise CannotCompareError(f"{doing}: {stated[-1].strip().removeprefix('ERROR: ')}") from None
-
-
-def interpreter(package):
-    """The Python of a package's own environment, made or brought to the pinned versions if need be."""
-    folder, pins, versions = SCRIPTS.parent / ".cache" / "references" / package, PINS[package], {}
-    python = folder / "bin" / "python"
-    if python.exists():
-        listed = json.loads(execute([python, "-m", "pip", "list", "--format=json"], f"looking at {folder}"))
-        versions = {p["name"]: p["version"].partition("+")[0] for p in listed}  # torch 2.13.0+cpu is 2.13.0
-    if any(versions.get(name) != version for name, version in pins.items()):
-        wanted = [f"{name}=={version}" for name, version in pins.items()]
-        print(f"installing {' '.join(wanted)} into {folder}", file=sys.stderr, flush=True)
-        execute([sys.executable, "-m", "venv", folder], f"making an environment for {package}")
-        execute([python, "-m", "pip", "install", "--quiet", *wanted], f"installing {package}")
-    return python
-
-
 def compare(package, python, x):
     """(versions, rows of the table) of one package: both names and the differences, None where one does not apply."""
     cases, rows = list({"trl": trl_cases, "tunix": tunix_cases}[package]()), []
@@ -312,7 +275,7 @@ def compare(package, python, x):
         paths = [Path(folder) / name for name in ("arrays.npz", "cases.json", "results.npz")]
         np.savez(paths[0], **x)
         paths[1].write_text(json.dumps([theirs for _, theirs, _ in cases]), encoding="utf-8")
-        execute([python, SCRIPTS / "references" / f"{package}_worker.py", *paths], f"evaluating {package}")
+        execute([python, REFERENCES / f"{package}_worker.py", *paths], f"evaluating {package}")
         with np.load(paths[2]) as stored:
             results = dict(stored)
     for i, (name, _, (label, evaluate)) in enumerate(cases):
@@ -347,7 +310,7 @@ def main():
     for package in [flags.only] if flags.only else PINS:
         try:
             versions, rows = compare(package, getattr(flags, f"{package}_python") or interpreter(package), x)
-        except CannotCompareError as error:
+        except (CannotCompareError, EnvironmentFailedError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
         used |= {label.partition("(")[0] for _, label, *_ in rows}

@@ -1,5 +1,6 @@
-"""scripts/benchmark.py, as a user starts it, on tiny sweeps."""
+"""scripts/benchmark.py, as a user starts it, on tiny sweeps and tiny workloads."""
 
+import json
 import os
 import re
 import subprocess
@@ -33,7 +34,7 @@ def config_file(tiny_sections, tmp_path_factory):
 
 def benchmark(*arguments):
     return subprocess.run(
-        [sys.executable, ROOT / "scripts" / "benchmark.py", "sweep", *arguments],
+        [sys.executable, ROOT / "scripts" / "benchmark.py", *arguments],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -44,7 +45,9 @@ def benchmark(*arguments):
 
 @pytest.mark.slow
 def test_both_modes_and_the_cost_by_size(config_file):
-    done = benchmark(f"--config={config_file}:0.01-0.02", "--runs=3", "--iterations=2", "--process_runs=2", "--sizes=2")
+    done = benchmark(
+        "sweep", f"--config={config_file}:0.01-0.02", "--runs=3", "--iterations=2", "--process_runs=2", "--sizes=2"
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     # Two cells: three runs are rounded up to two whole seeds.
     assert "4 runs (2 cells), 2 iterations each, validation every 2" in done.stdout
@@ -66,6 +69,62 @@ def test_both_modes_and_the_cost_by_size(config_file):
 
 
 def test_modes_that_do_not_exist_are_refused():
-    done = benchmark("--modes=fused,threads")
+    done = benchmark("sweep", "--modes=fused,threads")
     assert done.returncode == 1
     assert done.stderr.strip() == "--modes: threads is none of fused, processes"
+
+
+def table(text):
+    """{(program, who): the cells} of the Markdown table at the end."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    return {(row[0], row[1]): row[2:] for row in rows[2:]}
+
+
+@pytest.mark.slow
+def test_all_programs_of_a_workload(tmp_path):
+    names = ("rollout", "scoring", "update", "iteration")
+    outputs = ("--json=results.json", "--markdown=results.md", "--profile=traces")
+    outputs = [f"{option}={tmp_path / name}" for option, name in (text.split("=") for text in outputs)]
+    done = benchmark("long-tail", "--tiny", "--rounds=2", "--set=model.remat=True", *outputs)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "model.remat=True" in done.stdout
+    stored = json.loads((tmp_path / "results.json").read_text())
+    lines = {line["program"]: line for line in stored["results"]}
+    assert tuple(lines) == names
+    assert stored["configuration"]["model.remat"] is True
+    for line in lines.values():
+        assert len(line["rounds"]) == 2
+        assert 1 < line["mean_length"] < line["max_length"] <= 16
+        assert line["speed"] == 1
+    assert lines["update"]["program_bytes"] > lines["scoring"]["program_bytes"] > 0
+    assert 0 < lines["update"]["mfu"] < 1
+    assert 0 < lines["rollout"]["bandwidth_share"] < 1
+    assert lines["rollout"]["tokens"] == lines["iteration"]["tokens"]
+    assert (tmp_path / "results.md").read_text() in done.stdout
+    assert list(table(done.stdout)) == [(name, "this tree") for name in names]
+    for name in names:
+        assert len(list((tmp_path / "traces" / f"long-tail-{name}").rglob("*.xplane.pb"))) == 1
+    assert done.stdout.count(" calls  ") == 40  # ten operations for each
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("revision", "programs"), [("HEAD", ("scoring",)), ("4d68057", ("rollout", "scoring", "update", "iteration"))]
+)
+def test_an_older_revision_on_the_same_work(revision, programs, tmp_path, monkeypatch):
+    git = ["git", "-C", ROOT]
+    if subprocess.run([*git, "cat-file", "-e", f"{revision}^{{commit}}"], capture_output=True).returncode:
+        pytest.skip("the history does not go back that far")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    done = benchmark("long-tail", "--tiny", "--rounds=2", f"--against={revision}", f"--programs={','.join(programs)}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list(table(done.stdout)) == [(name, who) for name in programs for who in ("this tree", revision)]
+    listed = subprocess.run([*git, "worktree", "list"], capture_output=True, text=True, check=True).stdout
+    assert str(tmp_path) not in listed
+
+
+@pytest.mark.slow
+def test_a_budget_ends_it_early():
+    done = benchmark("cpu-reference", "--tiny", "--budget_seconds=1", "--programs=scoring,update", "--rounds=50")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "not begun, --budget_seconds is spent" in done.stdout

@@ -95,7 +95,7 @@ def test_the_commands_of_rewards(workplace):
             (row,) = [row for row in rows if row["kind"] == "train"]
             assert (row["outcome/judged"], own[name] in row) == (1, True)
         else:
-            assert arguments == ["scripts/benchmark_verifiers.py"]
+            assert arguments == ["scripts/benchmark.py", "verifiers"]
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """Prints verifications a second by kind and number of processes, the time to start, and what one timeout costs.
 
-    python scripts/benchmark_verifiers.py [--seconds=3]
+    python scripts/benchmark.py verifiers [--seconds=3]
 
 The pairs are made up here. Rates depend on the machine and on what else it is doing: read the ratios within one run.
 """
@@ -59,10 +59,9 @@ def timeout(limit) -> float:
         return time.perf_counter() - start
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
     parser.add_argument("--seconds", type=float, default=3.0, help="time for each rate")
-    run(parser.parse_args().seconds)
 
 
 def run(seconds: float) -> None:
@@ -83,7 +82,3 @@ def run(seconds: float) -> None:
         print(f"first verdict of kind {kind}: {first(kind):.2f} s after nothing")
     for limit in (0.5, 2.0):
         print(f"one endless expression with time_limit={limit:g} s: {timeout(limit):.2f} s")
-
-
-if __name__ == "__main__":
-    main()
