@@ -151,7 +151,7 @@ def make_learner() -> learner.Learner:
     }
     how = {"compute_dtype": jnp.bfloat16, "scan_layers": True, "remat": True}
     if CONFIG.value is not None:
-        how = {name: getattr(base.model, name) for name in (*how, "param_dtype", "attention_block_size")}
+        how = {name: getattr(base.model, name) for name in (*how, "param_dtype", "attention", "attention_block_size")}
     model = models.Decoder(decoder_config(how))
     try:
         trainer = dataclasses.replace(base.trainer, **sizes, allow_single_update=True)
