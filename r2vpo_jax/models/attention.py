@@ -121,29 +121,50 @@ def cached(query, key, value, prompt_mask, cache, layer, config: DecoderConfig):
       query: [N, G, S, K, R, D].
       key, value: [N, G, S, K, D].
       prompt_mask: bool [N, P].
-      cache: keys and values [N, P, K, D] of the layer's prompts, those [layers, N, G, T, K, D] of all layers' responses, and
-        how many columns of these are filled, int32 [].
-      layer: int32 [].
+      cache: keys and values of the layer's prompts; those of the responses; how many columns of these are filled, int32 [].
+        As in a `decoder.Cache`: of the prompts a layer's, of the responses all layers'; or, split, all of one layer's.
+      layer: int32 []; None: the cache is split.
       config: of the model.
 
     Returns:
       [N, G, S, K, R, D], and the responses' keys and values with the new ones in.
     """
-    prompt_key, prompt_value, response_key, response_value, start = cache
-    index = (layer, 0, 0, start, 0, 0)
-    response_key = jax.lax.dynamic_update_slice(response_key, key[None], index)
-    response_value = jax.lax.dynamic_update_slice(response_value, value[None], index)
-    keys = jax.lax.dynamic_index_in_dim(response_key, layer, keepdims=False)  # [N, G, T, K, D]
-    values = jax.lax.dynamic_index_in_dim(response_value, layer, keepdims=False)
+    prompt_key, prompt_value, *responses, start = cache
+    num_prompts, group, size, kv_heads = key.shape[:4]
+    key, value = (jnp.moveaxis(x, 2, 3) for x in (key, value))  # [N, G, K, S, D]
+    if layer is None:
+        key, value = (x.reshape(-1, *x.shape[2:]) for x in (key, value))
+        response_key = jax.lax.dynamic_update_slice(responses[0], jnp.swapaxes(key, 2, 3), (0, 0, 0, start))
+        response_value = jax.lax.dynamic_update_slice(responses[1], value, (0, 0, start, 0))
+        prompt_key, keys = jnp.swapaxes(prompt_key, 2, 3), jnp.swapaxes(response_key, 2, 3)
+        values = response_value
+    else:
+        index = (layer, 0, 0, 0, start, 0)
+        response_key = jax.lax.dynamic_update_slice(responses[0], key[None], index)
+        response_value = jax.lax.dynamic_update_slice(responses[1], value[None], index)
+        of_layer = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (response_key, response_value))
+        keys, values = (x.reshape(-1, *x.shape[2:]) for x in of_layer)  # [N * G, K, T, D]
+
+    # Products whose leading axes are the batch's: of an array in another order, XLA would make a copy at every token.
+    split, columns = prompt_key.shape[2], keys.shape[2]
+    by_prompt = jnp.moveaxis(query, 3, 1).reshape(num_prompts, kv_heads, -1, query.shape[-1])  # [N, K, G * S * R, D]
+    by_sample = jnp.moveaxis(query, 3, 2).reshape(
+        num_prompts * group, kv_heads, -1, query.shape[-1]
+    )  # [N * G, K, S * R, D]
     f32 = {"preferred_element_type": jnp.float32}
-    to_prompt = einsum("ngskrd,npkd->ngkrsp", query, prompt_key, config, **f32)
-    to_response = einsum("ngskrd,ngtkd->ngkrst", query, keys, config, **f32)
-    steps = start + jnp.arange(query.shape[2])
-    filled = jnp.arange(keys.shape[2]) <= steps[:, None]  # [S, T]
-    to_prompt = jnp.where(prompt_mask[:, None, None, None, None, :], to_prompt, MASKED)
-    to_response = jnp.where(filled, to_response, MASKED)
-    weights = jax.nn.softmax(jnp.concatenate([to_prompt, to_response], axis=-1), axis=-1).astype(value.dtype)
-    split = prompt_key.shape[1]
-    out = einsum("ngkrsp,npkd->ngskrd", weights[..., :split], prompt_value, config)
-    out = out + einsum("ngkrst,ngtkd->ngskrd", weights[..., split:], values, config)
-    return out, (response_key, response_value)
+    to_prompt = einsum("nkqd,nkpd->nkqp", by_prompt, prompt_key, config, **f32)
+    to_response = einsum("bkqd,bktd->bkqt", by_sample, keys, config, **f32)
+    filled = jnp.arange(columns) <= (start + jnp.arange(size))[:, None]  # [S, T]
+    to_prompt = jnp.where(prompt_mask[:, None, None], to_prompt, MASKED)
+    to_prompt = jnp.moveaxis(to_prompt.reshape(num_prompts, kv_heads, group, size, -1, split), 1, 2)
+    to_response = to_response.reshape(num_prompts, group, kv_heads, size, -1, columns)
+    to_response = jnp.where(filled[:, None], to_response, MASKED)
+    scores = jnp.concatenate([to_prompt, to_response], axis=-1)  # [N, G, K, S, R, P + T]
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    by_prompt = jnp.moveaxis(weights[..., :split], 2, 1).reshape(num_prompts, kv_heads, -1, split)
+    by_sample = weights[..., split:].reshape(num_prompts * group, kv_heads, -1, columns)
+    prompt_out = einsum("nkqp,nkpd->nkqd", by_prompt, prompt_value, config)
+    response_out = einsum("bkqt,bktd->bkqd", by_sample, values, config)
+    prompt_out = jnp.moveaxis(prompt_out.reshape(num_prompts, kv_heads, *query.shape[1:3], *query.shape[4:]), 1, 3)
+    response_out = jnp.moveaxis(response_out.reshape(num_prompts, group, kv_heads, size, *query.shape[4:]), 2, 3)
+    return prompt_out + response_out, (response_key, response_value)

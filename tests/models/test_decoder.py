@@ -119,8 +119,8 @@ def test_the_samples_of_a_group_do_not_see_each_other(params, ragged):
 
 def test_the_prompt_is_stored_once_for_its_group():
     cache = jax.eval_shape(lambda: models.init_cache(CONFIG, 3, PROMPT, GROUP, RESPONSE))
-    assert cache.prompt_key.shape == cache.prompt_value.shape == (2, 3, PROMPT, 2, 4)
-    assert cache.response_key.shape == cache.response_value.shape == (2, 3, GROUP, RESPONSE, 2, 4)
+    assert cache.prompt_key.shape == cache.prompt_value.shape == (2, 3, 2, PROMPT, 4)
+    assert cache.response_key.shape == cache.response_value.shape == (2, 3, GROUP, 2, RESPONSE, 4)
     bfloat16 = dataclasses.replace(CONFIG, compute_dtype=jnp.bfloat16)
     cache = jax.eval_shape(lambda: models.init_cache(bfloat16, 3, PROMPT, GROUP, RESPONSE))
     assert cache.prompt_key.dtype == cache.response_value.dtype == jnp.bfloat16
