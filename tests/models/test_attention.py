@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from r2vpo_jax import models, sharding
+from r2vpo_jax import models
 from r2vpo_jax.models import attention, flash
 from tests.models.test_decoder import informative
 
@@ -73,6 +73,7 @@ def outcome(attend, config, query, key, value, segments):
     return {name: np.asarray(x, np.float32) for name, x in run(query, key, value).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "group", "head_dim"), [("float32", 1, 128), ("float32", 3, 64), ("bfloat16", 2, 64)])
 def test_every_way_gives_the_same_outputs_and_gradients(dtype, group, head_dim):
     config = config_of(dtype, group, head_dim)
@@ -101,6 +102,7 @@ def test_segments_are_rows_of_their_own():
     np.testing.assert_allclose(masked[0, 30:], together[0, 30:], atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_log_probabilities_and_gradients_of_every_family(family, monkeypatch):
     """Of the whole decoder, packed: as the plain products give them, in blocks and by the TPU's kernel."""
@@ -220,6 +222,7 @@ def test_an_unknown_way_is_refused():
 # ---- programs ----
 
 
+@pytest.mark.slow
 def test_memory_of_blocks_is_linear_in_the_length():
     """Forward and backward, by what the compiler allocates: twice the length, twice the memory, where scores have four times."""
 
