@@ -9,7 +9,7 @@ from flax import struct
 
 from r2vpo_jax import sharding
 from r2vpo_jax.config.run import SAMPLING_WEIGHTS
-from r2vpo_jax.models.decoder import gather_layers, init_cache
+from r2vpo_jax.models.decoder import gather_layers, init_cache, split_cache
 from r2vpo_jax.rollout import Rollout
 
 _NEVER = -1e30
@@ -145,12 +145,13 @@ def sample(
     # Prefill: once a prompt, not once a sample.
     mask = jnp.arange(prompt_size) >= (prompt_size - lengths)[:, None]
     cache = init_cache(config, num_prompts, prompt_size, group, size)
-    axes = (None, "batch", None, None, "kv_heads", None)
+    axes = (None, "batch", None, "kv_heads", None, None)
     cache = cache.replace(
         response_key=sharding.constrain(cache.response_key, *axes),
         response_value=sharding.constrain(cache.response_value, *axes),
     )
     hidden, cache = model.apply({"params": params}, tokens, mask=mask, cache=cache, method="hidden_states")
+    cache = split_cache(model, cache)
     logits = next_logits(hidden[:, -1])  # [N, V]
     logits = jnp.broadcast_to(logits[:, None], (num_prompts, group, logits.shape[-1]))
 

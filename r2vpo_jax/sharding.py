@@ -118,6 +118,33 @@ def constrain(x, *logical_axes):
     return jax.lax.with_sharding_constraint(x, named_sharding(logical_axes, x.shape, mesh))
 
 
+def device():
+    """A device that the program at hand is traced for: of the active mesh, else JAX's first."""
+    mesh = _active_mesh.get()
+    return jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+
+
+def is_split(logical_axes, shape, axis: int) -> bool:
+    """Whether the active mesh splits this axis of an array."""
+    mesh = _active_mesh.get()
+    return mesh is not None and partition_spec(logical_axes, shape, mesh)[axis] is not None
+
+
+def on_shards(function, arguments, logical_axes):
+    """`function(*arguments)`, each device on the part that it holds: for kernels that the partitioner cannot split.
+
+    Args:
+      function: of arrays, to one array with the axes of the first.
+      arguments: arrays, batch and heads of which `function` treats one by one.
+      logical_axes: of each, a tuple of names.
+    """
+    mesh = _active_mesh.get()
+    if mesh is None or mesh.size == 1:
+        return function(*arguments)
+    specs = tuple(partition_spec(axes, x.shape, mesh) for axes, x in zip(logical_axes, arguments, strict=True))
+    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)(*arguments)
+
+
 def put_batch(tree, mesh: Mesh):
     """Host arrays -> global arrays with rows over the data-parallel axes.
 

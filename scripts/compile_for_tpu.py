@@ -38,6 +38,7 @@ from jax.experimental import topologies
 from ml_collections import config_flags
 
 from r2vpo_jax import config, models, sampler, sharding
+from r2vpo_jax.config.run import ATTENTION
 from r2vpo_jax.models.base import find_directory
 from r2vpo_jax.training import learner
 
@@ -76,6 +77,7 @@ flags.DEFINE_string(
 )
 flags.DEFINE_string("topology", "v5e:4x4", f"chip and grid; chips: {', '.join(HBM)}")
 flags.DEFINE_string("mesh", "1,-1,1", "devices along data,fsdp,tensor; one may be -1: all that is left")
+flags.DEFINE_enum("attention", None, ATTENTION, "as model.attention of a run (default: that of --config, or auto)")
 flags.DEFINE_integer("prompts", 32, "prompts a rollout batch", lower_bound=1)
 flags.DEFINE_integer("prompts_at_a_time", None, "prompts sampled at one time (default: all)", lower_bound=1)
 flags.DEFINE_integer("group_size", 8, "samples a prompt", lower_bound=2)
@@ -151,7 +153,9 @@ def make_learner() -> learner.Learner:
     }
     how = {"compute_dtype": jnp.bfloat16, "scan_layers": True, "remat": True}
     if CONFIG.value is not None:
-        how = {name: getattr(base.model, name) for name in (*how, "param_dtype", "attention_block_size")}
+        how = {name: getattr(base.model, name) for name in (*how, "param_dtype", "attention", "attention_block_size")}
+    if FLAGS.attention is not None:
+        how["attention"] = FLAGS.attention
     model = models.Decoder(decoder_config(how))
     try:
         trainer = dataclasses.replace(base.trainer, **sizes, allow_single_update=True)

@@ -5,6 +5,8 @@
 Prints one line of JSON: {"check on mesh": null, or what went wrong}. `placement` leaves out all that compiles.
 """
 
+import dataclasses
+import functools
 import json
 import sys
 import traceback
@@ -16,6 +18,7 @@ import optax
 import pytest
 
 from r2vpo_jax import config, models, sampler, sharding
+from r2vpo_jax.models import attention, flash
 from r2vpo_jax.rollout import Rollout
 from r2vpo_jax.training.learner import Learner
 from tests.helpers.learner import assert_same_stats
@@ -187,7 +190,52 @@ def compare():
                 results[f"packed {name} on {case}"] = attempt(
                     lambda: same(compute(subject, packing=True), expected[name, num_kv_heads])  # noqa: B023
                 )
+    for way in WAYS:
+        results |= {f"{way} on {case}": attempt(attention_in_parts, way, case) for case in HEADS}
     return results
+
+
+# ---- attention ----
+
+WAYS = {
+    "einsum": attention._einsum,
+    "blockwise": attention._blockwise,
+    "splash": functools.partial(flash.splash, interpret=True),
+}
+# Mesh, key-value heads and query heads of each: where the first do not divide over "tensor", the second are split.
+HEADS = {"8,1,1": ((8, 1, 1), 1, 2), "2,2,2": ((2, 2, 2), 2, 1), "1,1,8": ((1, 1, 8), 8, 1), "2,1,4": ((2, 1, 4), 2, 4)}
+
+
+def attention_in_parts(way, case):
+    """The same outputs and gradients as on one device, and nothing gathered: each device keeps its rows and heads."""
+    shape, kv_heads, group = HEADS[case]
+    mesh = sharding.make_mesh(shape)
+    config = dataclasses.replace(
+        make_model(8).config, num_kv_heads=kv_heads, num_heads=kv_heads * group, head_dim=16, attention_block_size=16
+    )
+    rng, rows, columns = np.random.default_rng(0), 8, 40
+    shapes = [(rows, columns, kv_heads, *more, 16) for more in ((group,), (), ())]
+    given = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+    given[0] /= 4
+    segments = np.sort(rng.integers(0, 3, (rows, columns)), axis=1).astype(np.int32)  # padding is on the left
+    kv = "kv_heads" if kv_heads % mesh.shape["tensor"] == 0 else None
+    axes = [("batch", None, kv, None if kv else "heads", None), ("batch", None, kv, None), ("batch", None, kv, None)]
+
+    def gradients(attend, mesh, *qkv):
+        def loss(*qkv):
+            out = jnp.where((segments != 0)[..., None, None, None], attend(*qkv, jnp.asarray(segments), config), 0)
+            return jnp.sum(out**3), out
+
+        with sharding.activate(mesh):
+            return jax.grad(loss, (0, 1, 2), has_aux=True)(*qkv)
+
+    expected = jax.jit(functools.partial(gradients, attention._einsum, None))(*given)
+    placed = [jax.device_put(x, sharding.named_sharding(a, x.shape, mesh)) for x, a in zip(given, axes, strict=True)]
+    compiled = jax.jit(functools.partial(gradients, WAYS[way], mesh)).lower(*placed).compile()
+    actual = sharding.to_host(compiled(*placed))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-4), actual, expected)
+    for kind in ("all-gather", "all-to-all", "collective-permute"):
+        assert f" {kind}(" not in compiled.as_text(), kind
 
 
 # ---- placement: nothing but small programs ----
@@ -233,9 +281,9 @@ def heads_that_do_not_divide_are_replicated():
     model, mesh = make_model(2), sharding.make_mesh((1, 1, 8))
     learner = Learner(model, make_config(), mesh)
     params = learner.init_state(random_params(model)).params
-    attention = params["layers"]["attention"]
-    assert shard_shape(attention["q_proj"]["kernel"]) == (1, 16, 1, 2)
-    assert shard_shape(attention["k_proj"]["kernel"]) == (1, 16, 2, 2)  # all of it
+    layers = params["layers"]["attention"]
+    assert shard_shape(layers["q_proj"]["kernel"]) == (1, 16, 1, 2)
+    assert shard_shape(layers["k_proj"]["kernel"]) == (1, 16, 2, 2)  # all of it
     assert shard_shape(params["lm_head"]) == (16, 4)
     table = sharding.placement_table(learner.logical_axes, learner.abstract_params, mesh)
     lines = {line.split()[0]: line for line in table.splitlines()}

@@ -49,6 +49,13 @@ def test_prompts_that_do_not_divide_draw_the_same(comparison):
     assert comparison["three draws on 8,1,1"] is None, comparison["three draws on 8,1,1"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("case", run_on_eight_devices.HEADS)
+@pytest.mark.parametrize("way", run_on_eight_devices.WAYS)
+def test_attention_is_computed_where_rows_and_heads_are(way, case, comparison):
+    assert comparison[f"{way} on {case}"] is None, comparison[f"{way} on {case}"]
+
+
 @pytest.fixture(scope="module")
 def placement():
     return run_script("placement")

@@ -8,7 +8,14 @@ from typing import Any
 
 from r2vpo_jax.config.fields import Options, build, option, require, section
 from r2vpo_jax.config.flags import to_dict, to_open_config_dict
-from r2vpo_jax.config.run import ComputeConfig, MeshConfig, ModelConfig, ScoreSamplingConfig, StopConfig
+from r2vpo_jax.config.run import (
+    HOW_TO_COMPUTE,
+    ComputeConfig,
+    MeshConfig,
+    ModelConfig,
+    ScoreSamplingConfig,
+    StopConfig,
+)
 from r2vpo_jax.config.task import (
     ArithmeticConfig,
     DataConfig,
@@ -107,8 +114,8 @@ class EvaluationConfig:
 # Settings that say where data lie, how fast it goes, and what is kept besides the scores: they may change within one
 # evaluation. All other settings are its identity.
 NOT_IDENTITY = (
-    "mesh", "evaluation.batch_size", "model.scan_layers", "model.attention_block_size", "task.verifier.num_workers",
-    "task.text.data_dir", "num_problems", "texts",
+    "mesh", "evaluation.batch_size", "model.scan_layers", "model.attention", "model.attention_block_size",
+    "task.verifier.num_workers", "task.text.data_dir", "num_problems", "texts",
 )  # fmt: skip
 
 
@@ -186,6 +193,6 @@ RENAMED_FLAGS = {
     **{name: f"--config.evaluation.{name}" for name in ("temperature", "top_p", "top_k")},
     **{name: f"--config.task.prompt.{name}" for name in ("template", "system", "thinking", "bos")},
     **{field.name: f"--config.task.verifier.{field.name}" for field in dataclasses.fields(VerifierConfig)},
-    **{name: f"--config.model.{name}" for name in ("compute_dtype", "scan_layers", "attention_block_size")},
+    **{name: f"--config.model.{name}" for name in HOW_TO_COMPUTE},
     **{f"mesh_{field.name}": f"--config.mesh.{field.name}" for field in dataclasses.fields(MeshConfig)},
 }

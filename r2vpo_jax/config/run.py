@@ -18,6 +18,8 @@ from r2vpo_jax.config.objective import ObjectiveConfig
 from r2vpo_jax.config.task import TASKS, TaskConfig
 
 SAMPLING_WEIGHTS = ("compute", "bfloat16", "int8")
+ATTENTION = ("auto", "einsum", "blockwise", "cudnn", "splash")
+HOW_TO_COMPUTE = ("compute_dtype", "scan_layers", "attention", "attention_block_size")  # what an evaluation takes over
 
 
 def make_objective(name: str = presets.DEFAULT, **given) -> ObjectiveConfig:
@@ -250,13 +252,20 @@ class ComputeConfig:
     )
     compute_dtype: str = option("float32", "dtype of activations and matrix products: float32 or bfloat16")
     scan_layers: bool = option(False, "compile one layer and loop (large models); False is faster on CPU")
+    attention: str = option(
+        "auto",
+        "over whole rows: einsum (all scores at once), blockwise, cudnn (NVIDIA GPUs, 16 bits), splash (TPUs, bfloat16), or "
+        "auto: the device's kernel where it can compute the model, else by the length",
+    )
     attention_block_size: int = option(
-        0, "queries whose attention scores exist at one time (0 = all, for short contexts)"
+        0,
+        "queries whose scores exist at one time, blockwise, on rows that are longer (0 = 512; auto: on rows above 1,024)",
     )
 
     def __post_init__(self):
         dtypes = ("float32", "bfloat16")
         require(self.compute_dtype in dtypes, f"model.compute_dtype={self.compute_dtype!r}; one of {', '.join(dtypes)}")
+        require(self.attention in ATTENTION, f"model.attention={self.attention!r}; one of {', '.join(ATTENTION)}")
         require(self.attention_block_size >= 0, "model.attention_block_size must be at least 0")
 
 

@@ -27,6 +27,7 @@ from r2vpo_jax.errors import Stopped, usage_errors
 from r2vpo_jax.evaluation import model_source, settings, subsets
 from r2vpo_jax.evaluation import report as benchmark_report
 from r2vpo_jax.evaluation.draws import Outcomes, draw
+from r2vpo_jax.models import attention
 from r2vpo_jax.models.base import BaseModel, open_base_model
 from r2vpo_jax.models.identity import digest
 from r2vpo_jax.run import console, files, instruments
@@ -226,6 +227,7 @@ def run(config: EvaluationConfig, output, *, say=console.say) -> dict:
             mesh = sharding.make_mesh((config.mesh.data, config.mesh.fsdp, config.mesh.tensor))
             source = model_source.find(config.model.path, config.checkpoint)
             base = open_base_model(config.model_config(source.directory))
+            attention.check(base.model.config, mesh.devices.flat[0])
             benchmarks = []
             for spec in config.tasks:  # 1
                 benchmarks.append(open_benchmark(spec, config, base))

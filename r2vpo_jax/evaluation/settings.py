@@ -8,7 +8,7 @@ from r2vpo_jax.config import Config, leaves
 from r2vpo_jax.config.evaluation import NOT_IDENTITY, EvaluationConfig, kind_of, spec_of
 from r2vpo_jax.config.fields import build
 from r2vpo_jax.config.presets import merged, without_none
-from r2vpo_jax.config.run import ModelConfig
+from r2vpo_jax.config.run import HOW_TO_COMPUTE, ModelConfig
 from r2vpo_jax.errors import usage_errors
 from r2vpo_jax.evaluation import model_source
 from r2vpo_jax.models.base import open_base_model
@@ -67,7 +67,7 @@ def differences(config: EvaluationConfig, run: Config) -> list[str]:
 def _values_of(run: Config, *, own_task: bool) -> dict[str, Any]:
     """What an evaluation takes from a run: how it is computed, sampled, asked and judged."""
     values = {
-        "model": {name: getattr(run.model, name) for name in ("compute_dtype", "scan_layers", "attention_block_size")},
+        "model": {name: getattr(run.model, name) for name in HOW_TO_COMPUTE},
         "evaluation": dataclasses.asdict(run.evaluation),
     }
     if run.task.name == "text":

@@ -96,6 +96,7 @@ def open_base_model(config: ModelConfig) -> BaseModel:
             compute_dtype=config.compute_dtype,
             scan_layers=config.scan_layers,
             remat=config.remat,
+            attention=config.attention,
             attention_block_size=config.attention_block_size,
             matmul_precision=config.matmul_precision,
             num_tokens=1 + max(tokenizer.get_vocab().values()),

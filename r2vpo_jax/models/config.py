@@ -6,6 +6,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from r2vpo_jax.config.run import ATTENTION
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
@@ -77,7 +79,8 @@ class DecoderConfig:
     scan_layers: bool = False  # False: unrolled (faster on CPU); True: compiles one layer (large models)
     remat: bool = False  # recompute each layer in the backward pass
     matmul_precision: str = "highest"  # of float32 products on TPUs and GPUs: highest, high, or default
-    attention_block_size: int = 0  # queries at a time in attention over whole rows; 0: all, [B, heads, S, S] scores
+    attention: str = "auto"  # over whole rows: one of ATTENTION
+    attention_block_size: int = 0  # queries at a time of "blockwise"; 0: 512, in "auto" from 1,024 columns on
 
     def __post_init__(self):
         # Names and scalar types become dtypes: the decoder compares them, and equal configs must hash the same.
@@ -95,9 +98,11 @@ class DecoderConfig:
         ):
             if getattr(self, field) < 1:
                 raise ValueError(f"model.{field} must be at least 1, got {getattr(self, field)}")
+        if self.attention not in ATTENTION:
+            raise ValueError(f"model.attention={self.attention!r}; one of {', '.join(ATTENTION)}")
         if self.attention_block_size < 0:
             raise ValueError(
-                f"model.attention_block_size must be at least 0 (0: no blocks), got {self.attention_block_size}"
+                f"model.attention_block_size must be at least 0 (0: chosen), got {self.attention_block_size}"
             )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")

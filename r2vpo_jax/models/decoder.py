@@ -29,25 +29,28 @@ _ONE_HOT_VOCAB = 256  # up to here a one-hot matmul beats gather and scatter-add
 
 @struct.dataclass
 class Cache:
-    """Keys and values of what was read so far. `response_length` columns of the response part are filled."""
+    """Keys and values of what was read so far. `response_length` columns of the response part are filled.
 
-    prompt_key: jax.Array  # [layers, N, P, K, D]
-    prompt_value: jax.Array  # [layers, N, P, K, D]
+    For a loop over tokens there is another form, of `split_cache`.
+    """
+
+    prompt_key: jax.Array  # [layers, N, K, P, D]
+    prompt_value: jax.Array  # [layers, N, K, P, D]
     prompt_mask: jax.Array  # bool [N, P]
-    response_key: jax.Array  # [layers, N, G, T, K, D]
-    response_value: jax.Array  # [layers, N, G, T, K, D]
+    response_key: jax.Array  # [layers, N, G, K, T, D]
+    response_value: jax.Array  # [layers, N, G, K, T, D]
     response_length: jax.Array  # int32 []
 
 
 def init_cache(config: DecoderConfig, num_prompts: int, prompt_size: int, group_size: int, response_size: int) -> Cache:
     """An empty cache for `num_prompts` prompts of `group_size` samples each."""
-    prompt = (config.num_layers, num_prompts, prompt_size, config.num_kv_heads, config.head_dim)
+    prompt = (config.num_layers, num_prompts, config.num_kv_heads, prompt_size, config.head_dim)
     response = (
         config.num_layers,
         num_prompts,
         group_size,
-        response_size,
         config.num_kv_heads,
+        response_size,
         config.head_dim,
     )
     zeros = functools.partial(jnp.zeros, dtype=config.compute_dtype)
@@ -58,6 +61,46 @@ def init_cache(config: DecoderConfig, num_prompts: int, prompt_size: int, group_
         response_key=zeros(response),
         response_value=zeros(response),
         response_length=jnp.zeros((), jnp.int32),
+    )
+
+
+def split_cache(model: "Decoder", cache: Cache) -> Cache:
+    """The form of `cache` for a loop over tokens, with parameters of `gather_layers`.
+
+    Where the layers are scanned, it is the same. Elsewhere the arrays are tuples of one a layer: prompts' keys [N, K, D, P]
+    and values [N, K, P, D], responses' keys [N * G, K, D, T] and values [N * G, K, T, D]. They are written in place and
+    read without a copy, which CPUs would make of a part of an array, or of another order of axes, at every token.
+    """
+    if model.config.scan_layers:
+        return cache
+
+    def layers(x, transpose=False):
+        x = jnp.swapaxes(x, -1, -2) if transpose else x
+        return tuple(part.reshape(-1, *part.shape[-3:]) for part in x)
+
+    return cache.replace(
+        prompt_key=layers(cache.prompt_key, transpose=True),
+        prompt_value=layers(cache.prompt_value),
+        response_key=layers(cache.response_key, transpose=True),
+        response_value=layers(cache.response_value),
+    )
+
+
+def join_cache(cache: Cache) -> Cache:
+    """What `split_cache` was given, with what was written since."""
+    if not isinstance(cache.prompt_key, tuple):
+        return cache
+    num_prompts = len(cache.prompt_mask)
+
+    def responses(parts):
+        x = jnp.stack(parts)
+        return x.reshape(len(parts), num_prompts, -1, *x.shape[2:])
+
+    return cache.replace(
+        prompt_key=jnp.swapaxes(jnp.stack(cache.prompt_key), -1, -2),
+        prompt_value=jnp.stack(cache.prompt_value),
+        response_key=jnp.swapaxes(responses(cache.response_key), -1, -2),
+        response_value=responses(cache.response_value),
     )
 
 
@@ -206,8 +249,10 @@ class Layer(nn.Module):
         out, keys_values, new_cache = Attention(self.config, name="attention")(hidden, positions, mask, cache, layer)
         x = x + out
         x = x + MLP(self.config, name="mlp")(RMSNorm(self.config, name="post_attention_norm")(x))
-        prefill = response_cache is not None and prompt_cache is None
-        return (constrain(x, *axes), new_cache or response_cache), keys_values if prefill else None
+        if response_cache is None or prompt_cache is not None:
+            return (constrain(x, *axes), new_cache or response_cache), None
+        kept = tuple(jnp.swapaxes(x, 1, 2) for x in keys_values)  # of a prefill: [N, K, P, D]
+        return (constrain(x, *axes), response_cache), kept
 
 
 class Decoder(nn.Module):
@@ -291,10 +336,15 @@ class Decoder(nn.Module):
         response_cache = None if cache is None else (cache.response_key, cache.response_value)
         prompt_cache = (cache.prompt_key, cache.prompt_value) if decode else None
         length = cache.response_length if decode else None
-        layers = jnp.arange(c.num_layers)
-        (x, response_cache), keys_values = self.layers(
-            (x, response_cache), layers, prompt_cache, positions, mask, length
-        )
+        apart = self.variables["params"]["layers"] if self.has_variable("params", "layers") else None
+        if isinstance(apart, tuple):
+            x, response_cache, keys_values = self._apart(
+                apart, x, response_cache, prompt_cache, positions, mask, length
+            )
+        else:
+            layers = jnp.arange(c.num_layers)
+            carry = (x, response_cache)
+            (x, response_cache), keys_values = self.layers(carry, layers, prompt_cache, positions, mask, length)
         x = self.final_norm(x)
         if cache is None:
             return x
@@ -307,6 +357,27 @@ class Decoder(nn.Module):
             )
         prompt_key, prompt_value = keys_values
         return x, cache.replace(prompt_key=prompt_key, prompt_value=prompt_value, prompt_mask=mask.astype(bool))
+
+    def _apart(self, params, x, response_cache, prompt_cache, positions, mask, length):
+        """The layers with parameters of `gather_layers`, one tree a layer; and with a cache of either form."""
+        split = response_cache is not None and isinstance(response_cache[0], tuple)
+        caches, kept = [], []
+        for number, of_layer in enumerate(params):
+            prompt = prompt_cache and tuple(part[number] for part in prompt_cache)
+            response = tuple(part[number] for part in response_cache) if split else response_cache
+            run = Layer(self.config, parent=None)
+            inputs = (None if split else number, prompt, positions, mask, length)
+            (x, response), keys_values = run.apply({"params": of_layer}, (x, response), *inputs)
+            caches.append(response)
+            kept.append(keys_values)
+            response_cache = response_cache if split else response
+        if split:
+            response_cache = tuple(zip(*caches, strict=True))
+        return (
+            x,
+            response_cache,
+            None if kept[0] is None else tuple(jnp.stack(parts) for parts in zip(*kept, strict=True)),
+        )
 
     def unembedding(self):
         """The kernel [hidden, V] of `unembed`, in its layout: made once before a loop that unembeds."""
@@ -332,13 +403,19 @@ def abstract_params(model: Decoder) -> dict:
 
 
 def gather_layers(model: Decoder, params: dict) -> dict:
-    """`params` with the layers' "embed" axes replicated: what is gathered here is not gathered in a loop."""
+    """Parameters for a loop over tokens: what is gathered, or cut out, here is not gathered or copied at every token.
+
+    The layers' "embed" axes are replicated. Where layers are not scanned, "layers" is a tuple of one tree a layer.
+    """
 
     def gather(axes, x):
         return constrain(x, *(None if name == "embed" else name for name in axes))
 
     axes = logical_axes(model)["layers"]
-    return params | {"layers": jax.tree.map(gather, axes, params["layers"], is_leaf=lambda x: isinstance(x, tuple))}
+    layers = jax.tree.map(gather, axes, params["layers"], is_leaf=lambda x: isinstance(x, tuple))
+    if not model.config.scan_layers:
+        layers = tuple(jax.tree.map(lambda x, n=n: x[n], layers) for n in range(model.config.num_layers))
+    return params | {"layers": layers}
 
 
 def logical_axes(model: Decoder) -> dict:

@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from r2vpo_jax import models, sharding
 from r2vpo_jax.config import Config
+from r2vpo_jax.models import attention
 from r2vpo_jax.rollout import Rollout
 from r2vpo_jax.sampler import rounded_weights
 from r2vpo_jax.training import critic, update
@@ -65,6 +66,7 @@ class Learner:
                 f"trainer.micro_batch_size={self.settings.micro_batch_size} is not a multiple of the {data_parallel} "
                 "data-parallel devices (mesh.data * mesh.fsdp)"
             )
+        attention.check(model.config, mesh.devices.flat[0])
         self.schedule = learning_rate_schedule(config.optimizer, config.num_updates)
         self.optimizers = Optimizers(
             policy=optimizer or make_optimizer(config.optimizer, config.num_updates),

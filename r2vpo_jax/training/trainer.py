@@ -40,6 +40,7 @@ from r2vpo_jax import sharding, tasks
 from r2vpo_jax.config import Config
 from r2vpo_jax.errors import NonFiniteUpdateError, Stopped, UsageError, usage_errors
 from r2vpo_jax.evaluation import subsets, validation
+from r2vpo_jax.models import attention
 from r2vpo_jax.models.base import open_base_model
 from r2vpo_jax.rollout import Rollout
 from r2vpo_jax.run import console, directory, files, report
@@ -203,7 +204,8 @@ class _Run:
     def _introduce(self) -> None:
         scored = {split: validation.scoring_of(self.config, split).num_problems for split in ("validation", "test")}
         samples = [notice for split, number in scored.items() for notice in subsets.notices(self.task, split, number)]
-        for notice in (*self.base.notices, *self.task.notices, *samples):
+        without = attention.without_kernel(self.model.config, self.mesh.devices.flat[0])
+        for notice in (*self.base.notices, *without, *self.task.notices, *samples):
             self._say(notice)
         if not self.life.resumed:
             self._say(f"mesh {dict(self.mesh.shape)}, {jax.device_count()} x {jax.devices()[0].device_kind}")

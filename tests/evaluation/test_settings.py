@@ -130,6 +130,7 @@ def test_what_is_taken_from_a_run(run_of):
         "path": path,
         "compute_dtype": "bfloat16",
         "scan_layers": True,
+        "attention": "auto",
         "attention_block_size": 16,
     }
     assert settings.differences(config, run) == []

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from r2vpo_jax import models, sharding
+from r2vpo_jax.models import decoder
 
 CONFIG = models.DecoderConfig(
     vocab_size=40,
@@ -106,6 +107,24 @@ def test_cached_decoding_gives_the_logits_of_the_full_forward(steps, scan_layers
         assert cache.response_length == start
 
 
+def test_a_split_cache_is_the_same_cache(params, ragged):
+    """As the sampler decodes: parameters and cache apart by layer, and together again."""
+    prompts, mask, responses, expected = ragged
+    cache = models.init_cache(CONFIG, len(LENGTHS), PROMPT, GROUP, RESPONSE + SPARE)
+    apart = decoder.gather_layers(MODEL, params)
+    _, cache = apply(MODEL, apart, prompts, mask=mask, cache=cache)
+    logits, together = apply(MODEL, apart, responses, cache=cache)
+    assert_close(logits, expected[..., PROMPT:, :])
+    split = decoder.split_cache(MODEL, cache)
+    for step in range(RESPONSE):
+        logits, split = apply(MODEL, apart, responses[..., step : step + 1], cache=split)
+        assert_close(logits, expected[..., PROMPT + step : PROMPT + step + 1, :])
+    joined = decoder.join_cache(split)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), joined, together)
+    scanned = models.Decoder(dataclasses.replace(CONFIG, scan_layers=True))
+    assert decoder.split_cache(scanned, cache) is decoder.join_cache(cache) is cache
+
+
 def test_the_samples_of_a_group_do_not_see_each_other(params, ragged):
     prompts, mask, responses, _ = ragged
     cache = models.init_cache(CONFIG, len(LENGTHS), PROMPT, GROUP, RESPONSE + SPARE)
@@ -119,8 +138,8 @@ def test_the_samples_of_a_group_do_not_see_each_other(params, ragged):
 
 def test_the_prompt_is_stored_once_for_its_group():
     cache = jax.eval_shape(lambda: models.init_cache(CONFIG, 3, PROMPT, GROUP, RESPONSE))
-    assert cache.prompt_key.shape == cache.prompt_value.shape == (2, 3, PROMPT, 2, 4)
-    assert cache.response_key.shape == cache.response_value.shape == (2, 3, GROUP, RESPONSE, 2, 4)
+    assert cache.prompt_key.shape == cache.prompt_value.shape == (2, 3, 2, PROMPT, 4)
+    assert cache.response_key.shape == cache.response_value.shape == (2, 3, GROUP, 2, RESPONSE, 4)
     bfloat16 = dataclasses.replace(CONFIG, compute_dtype=jnp.bfloat16)
     cache = jax.eval_shape(lambda: models.init_cache(bfloat16, 3, PROMPT, GROUP, RESPONSE))
     assert cache.prompt_key.dtype == cache.response_value.dtype == jnp.bfloat16
