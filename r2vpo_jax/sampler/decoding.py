@@ -60,7 +60,7 @@ def prefill(model, params, tokens, lengths, keys, sampling: Sampling, columns: i
 
 
 def decode(
-    model, params, state: Decoding, sampling: Sampling, *, enough=None, axis_name: str | None = None
+    model, params, state: Decoding, sampling: Sampling, *, enough=None, until=None, axis_name: str | None = None
 ) -> tuple[Decoding, jax.Array, jax.Array]:
     """Draw tokens until all rows are done or the cache is full.
 
@@ -69,6 +69,7 @@ def decode(
       state: where to go on.
       sampling: as for `sample`.
       enough: int32 [], also stop once no more rows than this are not done; default 0.
+      until: int32 [], also stop once each row has as many tokens; default C.
       axis_name: as for `sample`.
 
     Returns:
@@ -103,10 +104,12 @@ def decode(
         hidden, cache = model.apply({"params": params}, token[..., None], cache=cache, method="hidden_states")
         return step + 1, _logits(model, params, kernel, hidden[:, :, 0]), done, out, logp_out, length, cache, found
 
+    end = size if until is None else jnp.minimum(until, size)
+
     def unfinished(carry):
         done = carry[2]
         some = ~jnp.all(done) if enough is None else jnp.sum(~done) > enough
-        return (carry[0] < size) & (some if axis_name is None else jax.lax.pmax(some, axis_name))
+        return (carry[0] < end) & (some if axis_name is None else jax.lax.pmax(some, axis_name))
 
     shape = state.done.shape
     carry = (
@@ -121,6 +124,26 @@ def decode(
     )
     _, logits, done, out, logp_out, length, cache, found = jax.lax.while_loop(unfinished, body, carry)
     return state.replace(logits=logits, done=done, length=length, found=found, cache=cache), out, logp_out
+
+
+def placed(state: Decoding) -> Decoding:
+    """Pinned to one layout: programs that take it are then compiled once, whichever program made it."""
+
+    def rows(x):
+        return sharding.constrain(x, "batch", *(None,) * (x.ndim - 1))
+
+    cache = state.cache
+    return state.replace(
+        logits=sharding.constrain(state.logits, "batch", None, "vocab"),
+        **{name: jax.tree.map(rows, getattr(state, name)) for name in ("keys", "done", "length", "found")},
+        cache=cache.replace(
+            prompt_key=sharding.constrain(cache.prompt_key, None, "batch", None, "kv_heads", None),
+            prompt_value=sharding.constrain(cache.prompt_value, None, "batch", None, "kv_heads", None),
+            prompt_mask=rows(cache.prompt_mask),
+            response_key=sharding.constrain(cache.response_key, *CACHE_AXES),
+            response_value=sharding.constrain(cache.response_value, *CACHE_AXES),
+        ),
+    )
 
 
 def row_keys(key, problem_ids, numbers):

@@ -1,14 +1,16 @@
 """Decoding in segments: responses that are done leave, and the others close ranks.
 
 A batch that decodes until its last response ends computes mostly nothing where lengths are long-tailed. Here the loop
-stops when what is left fits the next of a few smaller sizes, or when the cache is full: it starts short and is doubled.
-In both cases the rows that are left move to a cache of their number and their length. While prompts still wait, few
-rows that filled a cache are set aside, and go on together with those of another batch at the same step: rows of a batch
-are always equally long, so that a step writes one column and attends to the filled ones.
+stops when what is left fits the next of a few smaller sizes, and at the end of each segment: at an eighth of the longest
+response, a quarter, a half. The cache starts with room for the first segment; rows that are left move to one of their
+number and their length. While prompts still wait, few rows at the end of a segment are set aside, and go on together
+with those of another batch at the same step: rows of a batch are always equally long, so that a step writes one column
+and attends to the filled ones.
 
 A row's draws are functions of its key and its step alone, so segments, sizes and the order of the prompts decide
-nothing. Each pair of a size and a cache length is a program of its own, compiled when it is first needed; there are at
-most `len(SHARES)` times `MOST_COLUMN_SIZES` of them for a prompt size, however long responses are.
+nothing. Each pair of a size and a cache length is a program of its own, compiled when it is first needed. That they be
+few, no cache is smaller than the first one: half of the rows have room for twice as many tokens from the start. So a
+prompt size has at most 14 programs that decode, however long responses are, and small ones that move rows.
 """
 
 import collections
@@ -21,11 +23,10 @@ import numpy as np
 
 from r2vpo_jax import sharding
 from r2vpo_jax.models.decoder import gather_layers
-from r2vpo_jax.sampler.decoding import CACHE_AXES, Decoding, decode, prefill, row_keys
+from r2vpo_jax.sampler.decoding import Decoding, decode, placed, prefill, row_keys
 from r2vpo_jax.sampler.distribution import Sampling
 
 SHARES = (1, 3 / 4, 1 / 2, 1 / 4, 1 / 8, 1 / 16)  # of the rows of a batch: the sizes that there are programs for
-MOST_COLUMN_SIZES = 4
 _BY_ROW = ("logits", "keys", "done", "length", "found")  # the parts of a state that are [N, G, ...]
 
 
@@ -37,19 +38,22 @@ def _start(model, params, tokens, lengths, wanted, key, sampling, problem_ids, f
         params = gather_layers(model, params)
         state = prefill(model, params, sharding.constrain(tokens, "batch", None), lengths, keys, sampling, columns)
         state = state.replace(done=state.done | ~wanted[:, None])
-        return decode(model, params, state, sampling, enough=enough)
+        state, *drawn = decode(model, params, state, sampling, enough=enough)
+        return placed(state), *drawn
 
 
 @functools.partial(jax.jit, static_argnames=("model", "mesh"), donate_argnames="state")
-def _advance(model, params, state, sampling, enough, mesh):
+def _advance(model, params, state, sampling, enough, until, mesh):
     with sharding.activate(mesh):
-        return decode(model, gather_layers(model, params), state, sampling, enough=enough)
+        params = gather_layers(model, params)
+        state, *drawn = decode(model, params, state, sampling, enough=enough, until=until)
+        return placed(state), *drawn
 
 
 @functools.partial(jax.jit, static_argnames=("columns", "mesh"))
 def _widen(state, columns, mesh):
     with sharding.activate(mesh):
-        return _widened(state, columns)
+        return placed(_with_room(state, columns))
 
 
 @functools.partial(jax.jit, static_argnames=("columns", "mesh"))
@@ -59,9 +63,9 @@ def _regroup(state, other, index, columns, mesh):
         taken = _rows(state, index)
         if other is not None:
             after = index - state.done.size
-            taken, others = _widened(taken, columns), _widened(_rows(other, after), columns)
+            taken, others = _with_room(taken, columns), _with_room(_rows(other, after), columns)
             taken = _merged(after < 0, taken, others)
-        return _widened(taken.replace(done=taken.done | (index < 0)[:, None]), columns)
+        return placed(_with_room(taken.replace(done=taken.done | (index < 0)[:, None]), columns))
 
 
 def _rows(state: Decoding, index) -> Decoding:
@@ -106,23 +110,23 @@ def _merged(first, state: Decoding, other: Decoding) -> Decoding:
     )
 
 
-def _widened(state: Decoding, columns: int) -> Decoding:
-    """With room for as many tokens."""
+def _with_room(state: Decoding, columns: int) -> Decoding:
+    """With a cache for as many tokens; none of those that are there is beyond."""
 
-    def wider(x):
+    def fitted(x):
         padding = [(0, 0)] * x.ndim
-        padding[3] = (0, columns - x.shape[3])
-        return sharding.constrain(jnp.pad(x, padding), *CACHE_AXES)
+        padding[3] = (0, max(columns - x.shape[3], 0))
+        return jnp.pad(x[:, :, :, :columns], padding)
 
     cache = state.cache
     return state.replace(
-        cache=cache.replace(response_key=wider(cache.response_key), response_value=wider(cache.response_value))
+        cache=cache.replace(response_key=fitted(cache.response_key), response_value=fitted(cache.response_value))
     )
 
 
 def column_sizes(segment_length: int, longest: int) -> list[int]:
-    """Cache lengths that there are programs for: the longest response, its half, ..., none below `segment_length`."""
-    sizes = [-(-longest // 2**halvings) for halvings in range(MOST_COLUMN_SIZES)]
+    """Ends of segments, and cache lengths: the longest response, its half, ..., none below `segment_length`."""
+    sizes = [longest // 2**halvings for halvings in range(4)]
     return sorted({size for size in sizes if size == longest or size >= segment_length})
 
 
@@ -153,7 +157,7 @@ class SegmentedDecoding:
       model, params, key, sampling, first_sample: as for `sample`.
       mesh: the run's mesh.
       batch_size: prompts that start together.
-      columns: cache lengths, ascending; the last is the longest response (`column_sizes`).
+      columns: where segments end, ascending; the last is the longest response (`column_sizes`).
     """
 
     def __init__(self, model, params, key, sampling: Sampling, *, mesh, first_sample, batch_size: int, columns):
@@ -186,9 +190,8 @@ class SegmentedDecoding:
                 other = aside.get(batch.step)
                 if other is not None and batch.live + other.live <= self._most_together:
                     batch = self._moved(batch, aside.pop(batch.step))
-                full = batch.step in self._columns
-                if waiting and full and batch.live <= self._most_together // 2:
-                    aside[batch.step] = self._moved(batch, columns=batch.columns)
+                if waiting and batch.step in self._columns and batch.live <= self._most_together // 2:
+                    aside[batch.step] = self._moved(batch)
                     break
                 batch = self._go_on(batch)
         return self._tokens, self._logps, self._lengths, self._ended
@@ -216,12 +219,21 @@ class SegmentedDecoding:
 
     def _go_on(self, batch: _Batch) -> _Batch:
         """One segment more, in the smallest batch that holds what is left."""
+        columns = self._room(batch.step, len(batch.rows))
         if self._size(batch.live) < len(batch.rows):
             batch = self._moved(batch)
-        elif batch.step == batch.columns:
-            batch = _Batch(_widen(batch.state, self._room(batch.step), self._mesh), batch.rows, batch.step)
-        enough = self._enough(len(batch.rows))
-        state, out, logps = _advance(self._model, self._params, batch.state, self._sampling, enough, self._mesh)
+        elif columns > batch.columns:
+            batch = _Batch(_widen(batch.state, columns, self._mesh), batch.rows, batch.step)
+        until = next(end for end in self._columns if end > batch.step)
+        state, out, logps = _advance(
+            self._model,
+            self._params,
+            batch.state,
+            self._sampling,
+            self._enough(len(batch.rows)),
+            np.int32(until),
+            self._mesh,
+        )
         return self._harvest(batch, state, out, logps)
 
     def _harvest(self, batch: _Batch, state: Decoding, out, logps) -> _Batch:
@@ -240,17 +252,18 @@ class SegmentedDecoding:
         left = np.where(done.reshape(-1) | (end == self._columns[-1]), -1, batch.rows)
         return _Batch(state, left, end)
 
-    def _moved(self, batch: _Batch, other: _Batch | None = None, columns: int = 0) -> _Batch:
-        """What is left of a batch, or of two, in a cache with room for a token more, or of as many columns."""
+    def _moved(self, batch: _Batch, other: _Batch | None = None) -> _Batch:
+        """What is left of a batch, or of two, in the smallest that holds it."""
         rows = batch.rows if other is None else np.concatenate([batch.rows, other.rows])
         left = np.flatnonzero(rows >= 0)
-        index = np.full(self._size(len(left)), -1, np.int32)
+        size = self._size(len(left))
+        index = np.full(size, -1, np.int32)
         index[: len(left)] = left
         state = _regroup(
             batch.state,
             None if other is None else other.state,
             sharding.put_batch(index, self._mesh),
-            columns or max(self._room(batch.step), batch.columns),
+            self._room(batch.step, size),
             self._mesh,
         )
         return _Batch(state, np.where(index < 0, -1, rows[index]), batch.step)
@@ -262,5 +275,7 @@ class SegmentedDecoding:
         """The next smaller size; 0 if there is none."""
         return np.int32(max((other for other in self._sizes if other < size), default=0))
 
-    def _room(self, step: int) -> int:
-        return next(columns for columns in self._columns if columns > step)
+    def _room(self, step: int, size: int) -> int:
+        """Columns for a token more; as many as the memory of the first cache has room for, if that is more."""
+        entries = self._sizes[-1] * self._columns[0]
+        return next(n for n in self._columns if n > step and n >= max(m for m in self._columns if m * size <= entries))
