@@ -6,12 +6,11 @@ import jax
 import numpy as np
 
 from r2vpo_jax import sharding
+from r2vpo_jax.config.run import SEGMENT_LENGTH
 from r2vpo_jax.rollout import Rollout
 from r2vpo_jax.sampler.decoding import assemble, sample
 from r2vpo_jax.sampler.distribution import Sampling
 from r2vpo_jax.sampler.segments import SegmentedDecoding, column_sizes
-
-SEGMENT_LENGTH = 64  # tokens
 
 
 @functools.partial(jax.jit, static_argnames=("model", "mesh"))
