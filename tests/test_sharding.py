@@ -47,6 +47,12 @@ def test_prompts_that_do_not_divide_draw_the_same(comparison):
     assert comparison["three draws on 8,1,1"] is None, comparison["three draws on 8,1,1"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["8,1,1", "2,2,2"])
+def test_segments_on_eight_devices_draw_the_same(case, comparison):
+    assert comparison[f"segments on {case}"] is None, comparison[f"segments on {case}"]
+
+
 @pytest.fixture(scope="module")
 def placement():
     return run_script("placement")
