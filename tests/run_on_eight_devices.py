@@ -21,6 +21,7 @@ from r2vpo_jax import config, models, sampler, sharding
 from r2vpo_jax.models import attention, flash
 from r2vpo_jax.rollout import Rollout
 from r2vpo_jax.training.learner import Learner
+from tests.helpers.compilations import compilations
 from tests.helpers.learner import assert_same_stats
 from tests.helpers.params import random_params
 
@@ -105,7 +106,7 @@ class Subject:
         batch = sharding.put_batch(self.rollout, self.mesh)
         return sharding.to_host(self.learner().minibatch(batch, jax.random.key(1), 1))
 
-    def draws(self, num_prompts=8):
+    def draws(self, num_prompts=8, longest=RESPONSE, **how):
         learner = self.learner()
         return sampler.generate(
             self.model,
@@ -113,10 +114,23 @@ class Subject:
             self.rollout.tokens[:num_prompts, :PROMPT],
             LENGTHS[:num_prompts],
             jax.random.key(2),
-            sampler.Sampling(group_size=2, max_response_length=RESPONSE, eos_ids=(3, 5, 7, 11)),
+            sampler.Sampling(group_size=2, max_response_length=longest, eos_ids=(3, 5, 7, 11)),
             mesh=self.mesh,
             problem_ids=np.arange(num_prompts),
+            **how,
         )
+
+    def draws_in_segments(self):
+        """On one device in one loop, elsewhere in segments, twice: then nothing is compiled any more."""
+        if self.mesh.size == 1:
+            return self.draws(longest=24, segment_length=0)
+        how = {"longest": 24, "segment_length": 3, "batch_size": 4}
+        once = self.draws(**how)
+        with compilations() as compiled:
+            again = self.draws(**how)
+        assert not {"jit(_start)", "jit(_advance)", "jit(_regroup)", "jit(_widen)"} & set(compiled), compiled
+        jax.tree.map(np.testing.assert_array_equal, once, again)
+        return again
 
 
 def same_update(actual, expected):
@@ -180,6 +194,8 @@ def compare():
         checks = dict(CHECKS)
         if case == "8,1,1":
             checks["three draws"] = (lambda s: s.draws(3), same_draws)
+        if case in ("8,1,1", "2,2,2"):
+            checks["segments"] = (Subject.draws_in_segments, same_draws)
         for name, (compute, same) in checks.items():
             if (name, num_kv_heads) not in expected:
                 expected[name, num_kv_heads] = compute(Subject(num_kv_heads, one))

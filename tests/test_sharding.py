@@ -56,6 +56,12 @@ def test_attention_is_computed_where_rows_and_heads_are(way, case, comparison):
     assert comparison[f"{way} on {case}"] is None, comparison[f"{way} on {case}"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["8,1,1", "2,2,2"])
+def test_segments_on_eight_devices_draw_the_same(case, comparison):
+    assert comparison[f"segments on {case}"] is None, comparison[f"segments on {case}"]
+
+
 @pytest.fixture(scope="module")
 def placement():
     return run_script("placement")

@@ -17,7 +17,8 @@ FREE = (
 # The same sums, taken in another order or in other pieces: equal in exact arithmetic, not in the last digits.
 ROUNDING = (
     "mesh", "trainer.micro_batch_size", "trainer.packing", "trainer.scoring_chunk_size", "sampler.batch_size", "sampler.prompt_buckets",
-    "evaluation.batch_size", "model.attention", "model.attention_block_size", "model.remat", "model.scan_layers",
+    "sampler.segment_length", "evaluation.batch_size", "evaluation.segment_length",
+    "model.attention", "model.attention_block_size", "model.remat", "model.scan_layers",
 )  # fmt: skip
 
 _LONGER = "trainer.num_iterations"

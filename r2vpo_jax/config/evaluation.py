@@ -114,7 +114,7 @@ class EvaluationConfig:
 # Settings that say where data lie, how fast it goes, and what is kept besides the scores: they may change within one
 # evaluation. All other settings are its identity.
 NOT_IDENTITY = (
-    "mesh", "evaluation.batch_size", "model.scan_layers", "model.attention", "model.attention_block_size",
+    "mesh", "evaluation.batch_size", "evaluation.segment_length", "model.scan_layers", "model.attention", "model.attention_block_size",
     "task.verifier.num_workers", "task.text.data_dir", "num_problems", "texts",
 )  # fmt: skip
 

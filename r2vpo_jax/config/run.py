@@ -20,6 +20,11 @@ from r2vpo_jax.config.task import TASKS, TaskConfig
 SAMPLING_WEIGHTS = ("compute", "bfloat16", "int8")
 ATTENTION = ("auto", "einsum", "blockwise", "cudnn", "splash")
 HOW_TO_COMPUTE = ("compute_dtype", "scan_layers", "attention", "attention_block_size")  # what an evaluation takes over
+SEGMENT_LENGTH = 64  # tokens; the shipped arithmetic tasks, whose responses are shorter than two, keep one program
+_SEGMENT_LENGTH_TEXT = (
+    "tokens that responses are given room for at first, at least: longer ones grow, and those that are done make room "
+    "(0 = room for the longest, and a batch ends together)"
+)
 
 
 def make_objective(name: str = presets.DEFAULT, **given) -> ObjectiveConfig:
@@ -107,6 +112,7 @@ class SamplerConfig(StopConfig):
     group_size: int = option(16, "samples per prompt (G)")
     temperature: float = option(1.0, "softmax temperature; scoring applies the same")
     batch_size: int = option(1024, "responses sampled at one time, all devices together")
+    segment_length: int = option(SEGMENT_LENGTH, _SEGMENT_LENGTH_TEXT)
     prompt_buckets: tuple[int, ...] = option((), "prompt lengths below the longest that get a program of their own")
     weights: str = option(
         "compute",
@@ -123,6 +129,7 @@ class SamplerConfig(StopConfig):
             f"sampler.batch_size={self.batch_size} counts responses: it must hold a group of "
             f"sampler.group_size={self.group_size}",
         )
+        require_range("sampler", self, "segment_length", ">= 0")
         object.__setattr__(self, "prompt_buckets", tuple(self.prompt_buckets))
         require_integers("sampler", self, "prompt_buckets", ">= 1")
 
@@ -135,9 +142,10 @@ class ScoreSamplingConfig:
     top_p: float = option(1.0, "nucleus sampling mass (1 = off)")
     top_k: int = option(0, "most likely tokens that are sampled from (0 = off)")
     batch_size: int = option(1024, "responses sampled at one time, all devices together")
+    segment_length: int = option(SEGMENT_LENGTH, _SEGMENT_LENGTH_TEXT)
 
     def __post_init__(self):
-        require_range("evaluation", self, "temperature top_k", ">= 0")
+        require_range("evaluation", self, "temperature top_k segment_length", ">= 0")
         require_range("evaluation", self, "top_p", "in (0, 1]")
         require_range("evaluation", self, "batch_size", ">= 1")
 

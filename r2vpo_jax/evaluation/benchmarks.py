@@ -161,6 +161,7 @@ class Evaluator:
             jax.random.key(self._config.seed),
             mesh=self._mesh,
             batch_size=min(size * k, self._config.evaluation.batch_size),
+            segment_length=self._config.evaluation.segment_length,
             fill_to=min(size, benchmark.num_problems),
             answers=jax.process_index() == 0,
         )

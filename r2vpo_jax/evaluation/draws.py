@@ -45,6 +45,7 @@ def draw(
     *,
     mesh,
     batch_size: int,
+    segment_length: int = sampler.SEGMENT_LENGTH,
     fill_to: int = 0,
     answers: bool = False,
 ) -> Outcomes:
@@ -61,6 +62,7 @@ def draw(
       key: a typed PRNG key.
       mesh: where to compute.
       batch_size: most responses that are sampled at one time, though never less than one.
+      segment_length: as for `sampler.generate`.
       fill_to: a batch of fewer problems is filled up to this size and cut again, so that one program does them all.
       answers: whether final answers are looked for.
 
@@ -83,6 +85,7 @@ def draw(
             problem_ids=problems.index[filled],
             first_sample=first,
             batch_size=max(1, batch_size // k),
+            segment_length=segment_length,
         )
         columns = rollout.response_tokens, rollout.response_length, rollout.truncated
         parts.append([x.reshape(len(filled), -1, *x.shape[1:])[:count] for x in columns])

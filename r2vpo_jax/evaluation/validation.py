@@ -9,7 +9,7 @@ import numpy as np
 from r2vpo_jax.config import Config
 from r2vpo_jax.evaluation import estimators, subsets
 from r2vpo_jax.evaluation.draws import draw
-from r2vpo_jax.sampler import Sampling
+from r2vpo_jax.sampler import SEGMENT_LENGTH, Sampling
 from r2vpo_jax.tasks.base import Outcome, Problems, stop_of
 
 # Evaluation draws depend on nothing of the run: the same problems and keys for base, best and final.
@@ -182,6 +182,7 @@ def evaluate(
     num_samples: int,
     mesh,
     batch_size=1024,
+    segment_length=SEGMENT_LENGTH,
     **how,
 ) -> Evaluation:
     """Sample and judge problems of a split, with the keys that all evaluations of runs have.
@@ -194,6 +195,7 @@ def evaluate(
       num_samples: samples per problem.
       mesh: the run's mesh.
       batch_size: responses sampled at one time.
+      segment_length: as for `sampler.generate`.
       **how: temperature, top_p and top_k of `sampling`.
     """
     problems = task.problems(split, subsets.choose(task, split, num_problems))
@@ -207,6 +209,7 @@ def evaluate(
         key(),
         mesh=mesh,
         batch_size=batch_size,
+        segment_length=segment_length,
     )
     level = task.level(split, problems.index)
     shown = drawn.tokens[:SHOWN, 0]

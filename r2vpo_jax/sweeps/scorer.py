@@ -33,6 +33,7 @@ class Scorer:
         self._config, self._task, self._splits = config, task, {}
         how = dataclasses.asdict(config.evaluation)
         batch_size = how.pop("batch_size")
+        del how["segment_length"]  # the program of a whole run decodes in lock-step
         scorings = [validation.scoring_of(config, split) for split in ("validation", "test")]
         samples = math.gcd(*(scoring.num_samples for scoring in scorings))
         self.sampling: Sampling = validation.sampling(task, samples, **how)

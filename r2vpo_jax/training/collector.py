@@ -73,6 +73,7 @@ class Collector:
             version=np.int32(version),
             batch_size=self._config.prompts_at_once,
             buckets=self._config.sampler.prompt_buckets,
+            segment_length=self._config.sampler.segment_length,
         )
 
     def verify(self, index, rollout: Rollout) -> tuple[Rollout, Verdicts]:

@@ -36,6 +36,8 @@ def test_every_name_on_the_lists_is_a_field_or_a_section():
         ({"model": {"remat": True}}, "rounding"),
         ({"evaluation": {"batch_size": 512}}, "rounding"),
         ({"sampler": {"batch_size": 512}}, "rounding"),
+        ({"sampler": {"segment_length": 0}}, "rounding"),
+        ({"evaluation": {"segment_length": 0}}, "rounding"),
         ({"trainer": {"checkpoint_every": 3}}, "free"),
         ({"trainer": {"eval_every": 3}}, "free"),
         ({"trainer": {"tensorboard": True}}, "free"),

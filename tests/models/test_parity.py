@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from r2vpo_jax import models, sampler
+from r2vpo_jax.sampler import generation
 from tests.models.goldens import CASES, GOLDEN, SHOWS, TOLERANCE, apply, copy, distance, golden, raw_config, replaced
 
 BIASES = [
@@ -64,8 +65,8 @@ def test_logits_are_those_of_transformers(case):
 def unoptimized(monkeypatch):
     """Each of these programs runs once."""
     options = {"xla_backend_optimization_level": 0}
-    quick = jax.jit(sampler._sample.__wrapped__, static_argnames=("model", "mesh"), compiler_options=options)
-    monkeypatch.setattr(sampler, "_sample", quick)
+    quick = jax.jit(generation._sample.__wrapped__, static_argnames=("model", "mesh"), compiler_options=options)
+    monkeypatch.setattr(generation, "_sample", quick)
 
 
 @pytest.mark.usefixtures("unoptimized")

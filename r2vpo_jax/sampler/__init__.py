@@ -1,0 +1,8 @@
+"""Batched autoregressive sampling: prompts -> Rollout."""
+
+from r2vpo_jax.sampler.decoding import sample
+from r2vpo_jax.sampler.distribution import Sampling, sampling_logps
+from r2vpo_jax.sampler.generation import SEGMENT_LENGTH, generate
+from r2vpo_jax.sampler.weights import rounded_weights
+
+__all__ = ["SEGMENT_LENGTH", "Sampling", "generate", "rounded_weights", "sample", "sampling_logps"]
