@@ -125,6 +125,51 @@ def test_a_token_is_scored_given_what_stands_before_it(rows):
     np.testing.assert_array_equal(before[1:], after[1:])
 
 
+# ---- sums over the vocabulary, by themselves ----
+
+
+def test_scores_of_logits_that_can_be_done_by_hand():
+    """Probabilities 1/2, 1/4, 1/4, a padding row beside them; the second row at temperature 2 from squared odds."""
+    odds = jnp.log(jnp.array([[2.0, 1.0, 1.0], [4.0, 1.0, 1.0]]))
+    logits = jnp.pad(odds, ((0, 0), (0, 1)), constant_values=-1e30)[:, None]
+    temperature, targets = jnp.array([[1.0], [2.0]]), jnp.array([[0], [2]])
+    logp, entropy = scoring.scores_of(logits, targets, temperature)
+    np.testing.assert_allclose(logp[:, 0], np.log([1 / 2, 1 / 4]), rtol=1e-6)
+    np.testing.assert_allclose(entropy[:, 0], [1.5 * np.log(2)] * 2, rtol=1e-6)
+    of_logp = jax.grad(lambda x: jnp.sum(scoring.scores_of(x, targets, temperature)[0]))(logits)[:, 0]
+    np.testing.assert_allclose(of_logp, [[1 / 2, -1 / 4, -1 / 4, 0], [-1 / 4, -1 / 8, 3 / 8, 0]], atol=1e-7)
+    # dH/dz_j = -p_j (log p_j + H) / temperature, with H = 1.5 log 2
+    of_entropy = jax.grad(lambda x: jnp.sum(scoring.scores_of(x, targets, temperature)[1]))(logits)[:, 0]
+    by_hand = np.log(2) * np.array([-1 / 4, 1 / 8, 1 / 8, 0])
+    np.testing.assert_allclose(of_entropy, [by_hand, by_hand / 2], atol=1e-7)
+
+
+@pytest.mark.parametrize(("scale", "offset"), [(1.0, 0.0), (30.0, 0.0), (3.0, 1e4)])
+def test_gradients_of_scores_are_those_of_log_softmax(scale, offset):
+    generator = np.random.default_rng(3)
+    logits = (scale * generator.standard_normal((4, 5, 33)) + offset).astype(np.float32)
+    logits[..., 29:] = -1e30
+    targets = generator.integers(0, 29, (4, 5))
+    weights = generator.standard_normal((2, 4, 5)).astype(np.float32)
+
+    def plain(logits):
+        logps = jax.nn.log_softmax(logits / TEMPERATURE[:, None, None], axis=-1)
+        return jnp.take_along_axis(logps, targets[..., None], axis=-1)[..., 0], -jnp.sum(
+            jnp.exp(logps) * logps, axis=-1
+        )
+
+    def ours(logits, entropy_gradient=True):
+        return scoring.scores_of(logits, targets, TEMPERATURE[:, None], entropy_gradient)
+
+    for actual, expected in zip(ours(logits), plain(logits), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=max(1e-6, 1e-6 * offset))
+    for where, weighed in (("log-probability", weights * [[[1]], [[0]]]), ("both", weights)):
+        actual, expected = (jax.grad(lambda x: jnp.sum(weighed * jnp.stack(f(x))))(logits) for f in (ours, plain))  # noqa: B023
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=max(2e-6, 1e-6 * offset), err_msg=where)
+    without = jax.grad(lambda x: jnp.sum(ours(x, False)[1]))(logits)
+    np.testing.assert_array_equal(without, np.zeros_like(logits))
+
+
 # ---- memory ----
 
 

@@ -21,7 +21,7 @@ from flax import struct
 
 from r2vpo_jax.models import attention
 from r2vpo_jax.models.config import DecoderConfig
-from r2vpo_jax.models.products import MASKED, einsum
+from r2vpo_jax.models.products import MASKED, einsum, project
 from r2vpo_jax.sharding import constrain
 
 _ONE_HOT_VOCAB = 256  # up to here a one-hot matmul beats gather and scatter-add (measured on CPU)
@@ -127,7 +127,7 @@ class Projection(nn.Module):
             self.kernel_shape,
             config.param_dtype,
         )
-        y = einsum(self.spec, x, kernel.astype(config.compute_dtype), config)
+        y = project(self.spec, x, kernel.astype(config.compute_dtype), self.num_inputs, config)
         if self.use_bias:
             bias = self.param(
                 "bias",
@@ -386,7 +386,7 @@ class Decoder(nn.Module):
     def unembed(self, hidden, kernel=None):
         """Hidden states [..., hidden] -> float32 logits [..., V]; padding rows of the vocabulary get -1e30."""
         kernel = (self.unembedding() if kernel is None else kernel).astype(self.config.compute_dtype)
-        logits = einsum("...e,ev->...v", hidden, kernel, self.config, preferred_element_type=jnp.float32)
+        logits = project("...e,ev->...v", hidden, kernel, 1, self.config, preferred_element_type=jnp.float32)
         if self.config.num_tokens is not None:
             logits = jnp.where(jnp.arange(logits.shape[-1]) < self.config.num_tokens, logits, MASKED)
         return constrain(logits, *(("batch",) + (None,) * (logits.ndim - 2) + ("logits",)))

@@ -237,6 +237,7 @@ def _score_packs(trained, rows: Rollout, model, settings: UpdateSettings) -> tup
         layout.temperature,
         chunk_size=settings.scoring_chunk_size,
         value_head=None if head is None else functools.partial(critic.values, head),
+        entropy_gradient=settings.objective.has_entropy_bonus,
     )
     return scores, layout
 

@@ -256,6 +256,7 @@ def score_rows(params, head, batch: Rollout, model, settings: UpdateSettings) ->
         prompt_size=batch.prompt_size,
         chunk_size=settings.scoring_chunk_size,
         value_head=None if head is None else functools.partial(critic.values, head),
+        entropy_gradient=settings.objective.has_entropy_bonus,
     )
 
 
