@@ -125,6 +125,29 @@ def test_a_split_cache_is_the_same_cache(params, ragged):
     assert decoder.split_cache(scanned, cache) is decoder.join_cache(cache) is cache
 
 
+def test_the_prompt_is_read_once_for_its_group():
+    """No array of a step's program holds a copy of the prompt for each sample."""
+    prompts, prompt, group, columns = 3, 7, 5, 11
+    config = dataclasses.replace(CONFIG, num_layers=1)
+    model = models.Decoder(config)
+
+    def run(model, params, cache, tokens):
+        apart, cache = decoder.gather_layers(model, params), decoder.split_cache(model, cache)
+
+        def body(state):
+            hidden, cache = model.apply({"params": apart}, state[0], cache=state[1], method="hidden_states")
+            return (jnp.argmax(hidden, -1).astype(jnp.int32), cache)
+
+        return jax.lax.while_loop(lambda s: s[1].response_length < columns, body, (tokens, cache))
+
+    cache = jax.eval_shape(lambda: models.init_cache(config, prompts, prompt, group, columns))
+    tokens = jax.ShapeDtypeStruct((prompts, group, 1), jnp.int32)
+    text = str(jax.make_jaxpr(lambda *args: run(model, *args))(models.abstract_params(model), cache, tokens))
+    loop = text[text.index("while[") :]
+    assert f"f32[{prompts},{group},2,{prompt},4]" not in loop, "the prompt is not repeated for the samples"
+    assert f"f32[{prompts * group},2,{prompt},4]" not in loop
+
+
 def test_the_samples_of_a_group_do_not_see_each_other(params, ragged):
     prompts, mask, responses, _ = ragged
     cache = models.init_cache(CONFIG, len(LENGTHS), PROMPT, GROUP, RESPONSE + SPARE)
