@@ -58,11 +58,11 @@ def compare(there: Mapping[str, Any], here: Mapping[str, Any]) -> Changes:
 
 def _kind(path: str, before, now, values: Mapping[str, Any]) -> tuple[str, str]:
     """(field of Changes, what there is to say of a refusal)."""
-    if "absent" in (before, now):
-        return "refused", ""
     for kind, paths in (("free", FREE), ("rounding", ROUNDING)):
         if any(path == allowed or path.startswith(f"{allowed}.") for allowed in paths):
-            return kind, ""
+            return kind, ""  # also where one of the two, of another version of this code, does not have it yet
+    if "absent" in (before, now):
+        return "refused", ""
     if path == _LONGER:
         if now < before:
             return "refused", ", fewer than it was started for"

@@ -79,3 +79,15 @@ def test_more_iterations_need_a_schedule_that_does_not_know_how_many():
     assert compared({"trainer": {"num_iterations": 9}}).refused == (
         "trainer.num_iterations: 100 there, 9 here, fewer than it was started for",
     )
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "kind"),
+    [("trainer", "packing", "rounding"), ("trainer", "eval_every", "free"), ("sampler", "group_size", "refused")],
+)
+def test_a_field_that_the_run_was_started_without(section, name, kind):
+    """By a version of this code that did not have it."""
+    now = config.to_dict(config.from_flags(config.make()))
+    before = {**now, section: {key: value for key, value in now[section].items() if key != name}}
+    found = continuing.compare(before, now)
+    assert len(getattr(found, kind)) == 1 and "absent there" in getattr(found, kind)[0]
