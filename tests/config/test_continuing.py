@@ -90,4 +90,5 @@ def test_a_field_that_the_run_was_started_without(section, name, kind):
     now = config.to_dict(config.from_flags(config.make()))
     before = {**now, section: {key: value for key, value in now[section].items() if key != name}}
     found = continuing.compare(before, now)
-    assert len(getattr(found, kind)) == 1 and "absent there" in getattr(found, kind)[0]
+    assert len(getattr(found, kind)) == 1
+    assert "absent there" in getattr(found, kind)[0]
