@@ -396,10 +396,8 @@ class Decoder(nn.Module):
         def product(x):
             return project("...e,ev->...v", x, kernel, 1, self.config, preferred_element_type=jnp.float32)
 
-        if self.config.float32_logits:
-            logits = product_in_parts(product, hidden, kernel.dtype)
-        else:
-            logits = product(hidden)
+        in_parts = self.config.float32_logits
+        logits = product_in_parts(product, hidden, kernel.dtype) if in_parts else product(hidden)
         if self.config.num_tokens is not None:
             logits = jnp.where(jnp.arange(logits.shape[-1]) < self.config.num_tokens, logits, MASKED)
         return constrain(logits, *(("batch",) + (None,) * (logits.ndim - 2) + ("logits",)))
