@@ -28,7 +28,7 @@ def num_prompts(config: Config) -> int:
     return min(whole * math.ceil(config.prompts_at_once / whole), config.trainer.prompts_per_rollout)
 
 
-# Switches of `model` that may lower the floor of 16 bits, the cheapest first (docs/performance.md).
+# Switches of `model` that may lower the floor of 16 bits, by presumed cost, the cheapest first (docs/performance.md).
 _REMEDIES = (
     ("float32_residual",),
     ("float32_scores",),
