@@ -6,6 +6,7 @@
     python scripts/benchmark.py long-tail --against=4d68057
     python scripts/benchmark.py cpu-reference --against=torch,trl,tunix
     python scripts/benchmark.py sweep              # both modes of a sweep
+    python scripts/benchmark.py noise              # sampler and scorer: how far apart, by dtype and switch, at what cost
     python scripts/benchmark.py verifiers
 
 Workloads use one device. Absolute numbers depend on the machine and on what else it does. Shares are of ceilings measured
@@ -22,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
 import jax
-from benchmarks import ceilings, profile, programs, report, shipped, subjects, sweep, verifiers, workloads
+from benchmarks import ceilings, noise, profile, programs, report, shipped, subjects, sweep, verifiers, workloads
 from references.environments import EnvironmentFailedError
 
 from r2vpo_jax.training.learner import Learner
@@ -43,11 +44,15 @@ def main() -> None:
         _add_arguments(commands.add_parser(name, **options))
     summary = sweep.__doc__.splitlines()[0]
     sweep.add_arguments(commands.add_parser("sweep", help=summary, description=summary))
+    summary = noise.__doc__.splitlines()[0]
+    noise.add_arguments(commands.add_parser("noise", help=summary, description=summary))
     summary = verifiers.__doc__.splitlines()[0]
     verifiers.add_arguments(commands.add_parser("verifiers", help=summary, description=summary))
     arguments = parser.parse_args()
     if arguments.command == "sweep":
         sweep.run(arguments)
+    elif arguments.command == "noise":
+        noise.run(arguments)
     elif arguments.command == "verifiers":
         verifiers.run(arguments.seconds)
     elif arguments.command in (None, "shipped"):

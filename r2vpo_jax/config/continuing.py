@@ -19,6 +19,7 @@ ROUNDING = (
     "mesh", "trainer.micro_batch_size", "trainer.packing", "trainer.scoring_chunk_size", "sampler.batch_size", "sampler.prompt_buckets",
     "sampler.segment_length", "evaluation.batch_size", "evaluation.segment_length",
     "model.attention", "model.attention_block_size", "model.remat", "model.scan_layers",
+    "model.float32_logits", "model.float32_residual", "model.float32_scores",
 )  # fmt: skip
 
 _LONGER = "trainer.num_iterations"

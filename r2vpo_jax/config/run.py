@@ -19,7 +19,10 @@ from r2vpo_jax.config.task import TASKS, TaskConfig
 
 SAMPLING_WEIGHTS = ("compute", "bfloat16", "int8")
 ATTENTION = ("auto", "einsum", "blockwise", "cudnn", "splash")
-HOW_TO_COMPUTE = ("compute_dtype", "scan_layers", "attention", "attention_block_size")  # what an evaluation takes over
+FLOAT32_SWITCHES = ("float32_residual", "float32_scores", "float32_logits")  # of model, where it computes in 16 bits
+HOW_TO_COMPUTE = (  # what an evaluation takes over
+    *("compute_dtype", *FLOAT32_SWITCHES, "scan_layers", "attention", "attention_block_size"),
+)
 SEGMENT_LENGTH = 64  # tokens; the shipped arithmetic tasks, whose responses are shorter than two, keep one program
 _SEGMENT_LENGTH_TEXT = (
     "tokens that responses are given room for at first, at least: longer ones grow, and those that are done make room "
@@ -251,6 +254,10 @@ class MeshConfig:
     tensor: int = option(1, "heads, MLP and vocabulary sharded")
 
 
+def _in_16_bits(model) -> bool:
+    return model.compute_dtype != "float32"
+
+
 @dataclasses.dataclass(frozen=True)
 class ComputeConfig:
     """Which model, and how its forward pass is computed."""
@@ -259,6 +266,15 @@ class ComputeConfig:
         "arithmetic_base", "Hugging Face directory, or a shipped model, such as arithmetic_base or word_problems_base"
     )
     compute_dtype: str = option("float32", "dtype of activations and matrix products: float32 or bfloat16")
+    float32_residual: bool = option(
+        False, "keep the sums over layers in float32: sampling and scoring agree better", when=_in_16_bits
+    )
+    float32_scores: bool = option(
+        False, "do not round the weights of attention to 16 bits: likewise; without cudnn and splash", when=_in_16_bits
+    )
+    float32_logits: bool = option(
+        False, "do not round the last hidden states to 16 bits: likewise; unembeds twice", when=_in_16_bits
+    )
     scan_layers: bool = option(False, "compile one layer and loop (large models); False is faster on CPU")
     attention: str = option(
         "auto",

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from r2vpo_jax import sharding
 from r2vpo_jax.models import flash
 from r2vpo_jax.models.config import DecoderConfig
-from r2vpo_jax.models.products import MASKED, einsum
+from r2vpo_jax.models.products import MASKED, einsum, product_in_parts
 
 KERNELS = ("cudnn", "splash")
 _SHORTEST = {"cudnn": 0, "splash": 128}  # rows that a kernel is chosen for
@@ -84,7 +84,17 @@ def _attend(query, query_segments, start, *, key, value, segments, config):
     allowed = causal & (query_segments[:, :, None] == segments[:, None, :])  # [B, s, S]
     scores = einsum("bskrd,btkd->bkrst", query, key, config, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(jnp.where(allowed[:, None, None], scores, MASKED), axis=-1)
-    return einsum("bkrst,btkd->bskrd", weights.astype(value.dtype), value, config)
+    return _average(
+        lambda x, **kind: einsum("bkrst,btkd->bskrd", x, value, config, **kind), weights, value.dtype, config
+    )
+
+
+def _average(product, weights, dtype, config):
+    """`product(weights)` with values in `dtype`, in that dtype; weights are float32."""
+    if not config.float32_scores:
+        return product(weights.astype(dtype))
+    exact = functools.partial(product, preferred_element_type=jnp.float32)
+    return product_in_parts(exact, weights, dtype).astype(dtype)
 
 
 def _blockwise(query, key, value, segments, config):
@@ -160,11 +170,15 @@ def cached(query, key, value, prompt_mask, cache, layer, config: DecoderConfig):
     to_response = to_response.reshape(num_prompts, group, kv_heads, size, -1, columns)
     to_response = jnp.where(filled[:, None], to_response, MASKED)
     scores = jnp.concatenate([to_prompt, to_response], axis=-1)  # [N, G, K, S, R, P + T]
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    by_prompt = jnp.moveaxis(weights[..., :split], 2, 1).reshape(num_prompts, kv_heads, -1, split)
-    by_sample = weights[..., split:].reshape(num_prompts * group, kv_heads, -1, columns)
-    prompt_out = einsum("nkqp,nkpd->nkqd", by_prompt, prompt_value, config)
-    response_out = einsum("bkqt,bktd->bkqd", by_sample, values, config)
-    prompt_out = jnp.moveaxis(prompt_out.reshape(num_prompts, kv_heads, *query.shape[1:3], *query.shape[4:]), 1, 3)
-    response_out = jnp.moveaxis(response_out.reshape(num_prompts, group, kv_heads, size, *query.shape[4:]), 2, 3)
-    return prompt_out + response_out, (response_key, response_value)
+
+    def product(weights, **kind):
+        by_prompt = jnp.moveaxis(weights[..., :split], 2, 1).reshape(num_prompts, kv_heads, -1, split)
+        by_sample = weights[..., split:].reshape(num_prompts * group, kv_heads, -1, columns)
+        prompt_out = einsum("nkqp,nkpd->nkqd", by_prompt, prompt_value, config, **kind)
+        response_out = einsum("bkqt,bktd->bkqd", by_sample, values, config, **kind)
+        prompt_out = prompt_out.reshape(num_prompts, kv_heads, *query.shape[1:3], *query.shape[4:])
+        response_out = response_out.reshape(num_prompts, group, kv_heads, size, *query.shape[4:])
+        return jnp.moveaxis(prompt_out, 1, 3) + jnp.moveaxis(response_out, 2, 3)
+
+    out = _average(product, jax.nn.softmax(scores, axis=-1), value.dtype, config)
+    return out, (response_key, response_value)

@@ -8,6 +8,7 @@ from typing import Any
 
 from r2vpo_jax import models
 from r2vpo_jax.config import ModelConfig
+from r2vpo_jax.config.run import FLOAT32_SWITCHES
 from r2vpo_jax.errors import UsageError
 from r2vpo_jax.models.identity import identity
 from r2vpo_jax.models.tokenizer import end_of_text_ids, load_tokenizer
@@ -95,6 +96,7 @@ def open_base_model(config: ModelConfig) -> BaseModel:
             param_dtype=config.param_dtype,
             compute_dtype=config.compute_dtype,
             scan_layers=config.scan_layers,
+            **{name: getattr(config, name) for name in FLOAT32_SWITCHES},
             remat=config.remat,
             attention=config.attention,
             attention_block_size=config.attention_block_size,

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from r2vpo_jax.config.run import ATTENTION
+from r2vpo_jax.config.run import ATTENTION, FLOAT32_SWITCHES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +76,11 @@ class DecoderConfig:
     num_tokens: int | None = None  # tokens the tokenizer knows; rows from there on are padding, never sampled
     param_dtype: Any = jnp.float32
     compute_dtype: Any = jnp.float32
+    float32_residual: bool = (
+        False  # this and the next two matter where compute_dtype has 16 bits, and are False elsewhere
+    )
+    float32_scores: bool = False
+    float32_logits: bool = False
     scan_layers: bool = False  # False: unrolled (faster on CPU); True: compiles one layer (large models)
     remat: bool = False  # recompute each layer in the backward pass
     matmul_precision: str = "highest"  # of float32 products on TPUs and GPUs: highest, high, or default
@@ -86,6 +91,9 @@ class DecoderConfig:
         # Names and scalar types become dtypes: the decoder compares them, and equal configs must hash the same.
         for field in ("param_dtype", "compute_dtype"):
             object.__setattr__(self, field, jnp.dtype(getattr(self, field)))
+        if self.compute_dtype.itemsize > 2:
+            for field in FLOAT32_SWITCHES:
+                object.__setattr__(self, field, False)
         for field in (
             "vocab_size",
             "hidden_size",
@@ -113,3 +121,8 @@ class DecoderConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even (rotary embedding turns pairs)")
+
+    @property
+    def residual_dtype(self):
+        """Of the sum that each layer adds to."""
+        return jnp.dtype(jnp.float32) if self.float32_residual else self.compute_dtype

@@ -21,7 +21,7 @@ from flax import struct
 
 from r2vpo_jax.models import attention
 from r2vpo_jax.models.config import DecoderConfig
-from r2vpo_jax.models.products import MASKED, einsum, project
+from r2vpo_jax.models.products import MASKED, einsum, product_in_parts, project
 from r2vpo_jax.sharding import constrain
 
 _ONE_HOT_VOCAB = 256  # up to here a one-hot matmul beats gather and scatter-add (measured on CPU)
@@ -112,6 +112,7 @@ class Projection(nn.Module):
     kernel_shape: tuple[int, ...]
     kernel_axes: tuple[str | None, ...]
     num_inputs: int = 1  # leading axes of the kernel that are contracted
+    dtype: Any = None  # of the product; None: the compute dtype
     use_bias: bool = False
 
     @nn.compact
@@ -127,7 +128,8 @@ class Projection(nn.Module):
             self.kernel_shape,
             config.param_dtype,
         )
-        y = project(self.spec, x, kernel.astype(config.compute_dtype), self.num_inputs, config)
+        kernel = kernel.astype(config.compute_dtype)
+        y = project(self.spec, x, kernel, self.num_inputs, config, preferred_element_type=self.dtype)
         if self.use_bias:
             bias = self.param(
                 "bias",
@@ -143,6 +145,7 @@ class RMSNorm(nn.Module):
     """Over the last axis (arXiv 1910.07467)."""
 
     config: DecoderConfig
+    dtype: Any = None  # of the result; None: the compute dtype
 
     @nn.compact
     def __call__(self, x):
@@ -154,7 +157,7 @@ class RMSNorm(nn.Module):
         )
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.config.rms_norm_eps)
-        return scale.astype(self.config.compute_dtype) * x32.astype(self.config.compute_dtype)
+        return scale.astype(self.config.compute_dtype) * x32.astype(self.dtype or self.config.compute_dtype)
 
 
 def rotary_frequencies(config: DecoderConfig):
@@ -217,6 +220,7 @@ class Attention(nn.Module):
             ("heads", None, "embed"),
             num_inputs=2,
             use_bias=c.o_bias,
+            dtype=c.residual_dtype,
             name="o_proj",
         )(out)
         return out, (key, value), response
@@ -231,7 +235,8 @@ class MLP(nn.Module):
         up_shape, up_axes = (c.hidden_size, c.intermediate_size), ("embed", "mlp")
         gate = Projection(c, "...e,ef->...f", up_shape, up_axes, name="gate_proj")(x)
         up = Projection(c, "...e,ef->...f", up_shape, up_axes, name="up_proj")(x)
-        return Projection(c, "...f,fe->...e", up_shape[::-1], up_axes[::-1], name="down_proj")(nn.silu(gate) * up)
+        down = Projection(c, "...f,fe->...e", up_shape[::-1], up_axes[::-1], dtype=c.residual_dtype, name="down_proj")
+        return down(nn.silu(gate) * up)
 
 
 class Layer(nn.Module):
@@ -282,7 +287,7 @@ class Decoder(nn.Module):
             unroll=1 if c.scan_layers else c.num_layers,
             metadata_params={nn.PARTITION_NAME: None},
         )(c)
-        self.final_norm = RMSNorm(c)
+        self.final_norm = RMSNorm(c, dtype=jnp.float32 if c.float32_logits else None)
         if not c.tie_word_embeddings:
             self.lm_head = self.param(
                 "lm_head",
@@ -311,7 +316,7 @@ class Decoder(nn.Module):
           cache: see `Cache`.
 
         Returns:
-          [..., S, hidden]; with a cache `(hidden, cache)`.
+          [..., S, hidden], float32 with `float32_logits`; with a cache `(hidden, cache)`.
         """
         c = self.config
         decode = cache is not None and tokens.ndim == 3
@@ -332,6 +337,7 @@ class Decoder(nn.Module):
             x = einsum("...v,ve->...e", one_hot, embed, c)
         else:
             x = jnp.take(embed, tokens, axis=0)
+        x = x.astype(c.residual_dtype)
 
         response_cache = None if cache is None else (cache.response_key, cache.response_value)
         prompt_cache = (cache.prompt_key, cache.prompt_value) if decode else None
@@ -386,7 +392,12 @@ class Decoder(nn.Module):
     def unembed(self, hidden, kernel=None):
         """Hidden states [..., hidden] -> float32 logits [..., V]; padding rows of the vocabulary get -1e30."""
         kernel = (self.unembedding() if kernel is None else kernel).astype(self.config.compute_dtype)
-        logits = project("...e,ev->...v", hidden, kernel, 1, self.config, preferred_element_type=jnp.float32)
+
+        def product(x):
+            return project("...e,ev->...v", x, kernel, 1, self.config, preferred_element_type=jnp.float32)
+
+        in_parts = self.config.float32_logits
+        logits = product_in_parts(product, hidden, kernel.dtype) if in_parts else product(hidden)
         if self.config.num_tokens is not None:
             logits = jnp.where(jnp.arange(logits.shape[-1]) < self.config.num_tokens, logits, MASKED)
         return constrain(logits, *(("batch",) + (None,) * (logits.ndim - 2) + ("logits",)))

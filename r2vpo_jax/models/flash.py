@@ -23,6 +23,8 @@ _SPLASH_LANES, _SPLASH_BLOCK = 128, 512  # blocks are multiples of the first, of
 
 def unsuited(way: str, config: DecoderConfig, device) -> str | None:
     """Why "splash" or "cudnn" cannot compute this model's attention on `device`; None: it can."""
+    if config.float32_scores:
+        return "it may round the weights of attention, and float32_scores=True"
     if way == "splash":
         if device.platform != "tpu":
             return f"it is a kernel for TPUs, and the device is {device.platform!r}"

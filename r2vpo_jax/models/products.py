@@ -1,5 +1,8 @@
 """Matrix products as a model computes them."""
 
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 
 from r2vpo_jax.models.config import DecoderConfig
@@ -25,3 +28,15 @@ def project(spec: str, x, kernel, num_inputs: int, config: DecoderConfig, **kwar
         return einsum(spec, x, kernel, config, **kwargs)
     y = einsum(spec, x.reshape(-1, *x.shape[2:]), kernel, config, **kwargs)
     return y.reshape(*leading, *y.shape[1:])
+
+
+def product_in_parts(product: Callable, x, dtype):
+    """`product(x)`, linear and with a float32 result, of a float32 x with something in `dtype`, which has 16 bits.
+
+    It is the product of x rounded to `dtype`, plus that of what the rounding took away: twice the multiplications, each
+    as fast as 16 bits are, and no float32 copy of the other factor. The gradient is that of the first part.
+    """
+    kind = jnp.finfo(dtype)
+    rounded = jax.lax.reduce_precision(x, kind.nexp, kind.nmant)  # XLA may leave out a cast to and fro, but not this
+    rest = (x - rounded).astype(dtype)
+    return product(rounded.astype(dtype)) + jax.lax.stop_gradient(product(rest))

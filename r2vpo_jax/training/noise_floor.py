@@ -4,11 +4,14 @@ If it is not, the constraint would act on noise, and the run is refused.
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
 from r2vpo_jax.config import Config
+from r2vpo_jax.config.run import FLOAT32_SWITCHES
 from r2vpo_jax.errors import UsageError
+from r2vpo_jax.models.attention import KERNELS
 from r2vpo_jax.rollout import Rollout
 
 
@@ -25,7 +28,25 @@ def num_prompts(config: Config) -> int:
     return min(whole * math.ceil(config.prompts_at_once / whole), config.trainer.prompts_per_rollout)
 
 
-def check(logp: np.ndarray, rollout: Rollout, config: Config, *, first: bool, say, event) -> float:
+# Switches of `model` that may lower the floor of 16 bits, by presumed cost, the cheapest first (docs/performance.md).
+_REMEDIES = (
+    ("float32_residual",),
+    ("float32_scores",),
+    ("float32_residual", "float32_scores"),
+    FLOAT32_SWITCHES,
+)
+
+
+def check(
+    logp: np.ndarray,
+    rollout: Rollout,
+    config: Config,
+    *,
+    first: bool,
+    say,
+    event,
+    again: Callable[[dict[str, bool]], tuple[np.ndarray, Rollout]],
+) -> float:
     """The floor; a noisy set-up is refused at the start of a run, and warned of when one is continued.
 
     Args:
@@ -35,6 +56,7 @@ def check(logp: np.ndarray, rollout: Rollout, config: Config, *, first: bool, sa
       first: whether the run starts.
       say: where lines for people go.
       event: (name, **details), for events.jsonl.
+      again: from fields of config.model to a `logp` and a rollout of the model computed so: asked before a refusal.
 
     Raises:
       UsageError: at the start, the floor is above the limit, or NaN.
@@ -47,7 +69,7 @@ def check(logp: np.ndarray, rollout: Rollout, config: Config, *, first: bool, sa
     if floor <= limit:
         return floor
     if first:
-        refuse_if_noisy(floor, limit)
+        raise UsageError(_refusal(floor, limit, _remedy(config, again, say)))
     say("warning: the noise floor has risen above its limit since the run was started")
     event("noise_floor", floor=floor, limit=limit)
     return floor
@@ -56,8 +78,33 @@ def check(logp: np.ndarray, rollout: Rollout, config: Config, *, first: bool, sa
 def refuse_if_noisy(floor: float, limit: float) -> None:
     """Raises UsageError where the floor is above its limit, or NaN."""
     if not floor <= limit:
-        raise UsageError(
-            f"with unchanged weights the ratio variance is {floor:.2e}, above {limit:.0e}: the constraint would act on "
-            "numerical noise. Use model.compute_dtype=float32, or a larger objective.dual.budget, or raise "
-            "trainer.max_noise_floor knowingly, in a new --workdir"
-        )
+        raise UsageError(_refusal(floor, limit, "Use model.compute_dtype=float32"))
+
+
+def _refusal(floor: float, limit: float, remedy: str) -> str:
+    return (
+        f"with unchanged weights the ratio variance is {floor:.2e}, above {limit:.0e}: the constraint would act on "
+        f"numerical noise. {remedy}, or a larger objective.dual.budget, or raise trainer.max_noise_floor knowingly, in a "
+        "new --workdir"
+    )
+
+
+def _remedy(config: Config, again, say) -> str:
+    """What to change of the model: the cheapest switches under which the floor is within its limit, as measured."""
+    model, measured = config.model, []
+    if model.compute_dtype == "float32":
+        return "Use model.compute_dtype=float32"
+    missing = [tuple(name for name in names if not getattr(model, name)) for names in _REMEDIES]
+    for names in dict.fromkeys(filter(None, missing)):
+        if "float32_scores" in names and model.attention in KERNELS:
+            continue
+        say(f"noise floor: measuring it with {' and '.join(names)}")
+        floor, _ = measure(*again(dict.fromkeys(names, True)))
+        measured.append((names, floor))
+        if floor <= config.trainer.max_noise_floor:
+            break
+    floors = ", ".join(f"{floor:.2e} with {' and '.join(names)}" for names, floor in measured)
+    if measured and measured[-1][1] <= config.trainer.max_noise_floor:
+        flags = " ".join(f"--config.model.{name}=True" for name in measured[-1][0])
+        return f"Measured here: {floors}. Use {flags}"
+    return f"{f'No switch is enough (measured here: {floors}). ' if measured else ''}Use model.compute_dtype=float32"

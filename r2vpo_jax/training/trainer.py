@@ -36,7 +36,7 @@ import jax
 import numpy as np
 
 import r2vpo_jax
-from r2vpo_jax import sharding, tasks
+from r2vpo_jax import models, sharding, tasks
 from r2vpo_jax.config import Config
 from r2vpo_jax.errors import NonFiniteUpdateError, Stopped, UsageError, usage_errors
 from r2vpo_jax.evaluation import subsets, validation
@@ -213,12 +213,26 @@ class _Run:
 
     def _check_noise_floor(self) -> None:
         """Refuses a noisy set-up, but warns only of a run that is continued: it is the run that it was."""
-        params = self.learner.rollout_params(self.state)
-        index = self.collector.problem_index(0)[: noise_floor.num_prompts(self.config)]
-        rollout = self.collector.sample(params, index, iteration=self.counters.iteration, version=self._version())
-        logp = sharding.to_host(self.learner.score(self.state.params, sharding.put_batch(rollout, self.mesh)))
+
+        def sampled_and_scored(learner: Learner, collector: Collector):
+            params = learner.rollout_params(self.state)
+            index = collector.problem_index(0)[: noise_floor.num_prompts(self.config)]
+            rollout = collector.sample(params, index, iteration=self.counters.iteration, version=self._version())
+            placed = sharding.put_batch(rollout, self.mesh)
+            return sharding.to_host(learner.score(self.state.params, placed)), rollout
+
+        def again(changes: dict[str, bool]):
+            model = models.Decoder(dataclasses.replace(self.model.config, **changes))
+            collector = Collector(self.config, self.task, model, self.mesh, self.timers)
+            return sampled_and_scored(Learner(model, self.config, self.mesh), collector)
+
         floor = noise_floor.check(
-            logp, rollout, self.config, first=self.counters.noise_floor is None, say=self._say, event=self._event
+            *sampled_and_scored(self.learner, self.collector),
+            self.config,
+            first=self.counters.noise_floor is None,
+            say=self._say,
+            event=self._event,
+            again=again,
         )
         if self.counters.noise_floor is None:
             self._count(noise_floor=floor)

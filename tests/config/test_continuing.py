@@ -11,6 +11,7 @@ TEXT = {
     "name": "text",
     "text": {"train": "gsm8k", "validation": "gsm8k", "test": "gsm8k"},
 }
+IN_16_BITS = {"compute_dtype": "bfloat16"}
 
 
 def compared(here, there=None):
@@ -21,9 +22,16 @@ def compared(here, there=None):
 
 
 def test_every_name_on_the_lists_is_a_field_or_a_section():
-    fields = {path for path, _ in config.leaves(config.to_dict(config.from_flags(config.make(task=TEXT))))}
+    fields = {
+        path for path, _ in config.leaves(config.to_dict(config.from_flags(config.make(task=TEXT, model=IN_16_BITS))))
+    }
     sections = {path.partition(".")[0] for path in fields}
     assert not {*continuing.FREE, *continuing.ROUNDING} - fields - sections
+
+
+def test_what_stays_in_float32_may_be_changed_where_16_bits_compute():
+    found = compared({"model": IN_16_BITS | {"float32_scores": True}}, {"model": IN_16_BITS})
+    assert found.accepted == found.rounding == ("model.float32_scores: False there, True here",)
 
 
 @pytest.mark.parametrize(

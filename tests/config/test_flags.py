@@ -13,6 +13,7 @@ from r2vpo_jax import config, losses, tasks
 from r2vpo_jax.config import Config, make_objective
 from r2vpo_jax.config.fields import default_of
 from r2vpo_jax.config.objective import ObjectiveConfig
+from r2vpo_jax.config.run import FLOAT32_SWITCHES
 from tests.helpers.paths import ROOT
 from tests.helpers.trees import leaves, nested
 
@@ -210,6 +211,7 @@ CONDITIONAL = [
     ),
     ({"objective.correction.step_scaling": "sqrt"}, {"objective.correction.step_reference": 0.5}),
     ({"replay.draw": "mixed", "replay.capacity": 2}, {"replay.stale_fraction": 0.25}),
+    ({"model.compute_dtype": "bfloat16"}, {f"model.{name}": True for name in FLOAT32_SWITCHES}),
     ({"task.name": "arithmetic"}, {"task.arithmetic.max_operands": 3}),
     (
         {"task.name": "text", **{f"task.text.{split}": "gsm8k" for split in ("train", "validation", "test")}},

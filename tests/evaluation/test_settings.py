@@ -112,7 +112,7 @@ def test_a_run_is_asked_what_it_was_trained_with(template, text_sections, tmp_pa
 def test_what_is_taken_from_a_run(run_of):
     run, path = run_of(
         task={"prompt": PROMPTS["chat"], "reward": {"correct": 0.0, "function": "math:floor"}},
-        model={"compute_dtype": "bfloat16", "scan_layers": True, "attention_block_size": 16},
+        model={"compute_dtype": "bfloat16", "float32_scores": True, "scan_layers": True, "attention_block_size": 16},
         sampler={"stop": ("\nQuestion:", "</answer>")},
     )
     config = settings.resolve(model=path)
@@ -129,6 +129,9 @@ def test_what_is_taken_from_a_run(run_of):
     assert dataclasses.asdict(config.model) == {
         "path": path,
         "compute_dtype": "bfloat16",
+        "float32_residual": False,
+        "float32_scores": True,
+        "float32_logits": False,
         "scan_layers": True,
         "attention": "auto",
         "attention_block_size": 16,
