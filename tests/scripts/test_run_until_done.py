@@ -91,6 +91,11 @@ def test_pauses_double_until_there_is_a_newer_checkpoint(tmp_path):
     assert pauses == ["10", "20", "35", "10", "10", "20"]  # start 4 saved: from the beginning
 
 
+def heeding_interrupts():
+    """For a child: a shell's background jobs ignore SIGINT, and a shell that began so cannot trap it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def wait_for(condition):
     for _ in range(4000):
         if condition():
@@ -99,17 +104,19 @@ def wait_for(condition):
     raise AssertionError("it did not come")
 
 
-# Counts the signals that it gets, and takes a second to end.
+# Counts the signals that it gets, and takes a second to end; without any it ends in a minute.
 SLOW_END = (
     "t=0; trap 't=$((t + 1))' TERM INT; echo up > $w/up; "
-    "while [ $t = 0 ]; do sleep 0.05; done; for i in $(seq 20); do sleep 0.05; done; echo $t > $w/signals; exit 0"
+    "for i in $(seq 1200); do [ $t = 0 ] && sleep 0.05; done; for i in $(seq 20); do sleep 0.05; done; echo $t > $w/signals; exit 0"
 )
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_is_passed_on_once_and_waited_for(tmp_path, number, code):
     with subprocess.Popen(
-        command(tmp_path, SLOW_END, f"--status={tmp_path / 'status'}"), stderr=subprocess.PIPE
+        command(tmp_path, SLOW_END, f"--status={tmp_path / 'status'}"),
+        stderr=subprocess.PIPE,
+        preexec_fn=heeding_interrupts,
     ) as process:
         wait_for((tmp_path / "up").exists)
         assert "running, start 1, from iteration 0" in (tmp_path / "status").read_text()
@@ -144,6 +151,7 @@ def test_ctrl_c_in_a_terminal_reaches_the_command_once(tmp_path):
     """A terminal sends SIGINT to the whole foreground group, of which the command must not be one."""
     pid, terminal = pty.fork()
     if pid == 0:
+        heeding_interrupts()
         os.execvp("bash", command(tmp_path, SLOW_END))
     wait_for((tmp_path / "up").exists)
     os.write(terminal, b"\x03")
