@@ -120,6 +120,8 @@ def test_lines_tables_and_files(tmp_path):
 
 def refused(capsys, monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
+    for of_the_process in ("share_memory", "forget_compiled"):  # they would outlast the test
+        monkeypatch.setattr(subjects, of_the_process, lambda *_: None)
     with pytest.raises(SystemExit) as stopped:
         benchmark.main()
     return str(stopped.value)
