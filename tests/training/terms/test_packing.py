@@ -23,7 +23,7 @@ def test_packing_changes_no_term(name, learners, params, head, batch, scored):
         update(learners(name, packing=packing), params, batch, **changes) for packing in (True, False)
     )
     assert_same(grads, expected)
-    assert_same_stats(stats, expected_stats)
+    assert_same_stats(stats, expected_stats, loss_atol=1e-5 if name == "sequence_mean" else 1e-6)
     if critic:
         for new, old in zip(after.critic.opt_state[1][0].mu, expected_after.critic.opt_state[1][0].mu, strict=True):
             np.testing.assert_allclose(new, old, rtol=1e-5, atol=1e-6)
