@@ -1,0 +1,68 @@
+"""A run whose directory is in an object store: the same run, bit for bit, whatever happens to it there."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from r2vpo_jax import storage
+from r2vpo_jax.evaluation import benchmarks, exports, settings
+from r2vpo_jax.run import checkpoints, report
+from r2vpo_jax.training.trainer import train
+from tests.helpers.paths import ROOT
+from tests.helpers.runs import assert_same_run
+
+KILLED = """
+import json, os, pathlib, signal, sys
+from r2vpo_jax import config
+from r2vpo_jax.training import trainer
+def after(iteration):
+    if iteration.number == int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+sections = json.loads(pathlib.Path(sys.argv[1]).read_text())
+trainer.train(config.from_flags(config.make(**sections)), sys.argv[2], on_iteration=after)
+"""
+STALE = {"lag": 1, "capacity": 2, "draw": "mixed"}
+
+
+def train_and_kill(sections, workdir, after, tmp_path):
+    """In a process that kills itself when an iteration has been done; what it said."""
+    (tmp_path / "sections.json").write_text(json.dumps(sections))
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "sections.json"), str(workdir), str(after)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=600)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_killed_and_continued_it_is_the_run_that_a_disk_has(
+    store, tmp_path, tiny_config, tiny_sections, tiny_model, mesh
+):
+    """And it is evaluated, exported and reported from there."""
+    changes = {"replay": STALE, "trainer": {"checkpoint_every": 1, "num_iterations": 5}}
+    config, here, there = tiny_config(**changes), tmp_path / "here", store / "there"
+    train(config, here)
+    sections = tiny_sections | {"replay": STALE, "trainer": tiny_sections["trainer"] | changes["trainer"]}
+    train_and_kill(sections, there, 3, tmp_path)
+    said = train_and_kill(sections, there, 4, tmp_path)
+    assert f"continuing {there} from iteration " in said
+    # The last checkpoint is torn: half of a file of it is there.
+    last = checkpoints.latest(there / "checkpoints")
+    file = max(storage.listing(there / "checkpoints" / str(last) / "state"), key=len)
+    torn = there / "checkpoints" / str(last) / "state" / file
+    storage.put(torn, torn.read_bytes()[: storage.size(torn) // 2])
+    said = []
+    summary = train(config, there, say=said.append)
+    assert f"checkpoint {last} is torn (state/{file} is damaged); falling back to the one before" in said
+    assert_same_run(there, here, config, tiny_model, mesh)
+    assert not storage.sizes(there / "lock"), "the lease was given back"
+    assert report.rewrite(str(there)) == report.table(summary)
+    for model in (here, there):
+        exports.export(str(model), "last", (tmp_path if model is here else store) / "exported", say=lambda _: None)
+        chosen = settings.resolve(model=str(model), num_problems=8, k=2)
+        benchmarks.run(chosen, (tmp_path if model is here else store) / "scores", say=lambda _: None)
+    for name in ("exported/model.safetensors", "exported/config.json", "scores/evaluation.md"):
+        assert (store / name).read_bytes() == (tmp_path / name).read_bytes(), name
