@@ -198,6 +198,13 @@ def _found(folder) -> dict[str, Mapping]:
     return {n.removeprefix(name + "/"): info for n, info in sorted(found.items()) if info["type"] == "file"}
 
 
+def remove_folder(folder) -> None:
+    """Delete a folder of a store with all that is in it."""
+    system, name = _inside(folder)
+    with spoken(folder), contextlib.suppress(FileNotFoundError):
+        system.rm(name, recursive=True)
+
+
 # Checksums ---------------------------------------------------------------------------------------------------
 
 

@@ -23,7 +23,7 @@ from r2vpo_jax import storage
 from r2vpo_jax.errors import UsageError
 from r2vpo_jax.run import files
 
-# By this file Orbax knows that a folder of a store is complete; it deletes a step that lacks it.
+# By this file Orbax knows that a step in a store, or an item of it, is complete.
 _COMMITTED = "commit_success.txt"
 
 # What is on disk: looked at only, so that a run which is going on is not disturbed --------------------------
@@ -141,7 +141,8 @@ class Checkpointer:
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=None,  # deleting is done here, once the newer step is known to be intact
                 enable_async_checkpointing=True,
-                cleanup_tmp_directories=True,
+                # In a store it would take all folders that lack its mark for unfinished steps, manifests/ too.
+                cleanup_tmp_directories=not storage.is_store(self._directory),
                 step_name_format=ocp.path.step.standard_name_format(),
             ),
         )
@@ -262,6 +263,10 @@ class Checkpointer:
         for step in list(self._manager.all_steps()):
             if iteration is None or step > iteration:
                 self._delete(step)
+        if self._write and storage.is_store(self._directory):
+            for step in set(self.steps()) - set(self._manager.all_steps()):  # a kill has left them unfinished
+                manifest(self._directory, step).unlink(missing_ok=True)
+                storage.remove_folder(self._directory / str(step))
         if iteration is not None:
             self._prune()
 
