@@ -124,9 +124,14 @@ def test_a_staged_folder_takes_the_place_of_what_was_there(store, tmp_path):
                 (folder / name).write_text(name)
         assert not folder.exists()
         assert list(storage.listing(store)) == sorted(names)
-    with pytest.raises(KeyError), storage.staged(store, last="config.json") as folder:
-        (folder / "half").write_text("")
-        raise KeyError
+
+    def fail():
+        with storage.staged(store, last="config.json") as folder:
+            (folder / "half").write_text("")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert "half" not in storage.listing(store)
 
 
