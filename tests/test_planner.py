@@ -68,18 +68,29 @@ PROGRAM = """HloModule jit_sample, is_scheduled=true, entry_computation_layout={
 }
 
 %few (p: (s32[], bf16[4,8])) -> pred[] {
-  ROOT %less = pred[] compare(%i, %n), direction=LT
+  %constant.1 = s32[]{:T(128)} constant(3)
+  ROOT %less = pred[]{:T(512)} compare(%i, %constant.1), direction=LT, metadata={op_name="cond/lt"}
 }
 
 %token (p: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
-  %while.1 = (s32[], /*index=1*/bf16[4,8]{1,0}) while(%t), condition=%few, body=%layer, backend_config={"known_trip_count":{"n":"3"}}
-  %all-gather.1 = f32[16]{0} all-gather(%z), channel_id=2, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
+  %while.1 = (s32[], /*index=1*/bf16[4,8]{1,0}) while(%t), condition=%few, body=%layer, metadata={op_name="while/body/while"}
+  %cond = f32[16]{0} conditional(%k, %z, %z), branch_computations={%whole, %truncated}
+  %all-gather.1 = f32[16]{0} all-gather(%z), channel_id=2, replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}, dimensions={0}
   ROOT %tuple = (s32[], bf16[4,8]{1,0}) tuple(%i, %y)
+}
+
+%whole (p: f32[16]) -> f32[16] {
+  ROOT %p = f32[16]{0} parameter(0)
+}
+
+%truncated (p: f32[16]) -> f32[16] {
+  ROOT %all-gather.4 = f32[16]{0} all-gather(%p), replica_groups=[2,4]<=[8], dimensions={0}
 }
 
 %unfinished (p: (s32[], bf16[4,8])) -> pred[] {
   %all-reduce.2 = f32[1]{0} all-reduce(%d), channel_id=3, replica_groups={}, to_apply=%add
-  ROOT %some = pred[] compare(%all-reduce.2, %n), direction=GT
+  %constant.2 = s32[] constant(64)
+  ROOT %some = pred[] and(%less, %more)
 }
 
 %part.1 (p: bf16[4]) -> bf16[16] {

@@ -1,7 +1,8 @@
 """What a compiled program communicates, read off its text.
 
-A collective in the body of a loop runs as often as the body. XLA says how often that is where it knows (loops over layers,
-micro-batches, chunks), and does not for the loop over tokens, which ends when responses do: that is the "open" loop here.
+A collective in the body of a loop runs as often as the body. For loops over layers, micro-batches and chunks that is the
+number that their condition compares their counter with. The loop over tokens ends when responses do: it is the "open" loop
+here. Of the branches of a conditional the one that communicates least counts; in the sampler that is without top-k and top-p.
 """
 
 import collections
@@ -39,12 +40,6 @@ class Instruction:
             names += [name.strip().lstrip("%") for name in branches.split(",")]
         return tuple(names)
 
-    @functools.cached_property
-    def trips(self) -> int | None:
-        """How often a loop runs; None: the compiler does not know."""
-        found = re.search(r'"known_trip_count":\{"n":"(\d+)"', self.rest)
-        return int(found[1]) if found else None
-
     @property
     def kind(self) -> str | None:
         """Which collective it is."""
@@ -67,11 +62,16 @@ class Instruction:
 
     def group_size(self, devices: int) -> int:
         """Devices that take part together."""
-        listed = re.search(r"replica_groups=\{\{([\d,]+)\}", self.rest)
-        if listed:
+        if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", self.rest):
             return listed[1].count(",") + 1
-        counted = re.search(r"replica_groups=\[\d+,(\d+)\]<=", self.rest)
-        return int(counted[1]) if counted else devices
+        if counted := re.search(r"replica_groups=\[\d+,(\d+)\]<=", self.rest):
+            return int(counted[1])
+        if meshed := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", self.rest):
+            sizes = dict(re.findall(r"'(\w+)'=(\d+)", meshed[1]))
+            # An axis, or a part of it: 'axis':(before)size.
+            axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", meshed[2])
+            return math.prod(int(part or sizes[name]) for name, part in axes)
+        return devices
 
 
 @dataclasses.dataclass
@@ -144,15 +144,31 @@ class Program:
             if kind is not None and (instruction.part is None or instruction.part not in seen):
                 seen.add(instruction.part)
                 total.add(Traffic(1, _received(kind, instruction, self.devices, kind != instruction.kind)))
-            for called in instruction.called:
-                total.add(self._traffic(called, without, seen), instruction.trips or 1)
+            parts = [self._traffic(called, without, seen) for called in instruction.called]
+            if instruction.operation == "conditional":
+                parts = [min(parts, key=lambda part: part.received)]
+            for part in parts:
+                total.add(part, self.trips(instruction) or 1)
         return total
+
+    def trips(self, instruction: Instruction) -> int | None:
+        """How often a loop runs; None: it cannot be read off its condition, or it is no loop."""
+        condition = re.search(r"condition=%?([\w.-]+)", instruction.rest)
+        if instruction.operation != "while" or not condition:
+            return None
+        lines = self.computations[condition[1]]
+        constants = {line.name: line.rest.rstrip(")") for line in lines if line.operation == "constant"}
+        last = lines[-1]
+        if last.operation != "compare" or "direction=LT" not in last.rest:
+            return None
+        limit = constants.get(last.rest.partition(")")[0].split(", ")[-1].lstrip("%"), "")
+        return int(limit) if limit.isdecimal() else None
 
     def open_loop(self) -> Instruction | None:
         """The loop that ends nobody knows when; of several the one with most in it."""
         found = []
         for name in self._reached(self.entry):
-            loops = (i for i in self.computations[name] if i.operation == "while" and i.trips is None)
+            loops = (i for i in self.computations[name] if i.operation == "while" and self.trips(i) is None)
             found += [(sum(len(self.computations[n]) for c in i.called for n in self._reached(c)), i) for i in loops]
         return max(found, key=lambda pair: pair[0])[1] if found else None
 
