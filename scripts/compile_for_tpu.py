@@ -20,6 +20,7 @@ prints the best mesh of each model, slice and length as a row of a Markdown tabl
 Exit code 0: everything fits (--search, --rows: something does); 1: not so; 2: a flag that cannot be.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import importlib.util
@@ -45,6 +46,7 @@ from jax.experimental import topologies
 from ml_collections import config_flags
 from planner import hlo, programs, report, search, shapes
 from planner.arithmetic import Arithmetic, Workload
+from planner.programs import PROGRAMS
 from planner.topologies import CHIPS, chip_of, grid_of
 
 from r2vpo_jax import config, models, sharding
@@ -173,13 +175,11 @@ def make_mesh(devices):
         raise BadFlagError(f"--mesh={FLAGS.mesh}: {str(error).partition(';')[0]}") from error
 
 
-def lower(run: learner.Learner, work: Workload | None = None):
+def lower(run: learner.Learner, work: Workload | None = None, names=PROGRAMS):
     """Yields (name, lowered program) in the order of an iteration; the arguments are shapes with shardings."""
     work = work or workload(micro_batch_size=run.settings.micro_batch_size)
-    yield "sampler", programs.lower_sampler(run, work)
-    yield "segment", programs.lower_segment(run, work)
-    yield "regroup", programs.lower_regroup(run, work)
-    yield from programs.lower_learner(run, work)
+    for name in (name for name in PROGRAMS if name in names):
+        yield name, programs.LOWER[name](run, work)
 
 
 def collectives(program: str) -> dict:
@@ -195,26 +195,45 @@ def attention_way(decoder: models.DecoderConfig, work: Workload, device) -> str:
         raise BadFlagError(str(error)) from error
 
 
-def compile_mesh(decoder, mesh, work: Workload, chip) -> report.Plan:
-    """All programs for one mesh."""
+def compile_mesh(decoder, mesh, work: Workload, chip, names=PROGRAMS, known=()) -> report.Plan:
+    """Programs for one mesh, two at a time; of those in `known` the reports are there."""
     run = make_learner(decoder, mesh, work)
     count = Arithmetic(decoder, mesh, work, attention_way(decoder, work, mesh.devices.flat[0]))
-    reports = {name: programs.compile_program(lowered) for name, lowered in lower(run, work)}
-    return report.Plan(run, count, chip, reports)
+    found = dict(known)
+    lowered = dict(lower(run, work, set(names) - set(found)))
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        found |= zip(lowered, pool.map(programs.compile_program, lowered.values()), strict=True)
+    return report.Plan(run, count, chip, {name: found[name] for name in PROGRAMS if name in found})
 
 
-def find_mesh(model: str, topology: str, work: Workload, most: int) -> tuple[list[search.Candidate], list]:
-    """Candidates, the most promising first, and (candidate, plan) of those compiled, until `most` of them fit (0: all)."""
+def compile_candidate(decoder, mesh, work: Workload, chip, fewer: bool) -> report.Plan:
+    """What decides whether a mesh fits; with `fewer`, half as many prompts sampled together until it does."""
+    known = {}
+    while True:
+        # Rows that move need most memory, and are compiled fastest.
+        plan = compile_mesh(decoder, mesh, work, chip, ("regroup",), known)
+        half = work.prompts_at_a_time // 2
+        may_halve = fewer and half and not half % (mesh.shape["data"] * mesh.shape["fsdp"])
+        if plan.all_fit or not may_halve:
+            plan = compile_mesh(decoder, mesh, work, chip, ("segment", "update"), plan.reports)
+        if plan.all_fit or not may_halve:
+            return plan
+        work = dataclasses.replace(work, prompts_at_a_time=half)
+        known = {name: found for name, found in plan.reports.items() if name == "update"}
+
+
+def find_mesh(model: str, topology: str, work: Workload, most: int) -> tuple[list[search.Candidate], list[report.Plan]]:
+    """Candidates, the most promising first, and plans of those compiled, the best first, until `most` fit (0: all)."""
     decoder, devices, chip = decoder_config(model), devices_of(topology), chip_of(topology)
     way, fewer = attention_way(decoder, work, devices[0]), not FLAGS["prompts_at_a_time"].present
     found = search.candidates(decoder, chip, len(devices), work, way, fewer=fewer)
     plans = []
     for candidate in found:
-        if candidate.reason or (most and sum(plan.all_fit for _, plan in plans) == most):
+        if candidate.reason or (most and sum(plan.all_fit for plan in plans) == most):
             break
         mesh = sharding.make_mesh(candidate.mesh, devices)
-        plans.append((candidate, compile_mesh(decoder, mesh, candidate.workload, chip)))
-    plans.sort(key=lambda pair: (not pair[1].all_fit, pair[1].seconds() if pair[1].all_fit else 0))
+        plans.append(compile_candidate(decoder, mesh, candidate.workload, chip, fewer))
+    plans.sort(key=lambda plan: (not plan.all_fit, plan.seconds() if plan.all_fit else 0))
     return found, plans
 
 
@@ -248,13 +267,17 @@ def searched() -> bool:
     start = time.time(), time.process_time()
     found, plans = find_mesh(FLAGS.model, FLAGS.topology, workload(), FLAGS.compile)
     report.print_search(found, plans)
-    if plans and plans[0][1].all_fit:
-        candidate, plan = plans[0]
+    fits = bool(plans) and plans[0].all_fit
+    if fits:
+        best = plans[0]
+        work, mesh = best.count.workload, best.run.mesh
         print("\nthe best:")
-        print_sizes(FLAGS.model, FLAGS.topology, candidate.workload, plan.run.mesh)
-        report.print_plan(plan, grid_of(FLAGS.topology).partition(":")[0])
+        print_sizes(FLAGS.model, FLAGS.topology, work, mesh)
+        best = compile_mesh(decoder_config(FLAGS.model), mesh, work, best.chip, known=best.reports)
+        report.print_plan(best, grid_of(FLAGS.topology).partition(":")[0])
+        fits = best.all_fit
     print(f"  search: {time.time() - start[0]:.0f} s, {time.process_time() - start[1]:.0f} s of processors")
-    return any(plan.all_fit for _, plan in plans)
+    return fits
 
 
 def rows() -> bool:

@@ -13,8 +13,6 @@ from r2vpo_jax import sampler, sharding
 from r2vpo_jax.sampler import decoding, segments
 from r2vpo_jax.training.learner import Learner
 
-SAMPLING = ("sampler", "segment", "regroup")  # those that hold the learner's state beside them, and run no update
-
 
 def _abstract(shape, dtype, where):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
@@ -93,16 +91,31 @@ def lower_regroup(run: Learner, work: Workload):
     return segments._regroup.lower(_decoding(run, work), None, index, work.columns[-1], run.mesh)
 
 
-def lower_learner(run: Learner, work: Workload):
-    """Yields ("scoring", of all rows) and ("update", of a minibatch)."""
+def _batch(run: Learner, work: Workload, size: int):
+    """So many rows of a rollout."""
     rollout = lower_sampler(run, work).out_info  # what it makes is what the learner takes
+    return jax.tree.map(lambda x: _rows(x, size, run.mesh), rollout)
 
-    def batch(size):
-        return jax.tree.map(lambda x: _rows(x, size, run.mesh), rollout)
 
-    state = _state(run)
-    yield "scoring", run.score.lower(state.params, batch(work.rows))
-    yield "update", run.update.lower(state, batch(work.minibatch))
+def lower_scoring(run: Learner, work: Workload):
+    """Log-probabilities of all rows."""
+    return run.score.lower(_state(run).params, _batch(run, work, work.rows))
+
+
+def lower_update(run: Learner, work: Workload):
+    """One optimizer update, on a minibatch."""
+    return run.update.lower(_state(run), _batch(run, work, work.minibatch))
+
+
+LOWER = {  # in the order of an iteration
+    "sampler": lower_sampler,
+    "segment": lower_segment,
+    "regroup": lower_regroup,
+    "scoring": lower_scoring,
+    "update": lower_update,
+}
+PROGRAMS = tuple(LOWER)
+SAMPLING = PROGRAMS[:3]  # those that hold the learner's state beside them, and run no update
 
 
 @dataclasses.dataclass

@@ -66,6 +66,11 @@ class Plan:
         return self.reports[name].error is None and self.total(name) <= self.chip.memory * 2**30
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """Of the mesh."""
+        return tuple(self.run.mesh.shape.values())
+
+    @property
     def all_fit(self) -> bool:
         return all(self.fits(name) for name in self.reports)
 
@@ -82,7 +87,8 @@ class Plan:
         return self.count.decode_step(self.chip, self.of_step().received)
 
     def scoring(self) -> Bound:
-        return self.count.scoring(self.chip, self.reports["scoring"].traffic.received)
+        known = self.reports.get("scoring")
+        return self.count.scoring(self.chip, known.traffic.received if known else 0)
 
     def update(self) -> Bound:
         return self.count.update(self.chip, self.reports["update"].traffic.received)
@@ -160,27 +166,27 @@ def print_bounds(plan: Plan) -> None:
     print(f"  an iteration in which all responses are as long as may be: {plan.seconds():,.1f} s")
 
 
-def print_search(candidates: list[Candidate], plans: list[tuple[Candidate, Plan]]) -> None:
+def print_search(candidates: list[Candidate], plans: list[Plan]) -> None:
     """A line a mesh: those compiled, the fastest first; those left out; those ruled out, and why."""
     print("data,fsdp,tensor  prompts at a time  GiB: sampling  update   step, ms   update, s   iteration, s")
-    done = {candidate.mesh for candidate, _ in plans}
+    done = {plan.sizes for plan in plans}
 
-    def line(candidate, text):
-        print(f"{','.join(map(str, candidate.mesh)):16s}  {text}")
+    def line(mesh, text):
+        print(f"{','.join(map(str, mesh)):16s}  {text}", flush=True)
 
-    for candidate, plan in plans:
-        at_once = f"{candidate.workload.prompts_at_a_time:17d}"
+    for plan in plans:
+        at_once = f"{plan.count.workload.prompts_at_a_time:17d}"
         broken = [report.error for report in plan.reports.values() if report.error]
         if broken:
-            line(candidate, f"{at_once}  does not fit: {broken[0][:150]}")
+            line(plan.sizes, f"{at_once}  does not fit: {broken[0][:150]}")
             continue
-        sampling, update = plan.peaks()
+        sampling, update = (f"{size / 2**30:.1f}" for size in plan.peaks())
         times = plan.step().serial * 1e3, plan.update().overlapped, plan.seconds()
-        text = f"{at_once}  {sampling / 2**30:13.1f}  {update / 2**30:6.1f}  {times[0]:9.2f}   {times[1]:9.2f}   {times[2]:12.1f}"
-        line(candidate, text + ("" if plan.all_fit else "  DOES NOT FIT"))
+        text = f"{at_once}  {sampling:>13s}  {update:>6s}  {times[0]:9.2f}   {times[1]:9.2f}   {times[2]:12.1f}"
+        line(plan.sizes, text + ("" if plan.all_fit else "  DOES NOT FIT"))
     for candidate in candidates:
         if candidate.mesh not in done:
-            line(candidate, candidate.reason or f"not compiled; iteration by arithmetic {candidate.seconds:.1f} s")
+            line(candidate.mesh, candidate.reason or f"not compiled; iteration by arithmetic {candidate.seconds:.1f} s")
 
 
 ROW_TITLES = """\
@@ -188,20 +194,19 @@ ROW_TITLES = """\
 |---|---|---|---|---|---|---|---|---|---|---|---|"""
 
 
-def row(
-    model: str, topology: str, work: Workload, candidates: list[Candidate], plans: list[tuple[Candidate, Plan]]
-) -> tuple[str, bool]:
+def row(model: str, topology: str, work: Workload, candidates: list[Candidate], plans: list[Plan]) -> tuple[str, bool]:
     """A row for the documents, and whether something fits."""
     cells = [model, topology, f"{work.prompt_length:,} + {work.response_length:,}"]
-    if not plans or not plans[0][1].all_fit:
-        best = min((c.reason for c in candidates if c.reason and "at least" in c.reason), default="no mesh fits")
-        return f"| {' | '.join(cells)} | does not fit: {best} |" + " |" * 8, False
-    candidate, plan = plans[0]
+    if not plans or not plans[0].all_fit:
+        short = [candidate for candidate in candidates if candidate.memory]
+        why = min(short, key=lambda candidate: candidate.memory).reason if short else "no mesh divides it"
+        return f"| {' | '.join(cells)} | does not fit: {why} |" + " |" * 8, False
+    plan = plans[0]
     sampling, update = plan.peaks()
     step = plan.of_step()
     cells += [
-        ", ".join(map(str, candidate.mesh)),
-        str(candidate.workload.prompts_at_a_time),
+        ", ".join(map(str, plan.sizes)),
+        str(plan.count.workload.prompts_at_a_time),
         f"{sampling / 2**30:.1f}",
         f"{update / 2**30:.1f}",
         f"{plan.count.flops()['update'] / 1e12:,.0f}",

@@ -18,6 +18,7 @@ class Candidate:
     workload: Workload
     reason: str | None  # why not
     seconds: float  # of an iteration, at least; infinite with a reason
+    memory: float | None = None  # GiB that it needs at least, where that is the reason
 
 
 def meshes(devices: int) -> list[tuple[int, int, int]]:
@@ -34,7 +35,7 @@ def judge(
     parallel = data * fsdp
     workload = dataclasses.replace(workload, micro_batch_size=workload.micro_batch_size or parallel)
     count = Arithmetic(config, AbstractMesh(mesh, MESH_AXES), workload, attention)
-    reason = None
+    reason = memory = None
     if config.num_heads % tensor:
         reason = f"{config.num_heads} heads do not divide over {tensor}"
     elif workload.micro_batch_size % parallel or workload.minibatch % workload.micro_batch_size:
@@ -42,12 +43,11 @@ def judge(
     elif workload.prompts_at_a_time % parallel:
         reason = f"{workload.prompts_at_a_time} prompts do not divide over {parallel} devices"
     else:
-        for name, size in count.least_memory().items():
-            if size > chip.memory * 2**30:
-                reason = f"{name}: at least {size / 2**30:.1f} GiB"
-                break
+        memory, name = max((size / 2**30, name) for name, size in count.least_memory().items())
+        if memory > chip.memory:
+            reason = f"{name}: at least {memory:.1f} GiB"
     if reason:
-        return Candidate(mesh, workload, reason, float("inf"))
+        return Candidate(mesh, workload, reason, float("inf"), memory)
     traffic = count.estimated_traffic()
     step = count.decode_step(chip, traffic["step"]).serial
     update = count.update(chip, traffic["update"]).overlapped
