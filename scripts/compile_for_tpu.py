@@ -214,9 +214,9 @@ def compile_candidate(decoder, mesh, work: Workload, chip, fewer: bool) -> repor
         plan = compile_mesh(decoder, mesh, work, chip, ("regroup",), known)
         half = work.prompts_at_a_time // 2
         may_halve = fewer and half and not half % (mesh.shape["data"] * mesh.shape["fsdp"])
-        if plan.all_fit or not may_halve:
+        if plan.sampling_fits or not may_halve:
             plan = compile_mesh(decoder, mesh, work, chip, ("segment", "update"), plan.reports)
-        if plan.all_fit or not may_halve:
+        if plan.sampling_fits or not may_halve:
             return plan
         work = dataclasses.replace(work, prompts_at_a_time=half)
         known = {name: found for name, found in plan.reports.items() if name == "update"}

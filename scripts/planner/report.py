@@ -74,6 +74,10 @@ class Plan:
     def all_fit(self) -> bool:
         return all(self.fits(name) for name in self.reports)
 
+    @property
+    def sampling_fits(self) -> bool:
+        return all(self.fits(name) for name in self.reports if name in SAMPLING)
+
     def peaks(self) -> tuple[int, int]:
         """Bytes a device of the largest program of rollouts, and of learning."""
         sampling = max(self.total(name) for name in self.reports if name in SAMPLING)
