@@ -251,3 +251,29 @@ def test_no_program_moves_a_whole_unembedding(head):
     assert set(largest) == {"sampler", "segment", "regroup", "scoring", "update"}
     for name, size in largest.items():
         assert size < 16_384 * 64 * 4 / 2, name
+
+
+# The largest result of a collective when rows move to a smaller batch, on 8 devices of this machine.
+REGROUP = """
+import os, runpy, sys
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+script = runpy.run_path(sys.argv[1])
+import jax
+from planner import programs
+from planner.arithmetic import Workload
+from r2vpo_jax import models, sharding
+
+sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_layers": 6, "num_heads": 4}
+decoder = models.DecoderConfig(**sizes, num_kv_heads=2, head_dim=16, scan_layers=True)
+work, mesh = Workload(8, 8, 2, 8, 256, 1, 8, 64), sharding.make_mesh((2, 4, 1), jax.devices())
+script["FLAGS"]([""])
+lowered = programs.lower_regroup(script["make_learner"](decoder, mesh, work), work)
+print(max(size for _, size in script["collectives"](lowered.compile().as_text()).values()))
+"""
+
+
+def test_rows_move_without_gathering_the_caches_of_all_layers():
+    result = _python("-c", REGROUP, SCRIPT)
+    assert result.returncode == 0, result.stderr
+    of_layer = 16 * 2 * 256 * 16 * 4  # keys of 16 rows; 8 of them move
+    assert 0 < int(result.stdout) <= of_layer
