@@ -1,6 +1,6 @@
 """Who works in a directory of a store, where there are no locks: a lease, which its holder renews and which runs out.
 
-A lease is a file `lock/00001.json`, made on the condition that there is none of that name: the store decides who was first.
+A lease is a file `lease/00001.json`, made on the condition that there is none of that name: the store decides who was first.
 Its holder alone writes it again, every 15 seconds. Who wants to work there watches it. If it changes, its holder is alive, and
 the directory is in use. If it does not change for 60 seconds, its holder is dead, or cannot reach the store: the next number
 is made, on the same condition, and the earlier holder, should it come back, finds that it has lost the directory. Nobody's
@@ -24,7 +24,7 @@ from r2vpo_jax.errors import UsageError
 BEAT_SECONDS = 15.0  # between two renewals
 EXPIRES_SECONDS = 60.0  # without one
 _POLL_SECONDS = 2.0
-_FOLDER = "lock"
+_FOLDER = "lease"
 _NUMBER = re.compile(r"(\d{5,})\.json")
 
 

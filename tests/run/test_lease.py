@@ -35,13 +35,13 @@ def silent(_):
 
 
 def content(store):
-    (name,) = storage.sizes(store / "lock")
-    return name, json.loads((store / "lock" / name).read_bytes())
+    (name,) = storage.sizes(store / "lease")
+    return name, json.loads((store / "lease" / name).read_bytes())
 
 
 def rewrite(store, **changes):
     name, now = content(store)
-    storage.put(store / "lock" / name, json.dumps(now | changes).encode())
+    storage.put(store / "lease" / name, json.dumps(now | changes).encode())
 
 
 def test_two_cannot_work_in_one_directory_and_it_is_given_back(store, fast):
@@ -56,7 +56,7 @@ def test_two_cannot_work_in_one_directory_and_it_is_given_back(store, fast):
         assert "it can be taken over in" in said[0]
         with pytest.raises(UsageError, match=message):
             directory.refuse_if_in_use(store)
-    assert storage.sizes(store / "lock") == {}
+    assert storage.sizes(store / "lease") == {}
     with directory.lock(store, say=silent):
         pass
 
@@ -116,12 +116,12 @@ def test_one_of_another_machine_is_waited_out(store, fast):
 
 def test_who_was_taken_over_finds_out(store, fast):
     with directory.lock(store, say=silent) as check:
-        storage.create(store / "lock" / "00002.json", (store / "lock" / "00001.json").read_bytes())
+        storage.create(store / "lease" / "00002.json", (store / "lease" / "00001.json").read_bytes())
         lease_thread = next(thread for thread in threading.enumerate() if thread.name == "lease")
         lease_thread.join(30)
         with pytest.raises(UsageError, match="was taken over by another process while this one could not renew"):
             check()
-    assert "00002.json" in storage.sizes(store / "lock"), "what is another's stays"
+    assert "00002.json" in storage.sizes(store / "lease"), "what is another's stays"
 
 
 def test_a_store_that_is_out_of_reach_for_a_while_loses_nothing(store, fast, monkeypatch):

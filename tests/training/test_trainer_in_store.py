@@ -60,7 +60,7 @@ def test_killed_and_continued_it_is_the_run_that_a_disk_has(
     summary = train(config, there, say=said.append)
     assert f"checkpoint {last} is torn (state/{file} is damaged); falling back to the one before" in said
     assert_same_run(there, here, config, tiny_model, mesh)
-    assert not storage.sizes(there / "lock"), "the lease was given back"
+    assert not storage.sizes(there / "lease"), "the lease was given back"
     assert report.rewrite(str(there)) == report.table(summary)
     for model in (here, there):
         exports.export(str(model), "last", (tmp_path if model is here else store) / "exported", say=lambda _: None)
