@@ -61,21 +61,21 @@ def _store_path(text: str, scheme: str, flag: str, schemes: Sequence[str]):
     os.environ.setdefault("EPATH_USE_TF", "false")
     from etils import epath
 
-    _file_system(scheme, f"{flag}={text}")
+    try:
+        _file_system(scheme)
+    except ImportError as error:
+        extra = "pip install 'r2vpo_jax[gcs]'" if scheme == "gs" else str(error)
+        raise UsageError(f"{flag}={text}: {scheme}:// needs a library that is not installed: {extra}") from error
     return epath.Path(text.rstrip("/"))
 
 
 @functools.cache
-def _file_system(scheme: str, what: str = ""):
+def _file_system(scheme: str):
     import fsspec
 
-    # Listings that are kept miss what other processes have written.
+    # Listings that are kept miss what other processes have written. So for epath's own file system too.
     fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
-    try:
-        return fsspec.filesystem(scheme)
-    except ImportError as error:
-        extra = "pip install 'r2vpo_jax[gcs]'" if scheme == "gs" else str(error)
-        raise UsageError(f"{what}: {scheme}:// needs a library that is not installed: {extra}") from error
+    return fsspec.filesystem(scheme)
 
 
 def is_store(path) -> bool:

@@ -43,11 +43,11 @@ class Lease:
             raise UsageError(self._lost)
 
     def close(self) -> None:
-        """Give it back: others may take it at once."""
+        """Give it back: others may take it at once. Out of reach of the store, it runs out by itself."""
         self._given_back.set()
         self._thread.join()
         if not self._lost:
-            with storage.spoken(self._file):
+            with contextlib.suppress(OSError), storage.spoken(self._file):
                 self._file.unlink(missing_ok=True)
 
     def _renew(self) -> None:

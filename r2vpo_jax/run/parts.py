@@ -16,9 +16,16 @@ _PART = re.compile(r"(\d{5,})\.jsonl")
 
 def files_of(path) -> list:
     """The file of this name, if there is one, and its parts, in their order: together they are the line file."""
+    return list(_sizes(path))
+
+
+def _sizes(path) -> dict:
+    """File -> bytes of the file of this name, if there is one, and of its parts, in their order."""
     folder = path.with_suffix("")
-    numbered = sorted((int(match[1]), name) for name in storage.sizes(folder) if (match := _PART.fullmatch(name)))
-    return [path] * path.exists() + [folder / name for _, name in numbered]
+    found = storage.sizes(folder)
+    numbered = sorted((int(match[1]), name) for name in found if (match := _PART.fullmatch(name)))
+    whole = {path: storage.size(path)} if path.exists() else {}
+    return whole | {folder / name: found[name] for _, name in numbered}
 
 
 class PartsWriter:
@@ -35,8 +42,8 @@ class PartsWriter:
           ValueError: there are fewer bytes: they do not belong to the checkpoint.
         """
         self._folder = path.with_suffix("")
-        there = files_of(path)
-        sizes = [storage.size(file) for file in there]
+        found = _sizes(path)
+        there, sizes = list(found), list(found.values())
         if position is not None and sum(sizes) < position:
             raise ValueError(
                 f"{path} and its parts have {sum(sizes)} bytes, but the checkpoint was written at {position}: restore them, "
