@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from r2vpo_jax import cluster
 from r2vpo_jax.errors import UsageError
 from r2vpo_jax.run import files
 
@@ -154,6 +155,7 @@ class Checkpointer:
             self._manager.wait_until_finished()
             if self._write:
                 self._write_manifest(iteration, details)
+            cluster.where.saved = iteration
         except Exception as error:  # handed to the thread that trains, by wait()
             self._error = error
 
