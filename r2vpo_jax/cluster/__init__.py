@@ -3,6 +3,7 @@
 A process that is alone has no part in it: `start` finds so, and everything else returns at once.
 """
 
+import re
 import sys
 import time
 import traceback
@@ -23,6 +24,8 @@ __all__ = [
 ]  # fmt: skip
 
 _watch: Watch | None = None
+# How texts of XLA's errors begin; some are ValueErrors ("UNKNOWN: Gloo AllGather failed: … Connection closed by peer").
+_STATUS = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): ")
 
 
 def start(
@@ -71,6 +74,15 @@ def start(
     _watch.start()
 
 
+def _is_of_runtime(error: BaseException | None) -> bool:
+    """Whether an operation of JAX has failed, by this error or one behind it; the type alone does not say it."""
+    while error is not None:
+        if isinstance(error, jax.errors.JaxRuntimeError) or _STATUS.match(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def finish() -> None:
     """The program has done its work: wait until the other processes have too."""
     global _watch
@@ -92,11 +104,10 @@ def fail(error: BaseException, code: int, text: str) -> None:
     """
     if _watch is None:
         return
-    if not text:
-        chain = [error, error.__cause__, error.__context__]
-        if any(isinstance(one, jax.errors.JaxRuntimeError) for one in chain):
-            _watch.failed()
-        traceback.print_exception(error)
-    else:
+    if _is_of_runtime(error):
+        _watch.failed()
+    if text:
         print(text, file=sys.stderr)
+    else:
+        traceback.print_exception(error)
     _watch.end(code, text.removeprefix("error: ") or f"{type(error).__name__}: {error}")

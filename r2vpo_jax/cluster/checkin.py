@@ -76,10 +76,12 @@ class _Desk:
                 now = time.monotonic()
                 whom = f"{len(missing)} of {self._place.num_processes} hosts: {names(missing)}"
                 if now - start > self._timeout:
-                    raise ClusterError(
-                        f"{whom} did not come within {self._timeout:.0f} s: look at their logs, start the same command on all, "
-                        "and raise --initialization_timeout_seconds if they only take long"
+                    late = (
+                        f"waited {self._timeout:.0f} s in vain for {whom}; look at their logs, start the same command on all, and "
+                        "raise --initialization_timeout_seconds if they only take long"
                     )
+                    self._answer({"late": late})
+                    raise ClusterError(late)
                 if now - spoken >= _EVERY:
                     self._say(f"waiting for {whom} ({now - start:.0f} of {self._timeout:.0f} s)")
                     spoken = now
@@ -209,6 +211,8 @@ def _go_to_desk(place: Place, mine: dict, timeout: float, say) -> list[str]:
             answer, why = None, error.strerror or str(error) or type(error).__name__
         if answer and "error" in answer:
             raise UsageError(answer["error"])
+        if answer and "late" in answer:
+            raise ClusterError(answer["late"])
         if answer:
             return answer["hosts"]
         time.sleep(_RETRY)

@@ -257,13 +257,9 @@ class Watch:
 def what_to_do(code: int) -> str:
     """For the reader of the line."""
     if code == 2:
-        return "nothing was changed: put that right, and start again"
-    saved = (
-        "from its last checkpoint"
-        if where.saved is None
-        else f"from the checkpoint of iteration {where.saved}, or a later one"
-    )
-    return f"the same command on all processes goes on {saved}; scripts/run_until_done.sh gives it again by itself"
+        return "put that right, and give the same command to all processes again"
+    saved = "the last checkpoint" if where.saved is None else f"checkpoint {where.saved}, or a later one"
+    return f"the same command on all processes goes on from {saved}; scripts/run_until_done.sh gives it again by itself"
 
 
 def tell(text: str) -> None:

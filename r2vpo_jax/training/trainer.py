@@ -176,8 +176,7 @@ class _Run:
                 self._validate()
             last = total if stop_after_iteration is None else min(total, stop_after_iteration)
             bar = console.ProgressBar(total, self.counters.iteration, enabled=self.chief)
-            while self.counters.iteration < last and not any_process(stop.requested):
-                cluster.where.iteration = self.counters.iteration + 1
+            while self._goes_on(last, stop):
                 with self.profiler.iteration(self.counters.iteration + 1):
                     done = self._iterate()
                 number, row = done.number, done.row
@@ -199,6 +198,11 @@ class _Run:
                     f"stopped after iteration {self.counters.iteration} of {total}; the same command goes on from there"
                 )
             return self._finish()
+
+    def _goes_on(self, last: int, stop) -> bool:
+        cluster.where.iteration, cluster.where.phase = self.counters.iteration + 1, "between two phases"
+        with cluster.phase("asking all whether to stop"):
+            return self.counters.iteration < last and not any_process(stop.requested)
 
     def _iterate(self) -> Iteration:
         before = dict(self.timers.seconds)
