@@ -59,15 +59,21 @@ def find(
             raise UsageError(f"--{given[0]} contradicts --nodistributed; leave one of them out")
         return None
     address = coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS")
-    local, environment = None, None
+    local = None
     if None in (address, num_processes, process_id):
-        environment = _environment(given or distributed)
-    if environment is not None:
-        num_processes = environment.get_process_count() if num_processes is None else num_processes
-        if num_processes > 1:
-            process_id = environment.get_process_id() if process_id is None else process_id
-            address = address or _coordinator(environment, timeout)
-            local = _local_devices(environment)
+        try:
+            environment = _environment(given or distributed)
+            if environment is not None:
+                num_processes = environment.get_process_count() if num_processes is None else num_processes
+                if num_processes > 1:
+                    process_id = environment.get_process_id() if process_id is None else process_id
+                    address = address or _coordinator(environment, timeout)
+                    local = _local_devices(environment)
+        except (OSError, RuntimeError, ValueError) as error:  # of the metadata server, or of a name that nobody knows
+            raise UsageError(
+                f"this host's cluster cannot be asked about its processes ({error}); give --coordinator_address, --num_processes and "
+                "--process_id, or --nodistributed for a process that is alone"
+            ) from error
     if num_processes == 1:
         return None  # nobody to wait for, and nothing that a coordinator would be good for
     if None in (address, num_processes, process_id):
