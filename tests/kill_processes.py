@@ -17,6 +17,7 @@ import time
 from absl import app, flags
 
 from tests.helpers import processes
+from tests.helpers.paths import TASK, TINY_BASE
 
 _PROCESSES = flags.DEFINE_integer("processes", 2, "how many")
 _MOMENTS = flags.DEFINE_integer("moments", 10, "how many")
@@ -24,15 +25,18 @@ _SEED = flags.DEFINE_integer("seed", 0, "of moments and victims")
 _SIGNAL = flags.DEFINE_enum("signal", "KILL", ["KILL", "STOP"], "what is sent")
 _FOLDER = flags.DEFINE_string("folder", None, "for the runs; emptied first", required=True)
 
-CONFIG = """from r2vpo_jax import config
+CONFIG = f"""from r2vpo_jax import config
 
 
 def get_config():
     return config.make(
-        sampler={"group_size": 4},
-        trainer={"num_iterations": 40, "prompts_per_rollout": 8, "num_minibatches": 2, "num_epochs": 1, "micro_batch_size": 8,
-                 "eval_every": 4, "eval_problems": 16, "test_problems": 16, "test_samples": 2, "checkpoint_every": 2},
-        mesh={"data": -1},
+        model={{"path": "{TINY_BASE}"}},
+        sampler={{"group_size": 4}},
+        optimizer={{"learning_rate": 1e-3, "warmup_updates": 2}},
+        trainer={{"num_iterations": 16, "prompts_per_rollout": 4, "num_minibatches": 2, "num_epochs": 1, "micro_batch_size": 8,
+                  "eval_every": 4, "eval_problems": 16, "test_problems": 16, "test_samples": 2, "checkpoint_every": 2}},
+        task={{"arithmetic": {TASK}}},
+        mesh={{"data": -1}},
     )
 """
 LIMIT = 30  # seconds until all have come

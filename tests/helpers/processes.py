@@ -43,11 +43,14 @@ class Processes:
       count: of processes.
       *flags: for all.
       own: flags by process, for some; None: it is not started.
+      script: to be run in place of experiments.train, with the same flags.
       heartbeat: seconds.
       environment: variables for all.
     """
 
-    def __init__(self, config_file, workdir, count: int, *flags, own=None, heartbeat=HEARTBEAT, **environment):
+    def __init__(
+        self, config_file, workdir, count: int, *flags, own=None, script=None, heartbeat=HEARTBEAT, **environment
+    ):
         self.workdir, self.count = pathlib.Path(workdir), count
         address, own = f"127.0.0.1:{free_port()}", own or {}
         self._outputs = [self.workdir.parent / f"{self.workdir.name}_process_{i}.txt" for i in range(count)]
@@ -57,7 +60,7 @@ class Processes:
             if mine is None:
                 continue
             command = [
-                sys.executable, "-m", "experiments.train", f"--config={config_file}", f"--workdir={workdir}",
+                sys.executable, *(("-m", "experiments.train") if script is None else (str(script),)), f"--config={config_file}", f"--workdir={workdir}",
                 f"--coordinator_address={address}", f"--num_processes={count}", f"--process_id={i}",
                 f"--heartbeat_timeout_seconds={heartbeat}", *flags, *mine,
             ]  # fmt: skip
@@ -65,7 +68,7 @@ class Processes:
                 self._processes[i] = subprocess.Popen(
                     command,
                     cwd=ROOT,
-                    env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""} | environment,
+                    env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)} | environment,
                     stdout=output,
                     stderr=subprocess.STDOUT,
                 )
@@ -85,15 +88,23 @@ class Processes:
         """Send a signal; nothing happens to a process that has ended."""
         self._processes[process].send_signal(number)
 
-    def wait_for_rows(self, number: int, timeout: float = 300) -> None:
+    def wait_for_rows(self, number: int) -> None:
         """Until the run has written so many rows of metrics."""
-        file, until = self.workdir / "metrics.jsonl", time.monotonic() + timeout
-        while not file.exists() or file.read_bytes().count(b"\n") < number:
+        file = self.workdir / "metrics.jsonl"
+        self._wait_for(lambda: file.exists() and file.read_bytes().count(b"\n") >= number)
+
+    def wait_for_text(self, process: int, text: str) -> None:
+        """Until the process has printed it."""
+        self._wait_for(lambda: text in self.output(process))
+
+    def _wait_for(self, happened, timeout: float = 900) -> None:
+        until = time.monotonic() + timeout
+        while not happened():
             assert time.monotonic() < until, [self.output(i)[-2000:] for i in self._processes]
             assert all(p.poll() is None for p in self._processes.values()), [self.output(i) for i in self._processes]
             time.sleep(0.01)
 
-    def ended(self, *of: int, timeout: float = 300) -> dict[int, Ended]:
+    def ended(self, *of: int, timeout: float = 900) -> dict[int, Ended]:
         """How these processes (default: all) ended, once they have."""
         start = time.monotonic()
         seconds = {}
