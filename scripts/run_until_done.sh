@@ -139,6 +139,8 @@ while :; do
   if [ "$code" -eq 0 ]; then
     why="stopped and saved after iteration $after, by a signal to it or to another process of the run"
     failure=1 # what this exits with if it gives up: the run is not done
+  elif [ "$code" -eq 75 ]; then
+    why="another process of the run is missing or gone (exit code 75), after iteration $after" failure=$code
   else
     why="exit code $code after iteration $after" failure=$code
   fi
