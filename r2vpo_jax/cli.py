@@ -284,7 +284,7 @@ def run(main) -> None:
             cluster.fail(error, 130, text)
             print(text, file=sys.stderr)
             return 130
-        cluster.finish()
+        cluster.finish(code)
         return code
 
     binary = sys.modules[main.__module__]

@@ -83,12 +83,14 @@ def _is_of_runtime(error: BaseException | None) -> bool:
     return False
 
 
-def finish() -> None:
-    """The program has done its work: wait until the other processes have too."""
-    global _watch
+def finish(code: int | None) -> None:
+    """The program has done its work: wait until the other processes have too, and end. Returns only if it is alone.
+
+    Args:
+      code: exit code; None: 0.
+    """
     if _watch is not None:
-        _watch.finish()
-        _watch = None
+        _watch.finish(code or 0)
 
 
 def fail(error: BaseException, code: int, text: str) -> None:

@@ -93,7 +93,6 @@ class Watch:
         self._lock = threading.Lock()
         self._ending = False
         self._stop = threading.Event()
-        self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
         """Begin to watch, in the background."""
@@ -217,16 +216,24 @@ class Watch:
         time.sleep(min(self._limit, _AFTER_AN_ERROR) + 3 * self.interval)
         self._failed = False
 
-    def finish(self) -> None:
-        """This process has come to its good end; returns when all others have too."""
+    def finish(self, code: int) -> None:
+        """This process has come to its good end; it ends when all others have too.
+
+        Not by JAX's shutdown, whose barrier aborts a process that has done its work if a peer is killed just there.
+        """
         where.phase = "waiting for the others to end"
         self._store.set(f"end/{self._process}", json.dumps({"code": 0}))
         while not self._all_ended():
             time.sleep(min(self.interval, 0.2))
             self.beat()
-        self._stop.set()
-        for thread in self._threads:
-            thread.join(5)
+        self._stop.set()  # nobody is missed from here on
+        until = self._clock() + 3 * self.interval + 3
+        with contextlib.suppress(RuntimeError):  # process 0 was killed now: everything is done
+            self._store.set(f"bye/{self._process}", "")
+            while self._process == 0 and len(self._store.under("bye")) <= len(self._peers) and self._clock() < until:
+                time.sleep(0.05)
+        sys.stdout.flush()
+        exit_now(code)
 
     # JAX's abort -------------------------------------------------------------------------------------------------
 
@@ -240,7 +247,9 @@ class Watch:
 
     def _aborted(self, _) -> None:
         """On the thread that calls abort(): the line, if process 0 is gone; else this returns, and abort() goes on."""
-        if self._stop.is_set() or self._ending or self._process == 0:
+        if self._stop.is_set():
+            exit_now(0)
+        if self._ending or self._process == 0:
             return
         if not self._reachable():
             self._ending = True
