@@ -12,6 +12,7 @@
 #   143, 130    SIGTERM or SIGINT came. It is passed on once, the command saves and ends, and this waits for it. Not 0 although
 #               all is saved: whoever restarts what failed must not take the run for done
 #   otherwise   that of the last try: there were --max-restarts, or --max-fruitless in a row without a newer checkpoint
+#               (75: another process of the run is missing or gone)
 #
 # Options:
 #   --max-restarts=N     restarts in all (default 100; 0: one try)

@@ -98,11 +98,7 @@ class Watch:
         """Begin to watch, in the background."""
         # Two, because a call of a store that hangs does not return.
         for act, seconds in ((self.beat, self.interval), (self.judge, self.interval / 2)):
-            thread = threading.Thread(
-                target=self._repeat, args=(act, seconds), daemon=True, name=f"cluster {act.__name__}"
-            )
-            self._threads.append(thread)
-            thread.start()
+            threading.Thread(target=self._repeat, args=(act, seconds), daemon=True).start()
         self._catch_abort()
 
     def _repeat(self, act, seconds: float) -> None:
