@@ -91,7 +91,7 @@ class Watch:
         self._beats = 0
         self._failed = False  # an operation between processes has
         self._lock = threading.Lock()
-        self._ending = False
+        self._ending: int | None = None  # the exit code, once this process ends
         self._stop = threading.Event()
 
     def start(self) -> None:
@@ -137,7 +137,7 @@ class Watch:
         for number, note in sorted(self._notes.items()):
             if "error" in note:
                 refused = note["code"] == 2
-                how = "refused its input" if refused else "ended"
+                how = "refused to go on" if refused else "ended"
                 return Verdict(
                     2 if refused else LOST, f"process {number} on {self._hosts[number]} {how}: {note['error']}"
                 )
@@ -169,9 +169,9 @@ class Watch:
         if found is None:
             return
         with self._lock:
-            if self._ending:
+            if self._ending is not None:
                 return
-            self._ending = True
+            self._ending = found.code
         tell(f"{where}: {found.why}; {what_to_do(found.code)}")
         self._leave({"code": found.code, "gone": list(found.gone)}, found.gone)
         exit_now(found.code)
@@ -184,9 +184,9 @@ class Watch:
           error: why, in one line.
         """
         with self._lock:
-            if self._ending:
+            if self._ending is not None:
                 threading.Event().wait()  # the watch ends the process
-            self._ending = True
+            self._ending = code
         self._leave({"code": code, "error": f"{error[:1000]} ({where})"})
         exit_now(code)
 
@@ -218,12 +218,14 @@ class Watch:
         Not by JAX's shutdown, whose barrier aborts a process that has done its work if a peer is killed just there.
         """
         where.phase = "waiting for the others to end"
-        self._store.set(f"end/{self._process}", json.dumps({"code": 0}))
+        with contextlib.suppress(RuntimeError):  # the store is gone, which the watch finds out
+            self._store.set(f"end/{self._process}", json.dumps({"code": 0}))
         while not self._all_ended():
             time.sleep(min(self.interval, 0.2))
             self.beat()
+        self._ending = code
         self._stop.set()  # nobody is missed from here on
-        until = self._clock() + 3 * self.interval + 3
+        until = self._clock() + self._limit
         with contextlib.suppress(RuntimeError):  # process 0 was killed now: everything is done
             self._store.set(f"bye/{self._process}", "")
             while self._process == 0 and len(self._store.under("bye")) <= len(self._peers) and self._clock() < until:
@@ -243,12 +245,10 @@ class Watch:
 
     def _aborted(self, _) -> None:
         """On the thread that calls abort(): the line, if process 0 is gone; else this returns, and abort() goes on."""
-        if self._stop.is_set():
-            exit_now(0)
-        if self._ending or self._process == 0:
-            return
-        if not self._reachable():
-            self._ending = True
+        if self._ending is not None:
+            exit_now(self._ending)  # as it was to end in a moment
+        if self._process != 0 and not self._reachable():
+            self._ending = LOST
             still = self._clock() - self._looked
             paused = f"; this process itself had stood still for {still:.0f} s" if still > self._limit / 2 else ""
             peer = self._peers[0]

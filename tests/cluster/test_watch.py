@@ -93,7 +93,7 @@ def test_who_stood_still_does_not_blame_the_others(run):
     assert found.why.startswith("the other processes have ended: they had no sign of life of this one")
 
 
-@pytest.mark.parametrize(("code", "mine", "how"), [(2, 2, "refused its input"), (1, LOST, "ended")])
+@pytest.mark.parametrize(("code", "mine", "how"), [(2, 2, "refused to go on"), (1, LOST, "ended")])
 def test_a_process_that_says_why_it_ends(run, code, mine, how):
     run.store.set("end/1", json.dumps({"code": code, "error": "no such file"}))
     who, found = run.go(2, alive=(0,))
