@@ -1,7 +1,6 @@
 """What all processes of a run must have in common, told through the key-value store: a difference cannot make anybody wait."""
 
 import json
-import pathlib
 import secrets
 import time
 from collections.abc import Mapping
@@ -85,7 +84,7 @@ def agree_on_folder(path, *, flag: str = "--workdir", timeout: float = 90) -> No
     Process 0 leaves a file of a fresh name there, the others look for it, and it is taken away again.
 
     Args:
-      path: of the folder, made by process 0 if needed.
+      path: a pathlib.Path of the folder, or what has its methods; made by process 0 if needed.
       flag: the one that names it.
       timeout: seconds to look: network disks remember for up to a minute that something was not there.
 
@@ -97,11 +96,10 @@ def agree_on_folder(path, *, flag: str = "--workdir", timeout: float = 90) -> No
         return
     with watch.phase("comparing the run directory"):
         store, folder = Store(), _folder("run directory")
-        path = pathlib.Path(path)
         if number == 0:
             path.mkdir(parents=True, exist_ok=True)
             token = path / f".seen_by_all_{secrets.token_hex(8)}"
-            token.touch()
+            token.write_text("")
             try:
                 store.set(f"{folder}/0", token.name)
                 answers = _all(store, folder, total, time.monotonic() + timeout + _PATIENCE)
@@ -132,7 +130,7 @@ def _wait_for(store: Store, folder: str, question: str) -> str:
     return value
 
 
-def _look_for(path: pathlib.Path, deadline: float) -> bool:
+def _look_for(path, deadline: float) -> bool:
     while not path.exists():
         if time.monotonic() > deadline:
             return False
