@@ -238,7 +238,8 @@ def run(config: EvaluationConfig, output, *, say=console.say) -> dict:
             cluster.agree("evaluation", dict(leaves(evaluated)))
             claim = functools.partial(claim_file, output, "config.json", evaluated, flag="--output")
             path = claim(write=False)  # 2
-            cluster.agree_on_folder(path, flag="--output")
+            with files.disk_errors(f"--output={path}"):
+                cluster.agree_on_folder(path, flag="--output")
             if chief:
                 stack.enter_context(lock(output, say=say, flag="--output"))
                 claim()

@@ -132,7 +132,8 @@ class _Run:
             stack.callback(self.task.close)
             self.identity = self.base.identity()
             cluster.agree("base model", {f"the base model's {part}": digest for part, digest in self.identity.items()})
-            cluster.agree_on_folder(directory.local(workdir))
+            with files.disk_errors(f"--workdir={workdir}"):
+                cluster.agree_on_folder(directory.local(workdir))
             self._load(workdir, profile_steps, stack)
             self._open = stack.pop_all()
 
