@@ -8,6 +8,8 @@ import time
 
 import jax
 
+from r2vpo_jax import cluster
+
 _compile_seconds = 0.0
 
 
@@ -21,7 +23,7 @@ jax.monitoring.register_event_duration_secs_listener(_on_duration)
 
 
 class Timers:
-    """Seconds by phase. Compilation inside a phase is moved to the phase "compile"."""
+    """Seconds by phase, which is also what this process is doing. Compilation inside a phase is moved to the phase "compile"."""
 
     def __init__(self):
         self.seconds = {"compile": 0.0}
@@ -30,7 +32,8 @@ class Timers:
     def __call__(self, phase: str):
         start, compiled = time.perf_counter(), _compile_seconds
         try:
-            yield
+            with cluster.phase(phase):
+                yield
         finally:
             compiling = _compile_seconds - compiled
             elapsed = max(time.perf_counter() - start - compiling, 0.0)

@@ -36,7 +36,7 @@ import jax
 import numpy as np
 
 import r2vpo_jax
-from r2vpo_jax import models, sharding, tasks
+from r2vpo_jax import cluster, models, sharding, tasks
 from r2vpo_jax.config import Config
 from r2vpo_jax.errors import NonFiniteUpdateError, Stopped, UsageError, usage_errors
 from r2vpo_jax.evaluation import subsets, validation
@@ -102,13 +102,14 @@ def train(
     say = say if jax.process_index() == 0 else lambda _: None
     workdir = directory.folder(workdir)
     refuse_in_store(config, workdir, profile_steps)
-    if report.is_finished(workdir):
-        changes = directory.claim(workdir, config, write=False)
-        if not changes.longer:
-            summary = report.read_summary(workdir)
-            say(f"{workdir} holds a finished run; its result:\n")
-            say(report.table(summary))
-            return summary
+    finished = report.is_finished(workdir) and not directory.claim(workdir, config, write=False).longer
+    if cluster.of_first("finished", finished):
+        if jax.process_index() > 0:
+            return {}
+        summary = report.read_summary(workdir)
+        say(f"{workdir} holds a finished run; its result:\n")
+        say(report.table(summary))
+        return summary
     with contextlib.closing(_Run(config, workdir, profile_steps, say, started)) as run:
         return run.go(stop_after_iteration, on_iteration or (lambda _: None))
 
@@ -123,7 +124,7 @@ class _Run:
         directory.claim(workdir, config, write=False)
         if self.chief:
             directory.refuse_if_in_use(workdir)
-        with usage_errors():
+        with usage_errors(), cluster.phase("reading model and data"):
             self.mesh = sharding.make_mesh((config.mesh.data, config.mesh.fsdp, config.mesh.tensor))
             self.base = open_base_model(config.model)
             self.model = self.base.model
@@ -131,6 +132,10 @@ class _Run:
             self.task = tasks.make(config.task, self.base.tokenizer, self.base.eos_ids, stop=config.sampler.stop)
         with contextlib.ExitStack() as stack:
             stack.callback(self.task.close)
+            self.identity = self.base.identity()
+            cluster.agree("base model", {f"the base model's {part}": digest for part, digest in self.identity.items()})
+            with files.disk_errors(f"--workdir={workdir}"):
+                cluster.agree_on_folder(directory.local(workdir))
             self._load(workdir, profile_steps, stack)
             self._open = stack.pop_all()
 
@@ -139,7 +144,8 @@ class _Run:
         config = self.config
         with usage_errors():
             self.base.check_length(self.task.max_prompt_length + self.task.max_response_length)
-        self.state = self.learner.init_state(self.base.load_params(self.mesh))
+        with cluster.phase("reading weights"):
+            self.state = self.learner.init_state(self.base.load_params(self.mesh))
         self.life = Lifecycle(config, workdir, chief=self.chief, say=self._say, started=self._started)
         stack.callback(self.life.close)
         self.workdir, self.replay = self.life.workdir, self.life.replay
@@ -150,7 +156,8 @@ class _Run:
         self.key = jax.random.key(config.seed)
         # The reference is the base model itself: it is taken before a checkpoint replaces the state.
         self.reference = self.learner.sampler_params(self.state) if config.objective.needs_reference else None
-        self.state, self.counters = self.life.resume(self.state, self.learner, self.task.digest, self.base.identity())
+        with cluster.phase("reading the last checkpoint"):
+            self.state, self.counters = self.life.resume(self.state, self.learner, self.task.digest, self.identity)
 
     def close(self) -> None:
         """The task ends, and others may work in the run directory."""
@@ -165,13 +172,14 @@ class _Run:
         trainer, total = self.config.trainer, self.config.trainer.num_iterations
         with self.life.open(self.counters.iteration), contextlib.closing(self.profiler), graceful_stop() as stop:
             self._introduce()
-            self._check_noise_floor()
+            with cluster.phase("noise floor"):
+                self._check_noise_floor()
             if self.counters.base is None:
                 self._count(base=self._test_scores())
                 self._validate()
             last = total if stop_after_iteration is None else min(total, stop_after_iteration)
             bar = console.ProgressBar(total, self.counters.iteration, enabled=self.chief)
-            while self.counters.iteration < last and not any_process(stop.requested):
+            while self._goes_on(last, stop):
                 with self.profiler.iteration(self.counters.iteration + 1):
                     done = self._iterate()
                 number, row = done.number, done.row
@@ -184,13 +192,20 @@ class _Run:
                 if self.life.alarms.is_in_vain(row) or (alarmed and self.config.alarms.stop):
                     break
             bar.close()
+            cluster.where.iteration = None
             self.life.save(self.state, self.counters)
-            self.life.wait()
+            with cluster.phase("waiting for the last checkpoint"):
+                self.life.wait()
             if self.counters.iteration < total:
                 raise Stopped(
                     f"stopped after iteration {self.counters.iteration} of {total}; the same command goes on from there"
                 )
             return self._finish()
+
+    def _goes_on(self, last: int, stop) -> bool:
+        cluster.where.iteration, cluster.where.phase = self.counters.iteration + 1, "between two phases"
+        with cluster.phase("asking all whether to stop"):
+            return self.counters.iteration < last and not any_process(stop.requested)
 
     def _iterate(self) -> Iteration:
         before = dict(self.timers.seconds)
@@ -410,6 +425,7 @@ class _Run:
     def _finish(self) -> dict:
         final = self._test_scores()
         train_seconds = self.life.seconds(self.counters)
+        cluster.where.phase = "export and report"
         unchanged = self.base.export(
             self.workdir / "hf", self.state.params, dtype=self.config.model.export_dtype, write=self.chief
         )
