@@ -49,11 +49,33 @@ class Steps(Protocol):
 
 
 def check(config: Config, mesh: Mesh, sampler_mesh: Mesh) -> None:
-    """Raises ValueError where two threads would give several processes' devices their work, each process in its own order."""
-    if config.replay.overlap and sampler_mesh is mesh and jax.process_count() > 1:
+    """Refuse what would let processes wait for each other: two threads of each give out work, in an order of their own.
+
+    Args:
+      config: the run's.
+      mesh, sampler_mesh: from `sampler_mesh.make_meshes`.
+
+    Raises:
+      ValueError: several processes sample beside learning on devices, or over connections, that the two would share.
+    """
+    processes = jax.process_count()
+    if not config.replay.overlap or processes == 1:
+        return
+    if sampler_mesh is mesh:
         raise ValueError(
             "replay.overlap on several processes needs devices that sample only: set mesh.sampler_devices, a multiple of the "
-            f"{jax.process_count()} processes"
+            f"{processes} processes"
+        )
+    if config.task.name == "text":
+        raise ValueError(
+            "replay.overlap on several processes is not for task.name=text: process 0 sends its verdicts to the others over "
+            "all devices, those that learn too"
+        )
+    # XLA's client for processors runs programs on several devices of a process one after the other.
+    if mesh.devices.flat[0].platform == "cpu" and min(len(mesh.local_devices), len(sampler_mesh.local_devices)) > 1:
+        raise ValueError(
+            f"replay.overlap on {processes} processes of processors needs one device that learns, or one that samples, in each "
+            f"process: there are {len(mesh.local_devices)} and {len(sampler_mesh.local_devices)}"
         )
 
 
