@@ -273,10 +273,12 @@ class RunMeshConfig(MeshConfig):
     """The same for a run, which may sample on devices of their own: data, fsdp and tensor are of those that learn."""
 
     sampler_devices: int = option(
-        0, "devices that sample, of the others none; the same number of each process (0 = all do both)"
+        0, "devices that only sample, as many of each process, while the others only learn (0 = all do both)"
     )
     sampler_tensor: int = option(
-        1, "of these: heads, MLP and vocabulary sharded; the rest data parallel", when=lambda s: s.sampler_devices > 0
+        1,
+        "heads, MLP and vocabulary sharded where they sample; the rest is data parallel",
+        when=lambda s: s.sampler_devices > 0,
     )
 
     def __post_init__(self):
