@@ -13,7 +13,8 @@ One iteration:
      1 until enough groups have rewards that differ.
   4. Turn rewards into advantages.
   5. Put the batch into the replay buffer, if there is one, and draw what is trained on: nothing while its queue
-     fills. Learn: N minibatch updates, then one step of the multipliers.
+     fills. Learn: N minibatch updates, then one step of the multipliers. With `replay.overlap` a thread does 1 to 3
+     meanwhile, with the same result (`overlapped`).
   6. Write metrics and samples; look for signs of a collapse.
   7. Every `eval_every` iterations, score the validation split.
   8. Every `checkpoint_every` iterations, and when the score is the best so far, save everything the run needs to
