@@ -12,6 +12,7 @@ can be gained; on accelerators with devices of their own sampling itself is, too
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -49,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--iterations", type=int, default=8, help="that are measured, of each run (default: %(default)s)"
     )
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each kind, in turn (default: %(default)s)")
     parser.add_argument(
         "--prompts", type=int, default=16, help="problems of an iteration, 16 samples each (default: 16)"
     )
@@ -65,8 +67,8 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
       SystemExit: the two runs did not come to the same numbers, or an argument is out of range.
     """
-    if arguments.iterations < 2 or arguments.prompts < 4 or arguments.prompts % 4:
-        raise SystemExit("--iterations must be at least 2, and --prompts a multiple of 4")
+    if arguments.iterations < 2 or arguments.rounds < 1 or arguments.prompts < 4 or arguments.prompts % 4:
+        raise SystemExit("--iterations must be at least 2, --rounds at least 1, and --prompts a multiple of 4")
     own = jax.device_count() // 2
     print(
         f"{jax.device_count()} x {jax.devices()[0].device_kind}"
@@ -74,17 +76,20 @@ def run(arguments: argparse.Namespace) -> None:
         + f"; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
     )
     with tempfile.TemporaryDirectory() as folder:
-        first = _Measured(folder, "first", arguments, own, overlap=False, delay=0.0)
+        first = _Measured()
+        first.add(pathlib.Path(folder, "first"), arguments, own, overlap=False, delay=0.0)
         delay = max(first.seconds("update") - first.seconds("rollout", "verify", "weights"), 0.0)
-        turns = _Measured(folder, "turns", arguments, own, overlap=False, delay=delay)
-        beside = _Measured(folder, "beside", arguments, own, overlap=True, delay=delay)
+        turns, beside = (_Measured() for _ in range(2))
+        for number in range(arguments.rounds):  # in turn, since other work on the machine comes and goes
+            turns.add(pathlib.Path(folder, f"turns{number}"), arguments, own, overlap=False, delay=delay)
+            beside.add(pathlib.Path(folder, f"beside{number}"), arguments, own, overlap=True, delay=delay)
     if turns.rows != beside.rows:
         raise SystemExit("the two runs did not come to the same numbers")
     last = beside.rows[-1]
     print(
         f"in turns: sampling {turns.seconds('rollout'):.2f} s, verifying {turns.seconds('verify'):.2f} s (of which "
         f"{delay:.2f} s sleep), moving the weights {turns.seconds('weights'):.3f} s, learning {turns.seconds('update'):.2f} s\n"
-        f"seconds an iteration (median of {arguments.iterations}): in turns {turns.iteration:.2f}, beside "
+        f"seconds an iteration (median of {arguments.rounds * arguments.iterations}): in turns {turns.iteration:.2f}, beside "
         f"{beside.iteration:.2f}: {turns.iteration / beside.iteration:.2f} x as fast\n"
         f"the same rows, bit for bit; in the last one age {last['replay/age_max']} updates, V {last['ratio/variance_after']:.6f}"
     )
@@ -100,32 +105,43 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 class _Measured:
-    """A run: seconds of an iteration, its rows without times, and when its phases were at work."""
+    """Equal runs: seconds of their iterations, their rows without times, and when the phases of the last were at work."""
 
-    def __init__(self, folder: str, name: str, arguments, own: int, *, overlap: bool, delay: float):
+    def __init__(self):
+        self._seconds, self._iterations = [], []
+        self.rows, self.spans = [], []
+
+    def add(
+        self, workdir: pathlib.Path, arguments: argparse.Namespace, own: int, *, overlap: bool, delay: float
+    ) -> None:
+        """One run more."""
         skipped = LAG + 2  # the queue fills, and programs are compiled
-        last, ends, self._iterations = skipped + arguments.iterations, [], []
+        last, ends, phases = skipped + arguments.iterations, [], []
 
         def observe(iteration):
             ends.append(time.perf_counter())
-            self._iterations.append(iteration.spans)
+            phases.append(iteration.spans)
 
         config = _config(arguments.prompts, own, last + 1, overlap, delay)
-        workdir = pathlib.Path(folder) / name
         with contextlib.suppress(Stopped):  # no last score is wanted
             train(config, workdir, stop_after_iteration=last, say=lambda _: None, on_iteration=observe)
-        self._iterations = self._iterations[skipped:]
-        begin = ends[skipped - 1]
-        self.iteration = statistics.median(b - a for a, b in zip(ends[skipped - 1 :], ends[skipped:], strict=False))
+        begin, measured = ends[skipped - 1], phases[skipped:]
+        self._seconds += [end - start for start, end in itertools.pairwise(ends[skipped - 1 :])]
+        self._iterations += measured
         self.spans = [
             {"phase": phase, "start": start - begin, "end": end - begin}
-            for spans in self._iterations
+            for spans in measured
             for phase, start, end in spans
         ]
-        self.rows = [
+        self.rows += [
             {key: value for key, value in row.items() if not key.startswith(files.TIME_PREFIXES)}
             for row in files.read_jsonl(workdir / "metrics.jsonl")
         ]
+
+    @property
+    def iteration(self) -> float:
+        """The median of the seconds of an iteration."""
+        return statistics.median(self._seconds)
 
     def seconds(self, *phases: str) -> float:
         """The median over iterations of the seconds that these phases took together."""
