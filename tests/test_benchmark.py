@@ -1,5 +1,6 @@
 """scripts/benchmark.py, as a user starts it, on tiny sweeps and tiny workloads."""
 
+import itertools
 import json
 import os
 import re
@@ -143,4 +144,4 @@ def test_sampling_beside_learning_is_measured_and_drawn(tmp_path, monkeypatch):
     verified, updates = ([s for s in runs["beside"]["spans"] if s["phase"] == name] for name in ("verify", "update"))
     assert any(a["start"] < b["end"] and b["start"] < a["end"] for a in verified for b in updates)
     spans = sorted((s["start"], s["end"]) for s in runs["in turns"]["spans"])
-    assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
