@@ -64,6 +64,7 @@ LAYERS = (
     ("advantages", "corrections", "dual", "kl", "ratio_stats"),
     ("errors", "rollout", "sharding", "scoring"),
     ("cluster",),
+    ("storage",),
     ("config",),
     ("models", "verifiers"),
     ("sampler", "data"),

@@ -12,11 +12,11 @@ iterations ago (as in M2PO, arXiv 2510.01161).
 
 import dataclasses
 import io
-import pathlib
 
 import jax
 import numpy as np
 
+from r2vpo_jax import storage
 from r2vpo_jax.config import ReplayConfig
 from r2vpo_jax.rollout import Rollout
 from r2vpo_jax.run import files
@@ -60,7 +60,7 @@ class ReplayBuffer:
           group_size: G.
           write: False on processes that only read and draw.
         """
-        self._directory = pathlib.Path(directory)
+        self._directory = storage.path(directory)
         self._config, self._group, self._write = config, group_size, write
         self._entries: list[_Entry] = []
         self.evicted = 0
@@ -196,7 +196,7 @@ class ReplayBuffer:
 
     # Files ---------------------------------------------------------------------------------------------
 
-    def path(self, iteration: int) -> pathlib.Path:
+    def path(self, iteration: int):
         """The file of the batch that an iteration generated."""
         return self._directory / f"rollout_{iteration:08d}.npz"
 
@@ -217,9 +217,12 @@ class ReplayBuffer:
         for item in listing["batches"]:
             path = self.path(item["iteration"])
             try:
-                data = path.read_bytes()
+                with storage.spoken(path):
+                    data = path.read_bytes()
             except OSError as error:
-                raise ReplayError(f"cannot read replay file {path}: {error.strerror}") from error
+                if storage.out_of_reach(path, error):
+                    raise
+                raise ReplayError(f"cannot read replay file {path}: {error.strerror or 'it is missing'}") from error
             if files.sha256_of(data) != item["sha256"]:
                 raise ReplayError(f"replay file {path} is damaged: its checksum is not the one in the checkpoint")
             uses = np.asarray(item["uses"], np.int64)
