@@ -42,7 +42,10 @@ where = Where()
 
 @contextlib.contextmanager
 def phase(name: str):
-    """Inside, that is what this process is doing."""
+    """Inside, that is what this process is doing. Threads beside the main one do not count."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before, where.phase = where.phase, name
     yield
     where.phase = before  # an error leaves it: there it happened

@@ -13,7 +13,8 @@ One iteration:
      1 until enough groups have rewards that differ.
   4. Turn rewards into advantages.
   5. Put the batch into the replay buffer, if there is one, and draw what is trained on: nothing while its queue
-     fills. Learn: N minibatch updates, then one step of the multipliers.
+     fills. Learn: N minibatch updates, then one step of the multipliers. With `replay.overlap` a thread does 1 to 3
+     meanwhile, with the same result (`overlapped`).
   6. Write metrics and samples; look for signs of a collapse.
   7. Every `eval_every` iterations, score the validation split.
   8. Every `checkpoint_every` iterations, and when the score is the best so far, save everything the run needs to
@@ -27,6 +28,7 @@ decision but the time limits of verifiers.
 
 import contextlib
 import dataclasses
+import functools
 import math
 import re
 import resource
@@ -44,13 +46,15 @@ from r2vpo_jax.models import attention
 from r2vpo_jax.models.base import open_base_model
 from r2vpo_jax.rollout import Rollout
 from r2vpo_jax.run import console, directory, files, report
-from r2vpo_jax.run.instruments import Profiler, Timers
+from r2vpo_jax.run.instruments import Profiler, Span, Timers
 from r2vpo_jax.run.interrupts import any_process, graceful_stop
-from r2vpo_jax.training import credit, iteration, metrics, noise_floor
+from r2vpo_jax.training import credit, iteration, metrics, noise_floor, overlapped, sampler_mesh
 from r2vpo_jax.training.collector import Collected, Collector
 from r2vpo_jax.training.learner import Learner
 from r2vpo_jax.training.lifecycle import Lifecycle, refuse_in_store
+from r2vpo_jax.training.overlapped import Beside
 from r2vpo_jax.training.replay import ReplayError
+from r2vpo_jax.training.sampler_mesh import SamplerWeights
 from r2vpo_jax.training.update import LearnerState, RolloutReport
 
 _of_sampled = jax.jit(metrics.of_sampled, static_argnums=(0, 2))
@@ -67,6 +71,7 @@ class Iteration:
     reports: list[RolloutReport]  # of each
     state: LearnerState  # after the iteration; donated by the next, so copy what is kept
     row: dict  # of metrics.jsonl
+    spans: list[Span]  # when its phases were at work
 
 
 def train(
@@ -125,7 +130,8 @@ class _Run:
         if self.chief:
             directory.refuse_if_in_use(workdir)
         with usage_errors(), cluster.phase("reading model and data"):
-            self.mesh = sharding.make_mesh((config.mesh.data, config.mesh.fsdp, config.mesh.tensor))
+            self.mesh, self.sampler_mesh = sampler_mesh.make_meshes(config.mesh)
+            overlapped.check(config, self.mesh, self.sampler_mesh)
             self.base = open_base_model(config.model)
             self.model = self.base.model
             self.learner = Learner(self.model, config, self.mesh)
@@ -152,7 +158,8 @@ class _Run:
         self.profiler = Profiler(self.workdir, profile_steps)
         self._said_reason: str | None = None  # why most responses have no verdict
         self.timers = Timers()
-        self.collector = Collector(config, self.task, self.model, self.mesh, self.timers)
+        self.collector = Collector(config, self.task, self.model, self.sampler_mesh, self.timers)
+        self.weights = SamplerWeights(self.learner, self.sampler_mesh, self.timers)
         self.key = jax.random.key(config.seed)
         # The reference is the base model itself: it is taken before a checkpoint replaces the state.
         self.reference = self.learner.sampler_params(self.state) if config.objective.needs_reference else None
@@ -170,7 +177,13 @@ class _Run:
 
     def go(self, stop_after_iteration, on_iteration) -> dict:
         trainer, total = self.config.trainer, self.config.trainer.num_iterations
-        with self.life.open(self.counters.iteration), contextlib.closing(self.profiler), graceful_stop() as stop:
+        self.beside = Beside(self.config.replay.wait_limit, self.timers, self._say)
+        with (
+            self.life.open(self.counters.iteration),
+            contextlib.closing(self.profiler),
+            graceful_stop() as stop,
+            self.beside,
+        ):
             self._introduce()
             with cluster.phase("noise floor"):
                 self._check_noise_floor()
@@ -209,12 +222,16 @@ class _Run:
 
     def _iterate(self) -> Iteration:
         before = dict(self.timers.seconds)
-        made = iteration.iterate(self)
+        self.timers.take_spans()
+        if self.config.replay.overlap:
+            made = overlapped.iterate(self, self.beside, f"the responses of iteration {self.counters.iteration + 1}")
+        else:
+            made = iteration.iterate(self)
         trained = sum(int(rollout.learning_mask.sum()) for rollout in made.drawn) * self.config.trainer.num_epochs
         self._count(iteration=self.counters.iteration + 1, trained_tokens=self.counters.trained_tokens + trained)
         spent = {phase: after - before.get(phase, 0.0) for phase, after in self.timers.seconds.items()}
         row = self._write_metrics(made, trained, spent)  # 6
-        return Iteration(self.counters.iteration, *made, self.state, row)
+        return Iteration(self.counters.iteration, *made, self.state, row, self.timers.take_spans())
 
     # 0. Before the loop ----------------------------------------------------------------------------------
 
@@ -222,17 +239,20 @@ class _Run:
         scored = {split: validation.scoring_of(self.config, split).num_problems for split in ("validation", "test")}
         samples = [notice for split, number in scored.items() for notice in subsets.notices(self.task, split, number)]
         without = attention.without_kernel(self.model.config, self.mesh.devices.flat[0])
-        for notice in (*self.base.notices, *without, *self.task.notices, *samples):
+        taking_turns = overlapped.notices(self.config)
+        for notice in (*self.base.notices, *without, *self.task.notices, *samples, *taking_turns):
             self._say(notice)
         if not self.life.resumed:
             self._say(f"mesh {dict(self.mesh.shape)}, {jax.device_count()} x {jax.devices()[0].device_kind}")
+            if self.sampler_mesh is not self.mesh:
+                self._say(f"sampling on a mesh of its own: {dict(self.sampler_mesh.shape)}")
             self._say(sharding.placement_table(self.learner.logical_axes, self.learner.abstract_params, self.mesh))
 
     def _check_noise_floor(self) -> None:
         """Refuses a noisy set-up, but warns only of a run that is continued: it is the run that it was."""
 
-        def sampled_and_scored(learner: Learner, collector: Collector):
-            params = learner.rollout_params(self.state)
+        def sampled_and_scored(learner: Learner, collector: Collector, weights: SamplerWeights):
+            params = weights.for_rollouts(self.state)
             index = collector.problem_index(0)[: noise_floor.num_prompts(self.config)]
             rollout = collector.sample(params, index, iteration=self.counters.iteration, version=self._version())
             placed = sharding.put_batch(rollout, self.mesh)
@@ -240,11 +260,12 @@ class _Run:
 
         def again(changes: dict[str, bool]):
             model = models.Decoder(dataclasses.replace(self.model.config, **changes))
-            collector = Collector(self.config, self.task, model, self.mesh, self.timers)
-            return sampled_and_scored(Learner(model, self.config, self.mesh), collector)
+            collector = Collector(self.config, self.task, model, self.sampler_mesh, self.timers)
+            learner = Learner(model, self.config, self.mesh)
+            return sampled_and_scored(learner, collector, SamplerWeights(learner, self.sampler_mesh, self.timers))
 
         floor = noise_floor.check(
-            *sampled_and_scored(self.learner, self.collector),
+            *sampled_and_scored(self.learner, self.collector, self.weights),
             self.config,
             first=self.counters.noise_floor is None,
             say=self._say,
@@ -254,17 +275,25 @@ class _Run:
         if self.counters.noise_floor is None:
             self._count(noise_floor=floor)
 
-    # 1. to 5., called by iteration.iterate ---------------------------------------------------------------
+    # 1. to 5., called by iteration.iterate and overlapped.iterate ----------------------------------------
 
     def collect(self) -> Collected:
+        return self.counted(self.collection()())
+
+    def collection(self) -> Callable[[], Collected]:
         counters = self.counters
-        collected = self.collector.collect(
-            self.learner.rollout_params(self.state),
+        self._kl_coef = float(sharding.to_host(self.state.kl_coef))  # for the rewards of what is sampled
+        return functools.partial(
+            self.collector.collect,
+            self.weights.for_rollouts(self.state),
             position=counters.problems,
             first_id=counters.rollouts,
             iteration=counters.iteration,
             version=self._version(),
         )
+
+    def counted(self, collected: Collected) -> Collected:
+        counters = self.counters
         self._count(
             problems=counters.problems + collected.num_problems,
             rollouts=counters.rollouts + len(collected.rollout.reward),
@@ -280,16 +309,25 @@ class _Run:
             placed = sharding.put_batch(rollout, self.mesh)
             placed = iteration.with_estimates(placed, self.state, self.reference, self.learner)
             estimates = sharding.to_host({"reference_logp": placed.reference_logp, "value": placed.value})
-            kl_coef = float(sharding.to_host(self.state.kl_coef))
-            return credit.fill_advantages(rollout.replace(**estimates), config.objective, group_size, kl_coef)
+            return credit.fill_advantages(rollout.replace(**estimates), config.objective, group_size, self._kl_coef)
 
     def draw(self, batch: Rollout) -> list[Rollout]:
-        config, now = self.config, self.counters.iteration
-        if not config.replay.enabled:
+        if not self.config.replay.enabled:
             return [batch]
+        self.keep(batch)
+        return self.choose()
+
+    def make_room(self) -> None:
+        self.replay.make_room(self.counters.iteration)
+
+    def keep(self, batch: Rollout) -> None:
+        with self.timers("update"):
+            self.replay.add(self.counters.iteration, batch, version=self._version())
+
+    def choose(self) -> list[Rollout]:
+        config, now = self.config, self.counters.iteration
         version, groups = self._version(), config.trainer.prompts_per_rollout
         with self.timers("update"):
-            self.replay.add(now, batch, version=version)
             try:
                 draws = [
                     self.replay.draw(now, groups, version=version, key=self.key, number=number)
@@ -350,6 +388,8 @@ class _Run:
             learning_rate=float(self.learner.schedule(max(version - 1, 0))),
         )
         row |= metrics.of_time(float(sampled.response_length.sum()), trained_tokens if made.drawn else None, spent)
+        if self.weights.num_bytes is not None:
+            row["weights/bytes"] = self.weights.num_bytes
         row |= {f"reward/{name}": value for name, value in made.collected.terms.items()}
         self.life.files.metrics(row)
         if made.collected.reasons:
@@ -411,8 +451,10 @@ class _Run:
 
     def _evaluate(self, split: str) -> validation.Evaluation:
         with self.timers("evaluation"):
-            params = self.learner.sampler_params(self.state)
-            return validation.evaluate_run(self.config, self.model, params, self.task, split=split, mesh=self.mesh)
+            params = self.weights.for_scores(self.state)
+            return validation.evaluate_run(
+                self.config, self.model, params, self.task, split=split, mesh=self.sampler_mesh
+            )
 
     def _write_evaluation(self, result: validation.Evaluation, scores: dict) -> None:
         if line := result.without_verdicts():
