@@ -123,7 +123,7 @@ def test_sigterm_to_one_saves_the_same_iteration_on_all(during, victim, config_f
     assert manifests[-1] == number
 
 
-def test_other_weights_or_another_folder_are_refused_before_weights_are_read(config_file, cache, tmp_path):
+def test_other_weights_are_refused_before_any_is_read(config_file, cache, tmp_path):
     shutil.copytree(TINY_BASE, tmp_path / "base")
     weights = load_file(tmp_path / "base" / "model.safetensors")
     weights = {name: value * (1.01 if value.ndim > 1 else 1) for name, value in weights.items()}
