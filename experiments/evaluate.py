@@ -19,7 +19,9 @@ def _field(define, name: str) -> flags.FlagHolder:
     return define(name, field.default, field.metadata["help"])
 
 
-_OUTPUT = flags.DEFINE_string("output", "runs/evaluation", "directory of this evaluation: outcomes and tables")
+_OUTPUT = flags.DEFINE_string(
+    "output", "runs/evaluation", "directory of this evaluation, or gs://BUCKET/NAME: outcomes and tables"
+)
 _WHAT = (
     flags.DEFINE_string("model", None, "Hugging Face or run directory, or shipped model (default: arithmetic_base)"),
     flags.DEFINE_string(
@@ -43,7 +45,7 @@ def main():
     chosen = settings.resolve(**what, **how, sections=_SECTIONS.value.to_dict())
     mark = "differs from the run, or from the default where there is no run"
     cli.show_if_asked(lambda: config.describe(chosen, settings.resolve(**what), mark))
-    cli.start_devices()
+    cli.start_devices(cli.settings_to_compare(chosen))
     benchmarks.run(chosen, _OUTPUT.value)
 
 

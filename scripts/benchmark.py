@@ -7,6 +7,7 @@
     python scripts/benchmark.py cpu-reference --against=torch,trl,tunix
     python scripts/benchmark.py sweep              # both modes of a sweep
     python scripts/benchmark.py noise              # sampler and scorer: how far apart, by dtype and switch, at what cost
+    python scripts/benchmark.py overlap            # sampling beside learning against taking turns
     python scripts/benchmark.py verifiers
 
 Workloads use one device. Absolute numbers depend on the machine and on what else it does. Shares are of ceilings measured
@@ -23,7 +24,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
 import jax
-from benchmarks import ceilings, noise, profile, programs, report, shipped, subjects, sweep, verifiers, workloads
+from benchmarks import (
+    ceilings,
+    noise,
+    overlap,
+    profile,
+    programs,
+    report,
+    shipped,
+    subjects,
+    sweep,
+    verifiers,
+    workloads,
+)
 from references.environments import EnvironmentFailedError
 
 from r2vpo_jax.training.learner import Learner
@@ -46,6 +59,8 @@ def main() -> None:
     sweep.add_arguments(commands.add_parser("sweep", help=summary, description=summary))
     summary = noise.__doc__.splitlines()[0]
     noise.add_arguments(commands.add_parser("noise", help=summary, description=summary))
+    summary = overlap.__doc__.splitlines()[0]
+    overlap.add_arguments(commands.add_parser("overlap", help=summary, description=summary))
     summary = verifiers.__doc__.splitlines()[0]
     verifiers.add_arguments(commands.add_parser("verifiers", help=summary, description=summary))
     arguments = parser.parse_args()
@@ -53,6 +68,8 @@ def main() -> None:
         sweep.run(arguments)
     elif arguments.command == "noise":
         noise.run(arguments)
+    elif arguments.command == "overlap":
+        overlap.run(arguments)
     elif arguments.command == "verifiers":
         verifiers.run(arguments.seconds)
     elif arguments.command in (None, "shipped"):

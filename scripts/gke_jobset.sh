@@ -75,7 +75,6 @@ manifest() {
   local text argument arguments selector=''
   arguments='["--max-restarts=0", "--", "python", "-m", "experiments.train"'
   for argument in "${training[@]}"; do arguments+=", $(string "$argument")"; done
-  if [ "$hosts" -gt 1 ]; then arguments+=", \"--distributed\", \"--num_processes=$hosts\", \"--process_id=\$(PROCESS_ID)\""; fi
   if [ -n "$spot" ]; then selector='                cloud.google.com/gke-spot: "true"'; fi
   text=$(grep -v '^# ' scripts/gke/jobset.yaml)
   text=${text//@NAME@/"$name"}
@@ -103,8 +102,8 @@ launch() {
     case "$argument" in --workdir=*) workdir=${argument#*=} ;; esac
   done
   case "$workdir" in
-    /shared/?*) ;;
-    *) refuse "the run needs --workdir=/shared/…: the claim is mounted there, and the pods' own disks are gone with them" ;;
+    /shared/?* | gs://?*) ;;
+    *) refuse "the run needs --workdir=/shared/… or gs://BUCKET/NAME: the claim is mounted there, and the pods' own disks are gone with them" ;;
   esac
   text=$(manifest)
   run_line "mkdir -p .cache/pod

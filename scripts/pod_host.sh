@@ -38,7 +38,7 @@ install() {
   python3 -m pip install --user --quiet --disable-pip-version-check 'uv>=0.8,<1'
   local uv=$HOME/.local/bin/uv
   "$uv" venv --quiet --allow-existing --python 3.11 .venv
-  "$uv" pip install --quiet --python .venv/bin/python -c constraints.txt -e '.[tpu,reasoning]'
+  "$uv" pip install --quiet --python .venv/bin/python -c constraints.txt -e '.[tpu,gcs,reasoning]'
   echo "$1" > .commit # last: it says that all of this went well
   say "installed $1"
 }
@@ -86,7 +86,7 @@ start() {
   systemd-run --user --quiet --unit="$unit" --working-directory="$code" \
     --property=KillMode=mixed --property=TimeoutStopSec="$grace" --property=SuccessExitStatus="143 130" \
     --property=StandardOutput="append:$state/log" --property=StandardError="append:$state/log" "${after[@]}" \
-    --setenv=JAX_COORDINATOR_PORT=8476 --setenv=PYTHONUNBUFFERED=1 --setenv=PATH="$code/.venv/bin:$PATH" "${settings[@]}" \
+    --setenv=PYTHONUNBUFFERED=1 --setenv=PATH="$code/.venv/bin:$PATH" "${settings[@]}" \
     -- /bin/bash "$code/scripts/pod_host.sh" run "$limit"
   say "started"
 }

@@ -10,6 +10,7 @@ import functools
 import json
 import sys
 import traceback
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,11 @@ import optax
 import pytest
 
 from r2vpo_jax import config, models, sampler, sharding
+from r2vpo_jax.config import RunMeshConfig
 from r2vpo_jax.models import attention, flash
 from r2vpo_jax.rollout import Rollout
+from r2vpo_jax.run.instruments import Timers
+from r2vpo_jax.training import sampler_mesh
 from r2vpo_jax.training.learner import Learner
 from tests.helpers.compilations import compilations
 from tests.helpers.learner import assert_same_stats
@@ -341,12 +345,64 @@ def meshes_are_checked():
         Learner(make_model(8), make_config(micro_batch_size=4), sharding.make_mesh((4, 2, 1)))
 
 
+def weights_go_to_a_mesh_of_the_sampler():
+    """Rounded, in the layout of the sampler; and counted."""
+    model = make_model(2)
+    for own, shape in (
+        ({"fsdp": 2, "tensor": 2, "sampler_devices": 4, "sampler_tensor": 2}, {"data": 2, "fsdp": 1, "tensor": 2}),
+        ({"sampler_devices": 6, "sampler_tensor": 2}, {"data": 3, "fsdp": 1, "tensor": 2}),
+        ({"fsdp": 2, "tensor": 3, "sampler_devices": 2}, {"data": 2, "fsdp": 1, "tensor": 1}),
+    ):
+        mesh, other = sampler_mesh.make_meshes(RunMeshConfig(**own))
+        assert dict(other.shape) == shape
+        assert {*mesh.devices.flat, *other.devices.flat} == {*jax.devices()}
+        assert not {*mesh.devices.flat} & {*other.devices.flat}
+        learner, timers = Learner(model, make_config(), mesh), Timers()
+        learner._sampling_weights = "bfloat16"
+        weights = sampler_mesh.SamplerWeights(learner, other, timers)
+        state = learner.init_state(random_params(model))
+        expected = sharding.tree_shardings(learner.logical_axes, learner.abstract_params, other)
+        for moved, reference in (
+            (weights.for_rollouts(state), jax.jit(learner.as_sampled)(state.params)),
+            (weights.for_scores(state), state.params),
+        ):
+            jax.tree.map(np.testing.assert_array_equal, sharding.to_host(moved), sharding.to_host(reference))
+            for x, where in zip(jax.tree.leaves(moved), jax.tree.leaves(expected), strict=True):
+                assert x.sharding.is_equivalent_to(where, x.ndim)
+        received = sum(shard.data.nbytes for x in jax.tree.leaves(moved) for shard in x.addressable_shards)
+        assert weights.num_bytes == received
+        assert timers.seconds["weights"] > 0
+    one, same = sampler_mesh.make_meshes(RunMeshConfig())
+    assert one is same
+    assert sampler_mesh.SamplerWeights(Learner(model, make_config(), one), same, Timers()).num_bytes is None
+
+
+def devices_that_cannot_be_divided_are_refused():
+    class Device(NamedTuple):
+        id: int
+        process_index: int
+
+    two_hosts = [Device(i, i // 4) for i in range(8)]
+    for own, devices, message in (
+        ({"sampler_devices": 8}, None, "leaves no device to learn on: there are 8"),
+        ({"sampler_devices": 8}, two_hosts, "leaves no device to learn on: a process has 4 and would give 4"),
+        ({"sampler_devices": 3}, two_hosts, "is not a multiple of the 2 processes"),
+        ({"sampler_devices": 4, "sampler_tensor": 4}, two_hosts, "must divide .* of each process: it has 2 and 2"),
+        ({"sampler_devices": 6, "sampler_tensor": 3}, None, "must divide .* of each process: it has 6 and 2"),
+        ({"sampler_devices": 4, "data": 8}, None, r"needs 8 devices, but there are 4; .*sampler_devices=4 of 8 sample"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sampler_mesh.make_meshes(RunMeshConfig(**own), devices)
+
+
 PLACEMENT = (
     parameters_are_sharded,
     heads_that_do_not_divide_are_replicated,
     batches_are_sharded,
     activations_are_constrained,
     meshes_are_checked,
+    weights_go_to_a_mesh_of_the_sampler,
+    devices_that_cannot_be_divided_are_refused,
 )
 
 

@@ -63,6 +63,7 @@ LAYERS = (
     ("losses", "train_stats"),
     ("advantages", "corrections", "dual", "kl", "ratio_stats"),
     ("errors", "rollout", "sharding", "scoring"),
+    ("storage", "cluster"),
     ("config",),
     ("models", "verifiers"),
     ("sampler", "data"),

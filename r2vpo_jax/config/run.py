@@ -197,10 +197,15 @@ class ReplayConfig:
     batches_per_iteration: int = option(1, "training batches drawn for each rollout batch generated")
     max_age: int | None = option(None, "optimizer updates after which an older group is not drawn (default: no limit)")
     max_uses: int | None = option(None, "times that a group may be drawn (default: no limit)")
+    overlap: bool = option(False, "sample and verify while learning, with a lag: the same numbers, sooner")
+    wait_limit: float = option(
+        3600.0, "seconds that learning waits for responses, before the run ends", when=lambda s: s.overlap
+    )
 
     def __post_init__(self):
         for name in ("lag", "capacity"):
             require(getattr(self, name) >= 0, f"replay.{name} must be at least 0, got {getattr(self, name)}")
+        require_range("replay", self, "wait_limit", "> 0")
         for name in ("capacity_bytes", "batches_per_iteration", "max_age", "max_uses"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"replay.{name} must be at least 1, got {value}")
@@ -210,6 +215,15 @@ class ReplayConfig:
         require(
             self.draw == "newest" or self.capacity > 1,
             f"replay.draw={self.draw} needs older batches: set replay.capacity to at least 2",
+        )
+        require(
+            self.lag > 0 or not self.overlap,
+            "replay.overlap needs replay.lag of at least 1: with a lag of 0 a batch is learned from before the next is sampled",
+        )
+        require(
+            self.capacity_bytes is None or not self.overlap,
+            "replay.capacity_bytes does not go together with replay.overlap: how large a batch is is known once it is "
+            "sampled, and learning goes on before; set replay.capacity",
         )
 
     @property
@@ -252,6 +266,28 @@ class MeshConfig:
     data: int = option(-1, "data parallel")
     fsdp: int = option(1, "parameters sharded, batch too")
     tensor: int = option(1, "heads, MLP and vocabulary sharded")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunMeshConfig(MeshConfig):
+    """The same for a run, which may sample on devices of their own: data, fsdp and tensor are of those that learn."""
+
+    sampler_devices: int = option(
+        0, "devices that only sample, as many of each process, while the others only learn (0 = all do both)"
+    )
+    sampler_tensor: int = option(
+        1,
+        "heads, MLP and vocabulary sharded where they sample; the rest is data parallel",
+        when=lambda s: s.sampler_devices > 0,
+    )
+
+    def __post_init__(self):
+        require_range("mesh", self, "sampler_devices", ">= 0")
+        require_range("mesh", self, "sampler_tensor", ">= 1")
+        require(
+            self.sampler_devices % self.sampler_tensor == 0 or not self.sampler_devices,
+            f"mesh.sampler_devices={self.sampler_devices} is not a multiple of mesh.sampler_tensor={self.sampler_tensor}",
+        )
 
 
 def _in_16_bits(model) -> bool:
@@ -331,7 +367,7 @@ class Config:
     optimizer: OptimizerConfig = section(OptimizerConfig)
     replay: ReplayConfig = section(ReplayConfig)
     alarms: AlarmConfig = section(AlarmConfig)
-    mesh: MeshConfig = section(MeshConfig)
+    mesh: RunMeshConfig = section(RunMeshConfig)
     evaluation: ScoreSamplingConfig = section(ScoreSamplingConfig)
     task: TaskConfig = section(TaskConfig)
     model: ModelConfig = section(ModelConfig)
@@ -360,6 +396,17 @@ class Config:
             self.replay.lag < self.trainer.num_iterations,
             f"with replay.lag={self.replay.lag} and trainer.num_iterations={self.trainer.num_iterations} the queue "
             "would fill and nothing be trained",
+        )
+        age = self.replay.lag * self.replay.batches_per_iteration * self.trainer.updates_per_rollout
+        require(
+            not self.replay.overlap or self.replay.max_age is None or age <= self.replay.max_age,
+            f"with replay.lag={self.replay.lag} and replay.overlap a batch is {age} updates old when it is learned from, "
+            f"which is more than replay.max_age={self.replay.max_age}",
+        )
+        require(
+            not (self.replay.overlap and self.objective.critic),
+            f"objective.advantage.estimator={self.objective.advantage.estimator} has a critic, which values responses "
+            "before the updates that replay.overlap makes meanwhile; switch one of them off",
         )
         require(
             self.trainer.updates_per_rollout > 1 or self.trainer.allow_single_update or self.replay.stale,

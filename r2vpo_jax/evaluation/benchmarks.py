@@ -14,15 +14,14 @@ import contextlib
 import dataclasses
 import functools
 import json
-import os
-import pathlib
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from r2vpo_jax import sharding, tasks
+from r2vpo_jax import cluster, sharding, tasks
 from r2vpo_jax.config.evaluation import EvaluationConfig, identity
+from r2vpo_jax.config.flags import leaves
 from r2vpo_jax.errors import Stopped, usage_errors
 from r2vpo_jax.evaluation import model_source, settings, subsets
 from r2vpo_jax.evaluation import report as benchmark_report
@@ -31,7 +30,7 @@ from r2vpo_jax.models import attention
 from r2vpo_jax.models.base import BaseModel, open_base_model
 from r2vpo_jax.models.identity import digest
 from r2vpo_jax.run import console, files, instruments
-from r2vpo_jax.run.directory import claim_file, local, lock
+from r2vpo_jax.run.directory import claim_file, folder, lock
 from r2vpo_jax.run.interrupts import any_process, graceful_stop
 from r2vpo_jax.sampler import Sampling
 from r2vpo_jax.tasks.base import Outcome, Problems, Task, stop_of
@@ -176,7 +175,7 @@ def _columns(drawn: Outcomes) -> dict[str, list]:
 # The file of outcomes --------------------------------------------------------------------------------------
 
 
-def _read_outcomes(path: pathlib.Path, expected: list[tuple[str, int]]) -> list[dict]:
+def _read_outcomes(path, expected: list[tuple[str, int]]) -> list[dict]:
     """The complete lines there are; a torn last one (a killed process) is cut off.
 
     Raises:
@@ -185,6 +184,9 @@ def _read_outcomes(path: pathlib.Path, expected: list[tuple[str, int]]) -> list[
     files.JsonlWriter(path).close()
     try:
         rows = files.read_jsonl(path)
+    except FileNotFoundError:
+        return []  # a store holds no empty line file
+    try:
         found = [(row["task"], row["index"]) for row in rows]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete its last lines from there on, or the file") from error
@@ -193,13 +195,6 @@ def _read_outcomes(path: pathlib.Path, expected: list[tuple[str, int]]) -> list[
             f"{path} does not hold the problems of this evaluation in their order; choose another --output"
         )
     return rows
-
-
-def _append(path: pathlib.Path, rows: list[dict]) -> None:
-    with open(path, "a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        file.flush()
-        os.fsync(file.fileno())
 
 
 # The course of an evaluation -------------------------------------------------------------------------------------------------
@@ -222,7 +217,7 @@ def run(config: EvaluationConfig, output, *, say=console.say) -> dict:
     """
     chief = jax.process_index() == 0
     say = say if chief else lambda _: None
-    local(output, "--output")
+    folder(output, "--output")
     with contextlib.ExitStack() as stack:
         with usage_errors():
             mesh = sharding.make_mesh((config.mesh.data, config.mesh.fsdp, config.mesh.tensor))
@@ -234,8 +229,11 @@ def run(config: EvaluationConfig, output, *, say=console.say) -> dict:
                 benchmarks.append(open_benchmark(spec, config, base))
                 stack.callback(benchmarks[-1].task.close)
             evaluated = _evaluated(config, source, base, benchmarks)
+            cluster.agree("evaluation", dict(leaves(evaluated)))
             claim = functools.partial(claim_file, output, "config.json", evaluated, flag="--output")
             path = claim(write=False)  # 2
+            with files.disk_errors(f"--output={path}"):
+                cluster.agree_on_folder(path, flag="--output")
             if chief:
                 stack.enter_context(lock(output, say=say, flag="--output"))
                 claim()
@@ -300,7 +298,7 @@ def _evaluate_rest(config, source, base, mesh, benchmarks, file, rows, say) -> l
                 batch = [{**row, "code": code} for row in evaluator.rows(benchmark, first)]
                 batch = batch[max(done - before - first, 0) :]  # a kill may have torn it
                 if chief:
-                    _append(file, batch)
+                    files.append_lines(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in batch))
                     rows = rows + batch
                 done = last
                 bar.update(done, _running_score(benchmark.spec, rows) if chief else "")

@@ -4,38 +4,73 @@ import contextlib
 import hashlib
 import os
 import pathlib
+import threading
 import time
+from typing import NamedTuple
 
 import jax
 
-_compile_seconds = 0.0
+from r2vpo_jax import cluster
+
+
+class _Compiling(threading.local):
+    seconds = 0.0  # of each thread: one may compile while another computes
+
+
+_compiling = _Compiling()
 
 
 def _on_duration(event: str, seconds: float, **_) -> None:
-    global _compile_seconds
     if event.startswith("/jax/core/compile/"):  # tracing, lowering and the backend compiler
-        _compile_seconds += seconds
+        _compiling.seconds += seconds
 
 
 jax.monitoring.register_event_duration_secs_listener(_on_duration)
 
 
+class Span(NamedTuple):
+    """When a phase was at work, by time.perf_counter(); compilation is not taken out."""
+
+    phase: str
+    start: float
+    end: float
+
+
 class Timers:
-    """Seconds by phase. Compilation inside a phase is moved to the phase "compile"."""
+    """Seconds by phase, which is also what this process is doing. Compilation inside a phase is moved to the phase "compile".
+
+    Threads may share it.
+    """
 
     def __init__(self):
         self.seconds = {"compile": 0.0}
+        self._lock, self._spans = threading.Lock(), []
+        self._current: dict[int, str] = {}  # by thread
 
     @contextlib.contextmanager
     def __call__(self, phase: str):
-        start, compiled = time.perf_counter(), _compile_seconds
+        thread, start, compiled = threading.get_ident(), time.perf_counter(), _compiling.seconds
+        outside, self._current[thread] = self._current.get(thread), phase
         try:
-            yield
+            with cluster.phase(phase):
+                yield
         finally:
-            compiling = _compile_seconds - compiled
-            elapsed = max(time.perf_counter() - start - compiling, 0.0)
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + elapsed
-            self.seconds["compile"] += compiling
+            end, compiling = time.perf_counter(), _compiling.seconds - compiled
+            with self._lock:
+                self.seconds[phase] = self.seconds.get(phase, 0.0) + max(end - start - compiling, 0.0)
+                self.seconds["compile"] += compiling
+                self._spans.append(Span(phase, start, end))
+            self._current[thread] = outside
+
+    def phase_of(self, thread: int | None) -> str | None:
+        """The phase that a thread is in, by its identifier; None: in none."""
+        return self._current.get(thread)
+
+    def take_spans(self) -> list[Span]:
+        """The phases that have ended since they were last asked for, in the order of their ends."""
+        with self._lock:
+            taken, self._spans = self._spans, []
+        return taken
 
 
 class Profiler:

@@ -76,6 +76,8 @@ def refusal(config: Config) -> str | None:
         return f"problems and verdicts of task {config.task.name} are not JAX (tasks/base.py, TraceableTask)"
     if config.mesh.fsdp != 1 or config.mesh.tensor != 1:
         return "mesh.fsdp and mesh.tensor split a model, and here each run lives on one device"
+    if config.mesh.sampler_devices or config.replay.overlap:
+        return "mesh.sampler_devices and replay.overlap are for sampling beside learning, and here a run is one program"
     for name, on in {"alarms.stop": config.alarms.stop, "trainer.tensorboard": config.trainer.tensorboard}.items():
         if on:
             return f"{name} is the host's, which sees a run only between chunks"

@@ -108,11 +108,9 @@ class Learner:
         self.move_baseline = jax.jit(self._on_mesh(update.move_baseline, **run), out_shardings=rows)
         self.minibatch = jax.jit(functools.partial(update.take_minibatch, settings=self.settings), out_shardings=rows)
         self.step_multipliers = jax.jit(functools.partial(update.step_multipliers, settings=self.settings))
-        self.cast_params = jax.jit(self._cast_params, out_shardings=self.param_shardings)
-        self._round = jax.jit(
-            functools.partial(rounded_weights, how=config.sampler.weights), out_shardings=self.param_shardings
-        )
-        self._rounds = config.sampler.weights != "compute"
+        self._sampling_weights = config.sampler.weights
+        self.cast_params = jax.jit(self.as_compute, out_shardings=self.param_shardings)
+        self._round = jax.jit(self._rounded, out_shardings=self.param_shardings)
 
     def _on_mesh(self, function, **fixed):
         """`function` traced with the mesh at hand, so that activations are constrained to it."""
@@ -146,11 +144,19 @@ class Learner:
     def rollout_params(self, state: LearnerState) -> dict:
         """The same for rollouts: rounded as `sampler.weights` says."""
         params = self.sampler_params(state)
-        return self._round(params) if self._rounds else params
+        return self._round(params) if self._sampling_weights != "compute" else params
 
-    def _cast_params(self, params):
+    def as_compute(self, params):
+        """Parameters in the compute dtype; to be traced."""
         # `+ 0` so that the result is a buffer of its own, never the learner's donated one.
         return jax.tree.map(lambda x: (x + 0).astype(self.model.config.compute_dtype), params)
+
+    def as_sampled(self, params):
+        """The same, rounded as `sampler.weights` says."""
+        return self._rounded(self.as_compute(params))
+
+    def _rounded(self, params):
+        return rounded_weights(params, self._sampling_weights)
 
     def train_on_rollout(self, state: LearnerState, rollout: Rollout, key) -> tuple[LearnerState, RolloutReport]:
         """N minibatch updates, then one step of the multipliers.

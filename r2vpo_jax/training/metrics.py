@@ -143,6 +143,7 @@ def of_time(sampled_tokens: float, trained_tokens: float | None, spent: dict) ->
     result = {
         "throughput/rollout_tokens_per_second": sampled_tokens / max(spent["rollout"], 1e-9),
         **{f"time/{phase}": spent.get(phase, 0.0) for phase in ("rollout", "verify", "update", "compile")},
+        **{f"time/{phase}": spent[phase] for phase in ("weights", "wait") if phase in spent},
     }
     if trained_tokens is not None:
         result["throughput/update_tokens_per_second"] = trained_tokens / max(spent["update"], 1e-9)

@@ -12,11 +12,11 @@ iterations ago (as in M2PO, arXiv 2510.01161).
 
 import dataclasses
 import io
-import pathlib
 
 import jax
 import numpy as np
 
+from r2vpo_jax import storage
 from r2vpo_jax.config import ReplayConfig
 from r2vpo_jax.rollout import Rollout
 from r2vpo_jax.run import files
@@ -60,15 +60,27 @@ class ReplayBuffer:
           group_size: G.
           write: False on processes that only read and draw.
         """
-        self._directory = pathlib.Path(directory)
+        self._directory = storage.path(directory)
         self._config, self._group, self._write = config, group_size, write
         self._entries: list[_Entry] = []
+        self._awaited = 0  # batches that have a place already
         self.evicted = 0
 
     def __len__(self) -> int:
         return len(self._entries)
 
     # In ------------------------------------------------------------------------------------------------
+
+    def make_room(self, iteration: int) -> None:
+        """Let what is too old leave, as `add` would, for a batch that is still being sampled: the lag holds it back.
+
+        Draws until then are those of the buffer with the batch.
+
+        Args:
+          iteration: that generates it; with a lag, and without a limit on bytes.
+        """
+        self._awaited = 1
+        self._evict(iteration)
 
     def add(self, iteration: int, rollout: Rollout, *, version: int) -> None:
         """Take the batch that an iteration generated; the oldest ones leave when there are too many.
@@ -90,6 +102,7 @@ class ReplayBuffer:
             files.write_atomically(self.path(iteration), data)
         uses = np.zeros(len(rollout.group_id) // self._group, np.int64)
         self._entries.append(self._entry(iteration, rollout, uses, checksum, len(data)))
+        self._awaited = 0
         self._evict(iteration)
 
     def _entry(self, iteration, rollout, uses, sha256, num_bytes) -> _Entry:
@@ -116,7 +129,7 @@ class ReplayBuffer:
         def too_much():
             size = sum(e.num_bytes for e in self._entries)
             limit = self._config.capacity_bytes
-            return len(self._entries) > self._config.slots or (limit is not None and size > limit)
+            return len(self._entries) + self._awaited > self._config.slots or (limit is not None and size > limit)
 
         # What the queue has not let through yet is never evicted.
         while too_much() and self._entries[0].iteration < iteration - self._config.lag:
@@ -172,13 +185,13 @@ class ReplayBuffer:
     def _by_slot(self, value, dtype) -> np.ndarray:
         """[slots, groups] of a value of each batch, or of each group of it: oldest first, 0 before the first batch."""
         array = np.zeros((self._config.slots, self._groups_a_batch), dtype)
-        for slot, entry in enumerate(self._entries, start=len(array) - len(self)):
+        for slot, entry in enumerate(self._entries, start=len(array) - self._awaited - len(self)):
             array[slot, : len(entry.uses)] = value(entry)
         return array
 
     def _take(self, slot: int, group: int) -> Rollout:
         """The rows of a group, which is counted as used."""
-        entry = self._entries[slot - self._config.slots]
+        entry = self._entries[slot + self._awaited - self._config.slots]
         entry.uses[group] += 1
         return jax.tree.map(lambda x: x[group * self._group : (group + 1) * self._group], entry.rollout)
 
@@ -196,7 +209,7 @@ class ReplayBuffer:
 
     # Files ---------------------------------------------------------------------------------------------
 
-    def path(self, iteration: int) -> pathlib.Path:
+    def path(self, iteration: int):
         """The file of the batch that an iteration generated."""
         return self._directory / f"rollout_{iteration:08d}.npz"
 
@@ -217,9 +230,12 @@ class ReplayBuffer:
         for item in listing["batches"]:
             path = self.path(item["iteration"])
             try:
-                data = path.read_bytes()
+                with storage.spoken(path):
+                    data = path.read_bytes()
             except OSError as error:
-                raise ReplayError(f"cannot read replay file {path}: {error.strerror}") from error
+                if storage.out_of_reach(path, error):
+                    raise
+                raise ReplayError(f"cannot read replay file {path}: {error.strerror or 'it is missing'}") from error
             if files.sha256_of(data) != item["sha256"]:
                 raise ReplayError(f"replay file {path} is damaged: its checksum is not the one in the checkpoint")
             uses = np.asarray(item["uses"], np.int64)

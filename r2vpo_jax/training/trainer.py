@@ -13,7 +13,8 @@ One iteration:
      1 until enough groups have rewards that differ.
   4. Turn rewards into advantages.
   5. Put the batch into the replay buffer, if there is one, and draw what is trained on: nothing while its queue
-     fills. Learn: N minibatch updates, then one step of the multipliers.
+     fills. Learn: N minibatch updates, then one step of the multipliers. With `replay.overlap` a thread does 1 to 3
+     meanwhile, with the same result (`overlapped`).
   6. Write metrics and samples; look for signs of a collapse.
   7. Every `eval_every` iterations, score the validation split.
   8. Every `checkpoint_every` iterations, and when the score is the best so far, save everything the run needs to
@@ -27,6 +28,7 @@ decision but the time limits of verifiers.
 
 import contextlib
 import dataclasses
+import functools
 import math
 import re
 import resource
@@ -36,7 +38,7 @@ import jax
 import numpy as np
 
 import r2vpo_jax
-from r2vpo_jax import models, sharding, tasks
+from r2vpo_jax import cluster, models, sharding, tasks
 from r2vpo_jax.config import Config
 from r2vpo_jax.errors import NonFiniteUpdateError, Stopped, UsageError, usage_errors
 from r2vpo_jax.evaluation import subsets, validation
@@ -44,13 +46,15 @@ from r2vpo_jax.models import attention
 from r2vpo_jax.models.base import open_base_model
 from r2vpo_jax.rollout import Rollout
 from r2vpo_jax.run import console, directory, files, report
-from r2vpo_jax.run.instruments import Profiler, Timers
+from r2vpo_jax.run.instruments import Profiler, Span, Timers
 from r2vpo_jax.run.interrupts import any_process, graceful_stop
-from r2vpo_jax.training import credit, iteration, metrics, noise_floor
+from r2vpo_jax.training import credit, iteration, metrics, noise_floor, overlapped, sampler_mesh
 from r2vpo_jax.training.collector import Collected, Collector
 from r2vpo_jax.training.learner import Learner
-from r2vpo_jax.training.lifecycle import Lifecycle
+from r2vpo_jax.training.lifecycle import Lifecycle, refuse_in_store
+from r2vpo_jax.training.overlapped import Beside
 from r2vpo_jax.training.replay import ReplayError
+from r2vpo_jax.training.sampler_mesh import SamplerWeights
 from r2vpo_jax.training.update import LearnerState, RolloutReport
 
 _of_sampled = jax.jit(metrics.of_sampled, static_argnums=(0, 2))
@@ -67,6 +71,7 @@ class Iteration:
     reports: list[RolloutReport]  # of each
     state: LearnerState  # after the iteration; donated by the next, so copy what is kept
     row: dict  # of metrics.jsonl
+    spans: list[Span]  # when its phases were at work
 
 
 def train(
@@ -100,13 +105,16 @@ def train(
       NonFiniteUpdateError: more non-finite updates in a row than allowed; the batch is saved.
     """
     say = say if jax.process_index() == 0 else lambda _: None
-    if report.is_finished(workdir):
-        changes = directory.claim(workdir, config, write=False)
-        if not changes.longer:
-            summary = report.read_summary(workdir)
-            say(f"{workdir} holds a finished run; its result:\n")
-            say(report.table(summary))
-            return summary
+    workdir = directory.folder(workdir)
+    refuse_in_store(config, workdir, profile_steps)
+    finished = report.is_finished(workdir) and not directory.claim(workdir, config, write=False).longer
+    if cluster.of_first("finished", finished):
+        if jax.process_index() > 0:
+            return {}
+        summary = report.read_summary(workdir)
+        say(f"{workdir} holds a finished run; its result:\n")
+        say(report.table(summary))
+        return summary
     with contextlib.closing(_Run(config, workdir, profile_steps, say, started)) as run:
         return run.go(stop_after_iteration, on_iteration or (lambda _: None))
 
@@ -121,14 +129,19 @@ class _Run:
         directory.claim(workdir, config, write=False)
         if self.chief:
             directory.refuse_if_in_use(workdir)
-        with usage_errors():
-            self.mesh = sharding.make_mesh((config.mesh.data, config.mesh.fsdp, config.mesh.tensor))
+        with usage_errors(), cluster.phase("reading model and data"):
+            self.mesh, self.sampler_mesh = sampler_mesh.make_meshes(config.mesh)
+            overlapped.check(config, self.mesh, self.sampler_mesh)
             self.base = open_base_model(config.model)
             self.model = self.base.model
             self.learner = Learner(self.model, config, self.mesh)
             self.task = tasks.make(config.task, self.base.tokenizer, self.base.eos_ids, stop=config.sampler.stop)
         with contextlib.ExitStack() as stack:
             stack.callback(self.task.close)
+            self.identity = self.base.identity()
+            cluster.agree("base model", {f"the base model's {part}": digest for part, digest in self.identity.items()})
+            with files.disk_errors(f"--workdir={workdir}"):
+                cluster.agree_on_folder(directory.local(workdir))
             self._load(workdir, profile_steps, stack)
             self._open = stack.pop_all()
 
@@ -137,18 +150,21 @@ class _Run:
         config = self.config
         with usage_errors():
             self.base.check_length(self.task.max_prompt_length + self.task.max_response_length)
-        self.state = self.learner.init_state(self.base.load_params(self.mesh))
+        with cluster.phase("reading weights"):
+            self.state = self.learner.init_state(self.base.load_params(self.mesh))
         self.life = Lifecycle(config, workdir, chief=self.chief, say=self._say, started=self._started)
         stack.callback(self.life.close)
         self.workdir, self.replay = self.life.workdir, self.life.replay
         self.profiler = Profiler(self.workdir, profile_steps)
         self._said_reason: str | None = None  # why most responses have no verdict
         self.timers = Timers()
-        self.collector = Collector(config, self.task, self.model, self.mesh, self.timers)
+        self.collector = Collector(config, self.task, self.model, self.sampler_mesh, self.timers)
+        self.weights = SamplerWeights(self.learner, self.sampler_mesh, self.timers)
         self.key = jax.random.key(config.seed)
         # The reference is the base model itself: it is taken before a checkpoint replaces the state.
         self.reference = self.learner.sampler_params(self.state) if config.objective.needs_reference else None
-        self.state, self.counters = self.life.resume(self.state, self.learner, self.task.digest, self.base.identity())
+        with cluster.phase("reading the last checkpoint"):
+            self.state, self.counters = self.life.resume(self.state, self.learner, self.task.digest, self.identity)
 
     def close(self) -> None:
         """The task ends, and others may work in the run directory."""
@@ -161,15 +177,22 @@ class _Run:
 
     def go(self, stop_after_iteration, on_iteration) -> dict:
         trainer, total = self.config.trainer, self.config.trainer.num_iterations
-        with self.life.open(self.counters.iteration), contextlib.closing(self.profiler), graceful_stop() as stop:
+        self.beside = Beside(self.config.replay.wait_limit, self.timers, self._say)
+        with (
+            self.life.open(self.counters.iteration),
+            contextlib.closing(self.profiler),
+            graceful_stop() as stop,
+            self.beside,
+        ):
             self._introduce()
-            self._check_noise_floor()
+            with cluster.phase("noise floor"):
+                self._check_noise_floor()
             if self.counters.base is None:
                 self._count(base=self._test_scores())
                 self._validate()
             last = total if stop_after_iteration is None else min(total, stop_after_iteration)
             bar = console.ProgressBar(total, self.counters.iteration, enabled=self.chief)
-            while self.counters.iteration < last and not any_process(stop.requested):
+            while self._goes_on(last, stop):
                 with self.profiler.iteration(self.counters.iteration + 1):
                     done = self._iterate()
                 number, row = done.number, done.row
@@ -182,22 +205,33 @@ class _Run:
                 if self.life.alarms.is_in_vain(row) or (alarmed and self.config.alarms.stop):
                     break
             bar.close()
+            cluster.where.iteration = None
             self.life.save(self.state, self.counters)
-            self.life.wait()
+            with cluster.phase("waiting for the last checkpoint"):
+                self.life.wait()
             if self.counters.iteration < total:
                 raise Stopped(
                     f"stopped after iteration {self.counters.iteration} of {total}; the same command goes on from there"
                 )
             return self._finish()
 
+    def _goes_on(self, last: int, stop) -> bool:
+        cluster.where.iteration, cluster.where.phase = self.counters.iteration + 1, "between two phases"
+        with cluster.phase("asking all whether to stop"):
+            return self.counters.iteration < last and not any_process(stop.requested)
+
     def _iterate(self) -> Iteration:
         before = dict(self.timers.seconds)
-        made = iteration.iterate(self)
+        self.timers.take_spans()
+        if self.config.replay.overlap:
+            made = overlapped.iterate(self, self.beside, f"the responses of iteration {self.counters.iteration + 1}")
+        else:
+            made = iteration.iterate(self)
         trained = sum(int(rollout.learning_mask.sum()) for rollout in made.drawn) * self.config.trainer.num_epochs
         self._count(iteration=self.counters.iteration + 1, trained_tokens=self.counters.trained_tokens + trained)
         spent = {phase: after - before.get(phase, 0.0) for phase, after in self.timers.seconds.items()}
         row = self._write_metrics(made, trained, spent)  # 6
-        return Iteration(self.counters.iteration, *made, self.state, row)
+        return Iteration(self.counters.iteration, *made, self.state, row, self.timers.take_spans())
 
     # 0. Before the loop ----------------------------------------------------------------------------------
 
@@ -205,17 +239,20 @@ class _Run:
         scored = {split: validation.scoring_of(self.config, split).num_problems for split in ("validation", "test")}
         samples = [notice for split, number in scored.items() for notice in subsets.notices(self.task, split, number)]
         without = attention.without_kernel(self.model.config, self.mesh.devices.flat[0])
-        for notice in (*self.base.notices, *without, *self.task.notices, *samples):
+        taking_turns = overlapped.notices(self.config)
+        for notice in (*self.base.notices, *without, *self.task.notices, *samples, *taking_turns):
             self._say(notice)
         if not self.life.resumed:
             self._say(f"mesh {dict(self.mesh.shape)}, {jax.device_count()} x {jax.devices()[0].device_kind}")
+            if self.sampler_mesh is not self.mesh:
+                self._say(f"sampling on a mesh of its own: {dict(self.sampler_mesh.shape)}")
             self._say(sharding.placement_table(self.learner.logical_axes, self.learner.abstract_params, self.mesh))
 
     def _check_noise_floor(self) -> None:
         """Refuses a noisy set-up, but warns only of a run that is continued: it is the run that it was."""
 
-        def sampled_and_scored(learner: Learner, collector: Collector):
-            params = learner.rollout_params(self.state)
+        def sampled_and_scored(learner: Learner, collector: Collector, weights: SamplerWeights):
+            params = weights.for_rollouts(self.state)
             index = collector.problem_index(0)[: noise_floor.num_prompts(self.config)]
             rollout = collector.sample(params, index, iteration=self.counters.iteration, version=self._version())
             placed = sharding.put_batch(rollout, self.mesh)
@@ -223,11 +260,12 @@ class _Run:
 
         def again(changes: dict[str, bool]):
             model = models.Decoder(dataclasses.replace(self.model.config, **changes))
-            collector = Collector(self.config, self.task, model, self.mesh, self.timers)
-            return sampled_and_scored(Learner(model, self.config, self.mesh), collector)
+            collector = Collector(self.config, self.task, model, self.sampler_mesh, self.timers)
+            learner = Learner(model, self.config, self.mesh)
+            return sampled_and_scored(learner, collector, SamplerWeights(learner, self.sampler_mesh, self.timers))
 
         floor = noise_floor.check(
-            *sampled_and_scored(self.learner, self.collector),
+            *sampled_and_scored(self.learner, self.collector, self.weights),
             self.config,
             first=self.counters.noise_floor is None,
             say=self._say,
@@ -237,17 +275,25 @@ class _Run:
         if self.counters.noise_floor is None:
             self._count(noise_floor=floor)
 
-    # 1. to 5., called by iteration.iterate ---------------------------------------------------------------
+    # 1. to 5., called by iteration.iterate and overlapped.iterate ----------------------------------------
 
     def collect(self) -> Collected:
+        return self.counted(self.collection()())
+
+    def collection(self) -> Callable[[], Collected]:
         counters = self.counters
-        collected = self.collector.collect(
-            self.learner.rollout_params(self.state),
+        self._kl_coef = float(sharding.to_host(self.state.kl_coef))  # for the rewards of what is sampled
+        return functools.partial(
+            self.collector.collect,
+            self.weights.for_rollouts(self.state),
             position=counters.problems,
             first_id=counters.rollouts,
             iteration=counters.iteration,
             version=self._version(),
         )
+
+    def counted(self, collected: Collected) -> Collected:
+        counters = self.counters
         self._count(
             problems=counters.problems + collected.num_problems,
             rollouts=counters.rollouts + len(collected.rollout.reward),
@@ -263,16 +309,25 @@ class _Run:
             placed = sharding.put_batch(rollout, self.mesh)
             placed = iteration.with_estimates(placed, self.state, self.reference, self.learner)
             estimates = sharding.to_host({"reference_logp": placed.reference_logp, "value": placed.value})
-            kl_coef = float(sharding.to_host(self.state.kl_coef))
-            return credit.fill_advantages(rollout.replace(**estimates), config.objective, group_size, kl_coef)
+            return credit.fill_advantages(rollout.replace(**estimates), config.objective, group_size, self._kl_coef)
 
     def draw(self, batch: Rollout) -> list[Rollout]:
-        config, now = self.config, self.counters.iteration
-        if not config.replay.enabled:
+        if not self.config.replay.enabled:
             return [batch]
+        self.keep(batch)
+        return self.choose()
+
+    def make_room(self) -> None:
+        self.replay.make_room(self.counters.iteration)
+
+    def keep(self, batch: Rollout) -> None:
+        with self.timers("update"):
+            self.replay.add(self.counters.iteration, batch, version=self._version())
+
+    def choose(self) -> list[Rollout]:
+        config, now = self.config, self.counters.iteration
         version, groups = self._version(), config.trainer.prompts_per_rollout
         with self.timers("update"):
-            self.replay.add(now, batch, version=version)
             try:
                 draws = [
                     self.replay.draw(now, groups, version=version, key=self.key, number=number)
@@ -300,7 +355,7 @@ class _Run:
             minibatch = sharding.to_host(self.learner.minibatch(batch, key, number))
             file = self.workdir / f"nonfinite_{self.counters.iteration}_{number}.npz"
             if self.chief:
-                np.savez(file, **{name: value for name, value in vars(minibatch).items() if value is not None})
+                files.write_arrays(file, {name: x for name, x in vars(minibatch).items() if x is not None})
             self._event("nonfinite", update=number, file=file.name)
             if in_a_row > self.config.trainer.max_nonfinite_updates:
                 raise NonFiniteUpdateError(
@@ -333,6 +388,8 @@ class _Run:
             learning_rate=float(self.learner.schedule(max(version - 1, 0))),
         )
         row |= metrics.of_time(float(sampled.response_length.sum()), trained_tokens if made.drawn else None, spent)
+        if self.weights.num_bytes is not None:
+            row["weights/bytes"] = self.weights.num_bytes
         row |= {f"reward/{name}": value for name, value in made.collected.terms.items()}
         self.life.files.metrics(row)
         if made.collected.reasons:
@@ -394,8 +451,10 @@ class _Run:
 
     def _evaluate(self, split: str) -> validation.Evaluation:
         with self.timers("evaluation"):
-            params = self.learner.sampler_params(self.state)
-            return validation.evaluate_run(self.config, self.model, params, self.task, split=split, mesh=self.mesh)
+            params = self.weights.for_scores(self.state)
+            return validation.evaluate_run(
+                self.config, self.model, params, self.task, split=split, mesh=self.sampler_mesh
+            )
 
     def _write_evaluation(self, result: validation.Evaluation, scores: dict) -> None:
         if line := result.without_verdicts():
@@ -408,11 +467,13 @@ class _Run:
     def _finish(self) -> dict:
         final = self._test_scores()
         train_seconds = self.life.seconds(self.counters)
+        cluster.where.phase = "export and report"
         unchanged = self.base.export(
             self.workdir / "hf", self.state.params, dtype=self.config.model.export_dtype, write=self.chief
         )
         if not self.chief:
             return {}
+        self.life.files.flush()
         rows = files.read_jsonl(self.workdir / "metrics.jsonl")
         summary = report.summarize(
             self.config,

@@ -13,6 +13,7 @@ TEXT = {
     "text": {"train": "gsm8k", "validation": "gsm8k", "test": "gsm8k"},
 }
 IN_16_BITS = {"compute_dtype": "bfloat16"}
+OVERLAPPED = {"lag": 1, "overlap": True}
 
 
 def compared(here, there=None):
@@ -23,9 +24,8 @@ def compared(here, there=None):
 
 
 def test_every_name_on_the_lists_is_a_field_or_a_section():
-    fields = {
-        path for path, _ in config.leaves(config.to_dict(config.from_flags(config.make(task=TEXT, model=IN_16_BITS))))
-    }
+    made = config.make(task=TEXT, model=IN_16_BITS, replay=OVERLAPPED)
+    fields = {path for path, _ in config.leaves(config.to_dict(config.from_flags(made)))}
     sections = {path.partition(".")[0] for path in fields}
     assert not {*continuing.FREE, *continuing.ROUNDING} - fields - sections
 
@@ -33,6 +33,12 @@ def test_every_name_on_the_lists_is_a_field_or_a_section():
 def test_what_stays_in_float32_may_be_changed_where_16_bits_compute():
     found = compared({"model": IN_16_BITS | {"float32_scores": True}}, {"model": IN_16_BITS})
     assert found.accepted == found.rounding == ("model.float32_scores: False there, True here",)
+
+
+def test_a_run_may_sample_beside_learning_from_now_on():
+    found = compared({"replay": OVERLAPPED}, {"replay": {"lag": 1}})
+    assert found.accepted == found.free
+    assert found.free[0] == "replay.overlap: False there, True here"
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ CASES = {
     "done at once": (FINISH, (), 0, 1, "the run is done"),
     "done after two failures": ("[ $n = 3 ] || exit 1; " + FINISH, (), 0, 3, "the run is done"),
     "killed, then done": ("[ $n = 2 ] || kill -KILL $$; " + FINISH, (), 0, 2, "exit code 137"),
+    "a peer is gone, then done": ("[ $n = 2 ] || exit 75; " + FINISH, (), 0, 2, "another process of the run is missing or gone"),
     "a peer was stopped: saved, 0, not done": ("[ $n = 2 ] || exit 0; " + FINISH, (), 0, 2, "stopped and saved"),
     "bad input": ("exit 2", (), 2, 1, "refused its input"),
     "interrupted by itself": ("exit 130", (), 130, 1, "interrupted"),
@@ -55,6 +56,27 @@ def test_what_ends_it_and_with_which_code(tmp_path):
         found = run(directory, code, *options)
         assert found[:2] == (expected, starts), f"{name}: {found}"
         assert said in found[2], f"{name}: {found}"
+
+
+IN_STORE = """
+import sys
+from r2vpo_jax import storage
+run = storage.path(sys.argv[1].partition("=")[2])
+if storage.create(run / "checkpoints" / "manifests" / "10.json", b"{}"):
+    sys.exit(1)
+storage.put(run / "report" / "summary.json", b"{}")
+"""
+
+
+@pytest.mark.slow
+def test_a_run_in_a_store_is_asked_after(store):
+    """The first start leaves a checkpoint and fails, the second one finishes."""
+    command = [sys.executable, "-c", IN_STORE, f"--workdir={store}"]
+    options = *FAST, "--max-fruitless=1"
+    done = subprocess.run(["bash", str(SCRIPT), *options, "--", *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "start 2, from iteration 10" in done.stderr
+    assert "ended with 0: the run is done" in done.stderr
 
 
 def test_zero_is_enough_where_no_summary_is_to_be_expected(tmp_path):
