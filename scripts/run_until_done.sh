@@ -77,7 +77,7 @@ is_done() {
   [ -n "$workdir" ] && [ -z "$partial" ] || return 0
   for ((second = 0; ; second++)); do
     case "$workdir" in
-      gs://*) [ "$(progress_in_store "$python" "$workdir" | cut -d ' ' -f 2)" != done ] || return 0 ;;
+      gs://*) [ "$(progress_in_store "$python" "$workdir" | cut -d ' ' -f 2)" != "done" ] || return 0 ;;
       *) [ ! -e "$workdir/report/summary.json" ] || return 0 ;;
     esac
     [ "$second" -lt "$settle" ] && [ -z "$signal" ] || return 1

@@ -217,7 +217,6 @@ launch() {
     ssh_to all "$(on_host see "$mark")"
     ssh_to 0 "$(quote rm -f "$mark")"
   fi
-  [ "$workers" -le 1 ] || [ -n "$distributed" ] || training+=(--distributed)
   ssh_to all "$(on_host start "$limit" "$grace" "$logs_to" "${environment[@]}" -- python -m "$module" "${training[@]}")" || {
     echo "error: the run is not started on all hosts, and the others wait for the missing ones: launch again, or stop" >&2
     exit 1

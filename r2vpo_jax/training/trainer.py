@@ -141,7 +141,7 @@ class _Run:
             self.identity = self.base.identity()
             cluster.agree("base model", {f"the base model's {part}": digest for part, digest in self.identity.items()})
             with files.disk_errors(f"--workdir={workdir}"):
-                cluster.agree_on_folder(directory.local(workdir))
+                cluster.agree_on_folder(workdir)
             self._load(workdir, profile_steps, stack)
             self._open = stack.pop_all()
 
