@@ -6,6 +6,7 @@ attention.py. On a mesh each device computes the rows and heads that it holds: a
 which would otherwise gather its arguments.
 """
 
+import concurrent.futures
 import functools
 
 import jax
@@ -72,9 +73,14 @@ def _splash_kernel(num_heads: int, size: int, block: int, interpret: bool):
     sizes = kernel_lib.BlockSizes(
         block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
     )
-    with jax.ensure_compile_time_eval():
+
+    def make():
         kernel = kernel_lib.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
         return jax.tree.map(np.asarray, kernel)
+
+    # In a thread of its own, where nothing is being traced: `jax.ensure_compile_time_eval` gives tracers in a scan of Flax.
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(make).result()
 
 
 def cudnn(query, key, value, segments, config: DecoderConfig):

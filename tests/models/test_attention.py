@@ -9,6 +9,7 @@ import functools
 import re
 import types
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -240,6 +241,21 @@ def test_memory_of_blocks_is_linear_in_the_length():
     assert long < 2.2 * short
     short, long = (temporaries(attention._einsum, size) for size in (1024, 2048))
     assert long > 3.5 * short
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_the_kernel_for_tpus_is_made_while_layers_are_scanned(remat):
+    """Flax traces the body of a scan in a way of its own; the kernel's tables must come out as arrays all the same."""
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            flash._splash_kernel(1, 128, 128, True)
+            return x, None
+
+    flash._splash_kernel.cache_clear()
+    layers = nn.scan(nn.remat(Layer) if remat else Layer, variable_axes={"params": 0}, length=2)
+    assert layers().apply({}, jnp.ones(()), None)[0] == 1
 
 
 def test_cudnn_is_what_jax_makes_of_the_call(monkeypatch):
