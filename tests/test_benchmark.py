@@ -1,5 +1,6 @@
 """scripts/benchmark.py, as a user starts it, on tiny sweeps and tiny workloads."""
 
+import itertools
 import json
 import os
 import re
@@ -128,3 +129,19 @@ def test_a_budget_ends_it_early():
     done = benchmark("cpu-reference", "--tiny", "--budget_seconds=1", "--programs=scoring,update", "--rounds=50")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "not begun, --budget_seconds is spent" in done.stdout
+
+
+@pytest.mark.slow
+def test_sampling_beside_learning_is_measured_and_drawn(tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    files = f"--json={tmp_path / 'overlap.json'}", f"--png={tmp_path / 'overlap.png'}"
+    done = benchmark("overlap", "--iterations=2", "--rounds=1", "--prompts=4", *files)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 x cpu: 1 sample, the others learn" in done.stdout
+    assert "the same rows, bit for bit; in the last one age 8 updates" in done.stdout
+    assert (tmp_path / "overlap.png").read_bytes().startswith(b"\x89PNG")
+    runs = json.loads((tmp_path / "overlap.json").read_text())["runs"]
+    verified, updates = ([s for s in runs["beside"]["spans"] if s["phase"] == name] for name in ("verify", "update"))
+    assert any(a["start"] < b["end"] and b["start"] < a["end"] for a in verified for b in updates)
+    spans = sorted((s["start"], s["end"]) for s in runs["in turns"]["spans"])
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
