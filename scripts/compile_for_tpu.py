@@ -1,31 +1,39 @@
-r"""Compile a run's sampler, scoring and update for a TPU pod, on a machine without one.
+r"""Compile a run's sampler, scoring and update for a TPU slice, on a machine without one; or look for the best mesh.
 
     python scripts/compile_for_tpu.py --model=qwen2-1.5b --topology=v5e:4x4 --mesh=1,16,1
     python scripts/compile_for_tpu.py --model=qwen3-8b --topology=v5p:2x2x4 \
         --config=experiments/configs/math_reasoning.py:qwen3_8b,grpo
+    python scripts/compile_for_tpu.py --model=qwen2-7b --topology=v5p-16 --search
+    python scripts/compile_for_tpu.py --rows --model=qwen2-1.5b,qwen2-7b --topology=v5e-16,v5p-16 --lengths=512+1536,1024+15360
 
 With --config the sizes, and how the model is computed, are those of a run's configuration. The programs are the project's
-own, compiled by the TPU compiler (libtpu) from shapes and shardings alone: nothing is allocated and nothing runs. The answer is whether they compile for that pod, whether they fit into
-the memory of its chips, and what they communicate. Weights and optimizer state are float32; without --config, computation
-and the sampler's copy of the weights are bfloat16, and layers are scanned and rematerialized.
+own, compiled by the TPU compiler (libtpu) from shapes and shardings alone: nothing is allocated and nothing runs. The
+answer is whether they compile for that slice, whether they fit into the memory of its chips, what they communicate, and how
+long they take at least. Weights and optimizer state are float32; without --config, computation and the sampler's copy of the
+weights are bfloat16, and layers are scanned and rematerialized.
 
-Exit code 0: everything fits; 1: something does not; 2: a flag that cannot be.
+`sampler` decodes in one loop; `segment` and `regroup` are the largest programs of decoding in segments. v5p slices are called
+by their TensorCores: v5p-16 has 8 chips. --search rules meshes out by arithmetic, compiles the most promising of the others,
+and ranks them by the time of an iteration; without --prompts_at_a_time it samples as many prompts together as fit. --rows
+prints the best mesh of each model, slice and length as a row of a Markdown table.
+
+Exit code 0: everything fits (--search, --rows: something does); 1: not so; 2: a flag that cannot be.
 """
 
-import collections
+import concurrent.futures
 import dataclasses
+import functools
 import importlib.util
-import math
+import itertools
 import os
-import re
-import resource
 import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # wherever it is started from
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # configuration files import each other
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # the pod is described, not attached
+os.environ["JAX_PLATFORMS"] = "cpu"  # the slice is described, not attached
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no chip is taken, so several may compile at a time
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # else libtpu warns that it finds no pod
@@ -36,46 +44,26 @@ import jax.numpy as jnp
 from absl import app, flags
 from jax.experimental import topologies
 from ml_collections import config_flags
+from planner import hlo, programs, report, search, shapes
+from planner.arithmetic import Arithmetic, Workload
+from planner.programs import PROGRAMS
+from planner.topologies import CHIPS, chip_of, grid_of
 
-from r2vpo_jax import config, models, sampler, sharding
-from r2vpo_jax.config.run import ATTENTION
-from r2vpo_jax.models.base import find_directory
+from r2vpo_jax import config, models, sharding
+from r2vpo_jax.config.run import ATTENTION, SEGMENT_LENGTH
+from r2vpo_jax.models import attention
 from r2vpo_jax.training import learner
-
-QWEN2 = {"head_dim": 128, "tie_word_embeddings": False, "max_position_embeddings": 131_072}
-QWEN3 = QWEN2 | {"qkv_bias": False, "qk_norm": True, "family": "qwen3"}
-PANGU = QWEN2 | {"o_bias": True, "family": "pangu"}
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
-MODELS = {
-    # The shapes of DeepSeek-R1-Distill-Qwen-1.5B and -7B.
-    "qwen2-1.5b": QWEN2 | dict(zip(SIZES, (151_936, 1536, 8960, 28, 12, 2), strict=True)),
-    "qwen2-7b": QWEN2 | dict(zip(SIZES, (152_064, 3584, 18_944, 28, 28, 4), strict=True)),
-    # From the models' cards; of openPangu, which states no width of the MLP, 4 and 3.125 times the hidden size.
-    "qwen3-0.6b": QWEN3
-    | dict(zip(SIZES, (151_936, 1024, 3072, 28, 16, 8), strict=True))
-    | {"tie_word_embeddings": True},
-    "qwen3-1.7b": QWEN3
-    | dict(zip(SIZES, (151_936, 2048, 6144, 28, 16, 8), strict=True))
-    | {"tie_word_embeddings": True},
-    "qwen3-4b": QWEN3 | dict(zip(SIZES, (151_936, 2560, 9728, 36, 32, 8), strict=True)) | {"tie_word_embeddings": True},
-    "qwen3-8b": QWEN3 | dict(zip(SIZES, (151_936, 4096, 12_288, 36, 32, 8), strict=True)),
-    "openpangu-1b": PANGU | dict(zip(SIZES, (153_376, 1536, 6144, 26, 12, 6), strict=True)),
-    "openpangu-7b": PANGU | dict(zip(SIZES, (153_376, 4096, 12_800, 34, 32, 8), strict=True)),
-}
-SHIPPED = {"arithmetic": "arithmetic_base"}  # --model -> the checkpoint whose config.json has the shape
-# GiB that the compiler lets a program use ("available HBM" in its messages), of 16, 95 and 32 on the chip.
-HBM = {"v5e": 15.75, "v5p": 95.74, "v6e": 31.25}
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2}
 
 jax.config.update("jax_enable_compilation_cache", False)  # programs for absent devices are written, never read
 
 FLAGS = flags.FLAGS
 CONFIG = config_flags.DEFINE_config_file("config", None, "configuration of a run of task text; sizes come from it")
 flags.DEFINE_string(
-    "model", "qwen2-1.5b", f"shape of the decoder: {', '.join([*MODELS, *SHIPPED])}, or a directory with a config.json"
+    "model",
+    "qwen2-1.5b",
+    f"shape of the decoder: {', '.join([*shapes.MODELS, *shapes.SHIPPED])}, or a directory with a config.json",
 )
-flags.DEFINE_string("topology", "v5e:4x4", f"chip and grid; chips: {', '.join(HBM)}")
+flags.DEFINE_string("topology", "v5e:4x4", f"a slice (v5p-16), or chip and grid; chips: {', '.join(CHIPS)}")
 flags.DEFINE_string("mesh", "1,-1,1", "devices along data,fsdp,tensor; one may be -1: all that is left")
 flags.DEFINE_enum("attention", None, ATTENTION, "as model.attention of a run (default: that of --config, or auto)")
 flags.DEFINE_integer("prompts", 32, "prompts a rollout batch", lower_bound=1)
@@ -85,12 +73,19 @@ flags.DEFINE_integer("prompt_length", 512, "prompt tokens", lower_bound=1)
 flags.DEFINE_integer("response_length", 1536, "response tokens", lower_bound=1)
 flags.DEFINE_integer("num_minibatches", 4, "optimizer updates a rollout batch", lower_bound=1)
 flags.DEFINE_integer("micro_batch_size", None, "rows at one time; default one a device of data * fsdp", lower_bound=1)
+flags.DEFINE_bool("search", False, "try all meshes and rank them, in place of --mesh")
+flags.DEFINE_integer(
+    "compile", 3, "with --search, meshes that are compiled; 0: all that arithmetic leaves", lower_bound=0
+)
+flags.DEFINE_bool("rows", False, "Markdown, a row for each of --model, --topology and --lengths, which are then lists")
+flags.DEFINE_list("lengths", [], "with --rows, prompt + response tokens: 512+1536,1024+15360")
 
 
 class BadFlagError(ValueError):
     """A flag that cannot be; the message says which and why."""
 
 
+@functools.cache
 def take_sizes_from_config() -> config.Config | None:
     """The configuration behind --config, if there is one; its sizes become those of the flags that were not given."""
     if CONFIG.value is None:
@@ -117,231 +112,197 @@ def take_sizes_from_config() -> config.Config | None:
     return run
 
 
-def decoder_config(how: dict) -> models.DecoderConfig:
-    """The shape that --model names."""
-    if FLAGS.model in MODELS:
-        return models.DecoderConfig(**MODELS[FLAGS.model], **how)
-    directory, _ = find_directory(SHIPPED.get(FLAGS.model, FLAGS.model))
-    if not directory.is_dir():
-        known = ", ".join([*MODELS, *SHIPPED])
-        raise BadFlagError(f"--model={FLAGS.model} is unknown; one of {known}, or a directory")
-    try:
-        return dataclasses.replace(models.read_config(directory), **how)
-    except (OSError, ValueError) as error:
-        raise BadFlagError(f"--model: {error}") from error
-
-
-def make_learner() -> learner.Learner:
-    """The learner that the flags describe, on the devices of the described pod."""
-    base = take_sizes_from_config() or config.Config()
-    if importlib.util.find_spec("libtpu") is None:
-        raise BadFlagError("the TPU compiler (libtpu) is not installed: pip install -e '.[libtpu]'")
-    if FLAGS.topology.partition(":")[0] not in HBM:
-        raise BadFlagError(f"--topology={FLAGS.topology}: the chip is not one of {', '.join(HBM)} (example: v5e:4x4)")
-    try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=FLAGS.topology).devices
-    except jax.errors.JaxRuntimeError as error:
-        raise BadFlagError(f"--topology={FLAGS.topology}: {str(error).splitlines()[0]}") from error
-    try:
-        mesh = sharding.make_mesh([int(size) for size in FLAGS.mesh.split(",")], devices)
-    except ValueError as error:
-        raise BadFlagError(f"--mesh={FLAGS.mesh}: {str(error).partition(';')[0]}") from error
+def workload(**changes) -> Workload:
+    """The sizes that the flags give; a micro-batch of 0 rows is one row a device of data * fsdp."""
+    base = take_sizes_from_config()
     sizes = {
-        "prompts_per_rollout": FLAGS.prompts,
+        "prompts": FLAGS.prompts,
+        "prompts_at_a_time": min(FLAGS.prompts_at_a_time or FLAGS.prompts, FLAGS.prompts),
+        "group_size": FLAGS.group_size,
+        "prompt_length": FLAGS.prompt_length,
+        "response_length": FLAGS.response_length,
         "num_minibatches": FLAGS.num_minibatches,
-        "micro_batch_size": FLAGS.micro_batch_size or mesh.shape["data"] * mesh.shape["fsdp"],
+        "micro_batch_size": FLAGS.micro_batch_size or 0,
+        "segment_length": base.sampler.segment_length if base else SEGMENT_LENGTH,
     }
+    return Workload(**sizes | changes)
+
+
+def decoder_config(model: str) -> models.DecoderConfig:
+    """The shape of --model, computed as the flags say."""
+    base = take_sizes_from_config()
     how = {"compute_dtype": jnp.bfloat16, "scan_layers": True, "remat": True}
-    if CONFIG.value is not None:
+    if base is not None:
         how = {name: getattr(base.model, name) for name in (*how, "param_dtype", "attention", "attention_block_size")}
     if FLAGS.attention is not None:
         how["attention"] = FLAGS.attention
-    model = models.Decoder(decoder_config(how))
     try:
-        trainer = dataclasses.replace(base.trainer, **sizes, allow_single_update=True)
-        rollouts = dataclasses.replace(base.sampler, group_size=FLAGS.group_size)
-        return learner.Learner(model, dataclasses.replace(base, trainer=trainer, sampler=rollouts), mesh)
+        return shapes.decoder_config(model, how)
+    except ValueError as error:
+        raise BadFlagError(f"--model={error}" if "is unknown" in str(error) else f"--model: {error}") from error
+
+
+def devices_of(topology: str) -> list:
+    """The chips of the described slice."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise BadFlagError("the TPU compiler (libtpu) is not installed: pip install -e '.[libtpu]'")
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=grid_of(topology)).devices
+    except (ValueError, jax.errors.JaxRuntimeError) as error:
+        raise BadFlagError(f"--topology={topology}: {str(error).splitlines()[0]}") from error
+
+
+def make_learner(decoder: models.DecoderConfig, mesh, work: Workload) -> learner.Learner:
+    """The learner that the flags describe, on the devices of the described slice."""
+    base = take_sizes_from_config() or config.Config()
+    sizes = {"prompts_per_rollout": work.prompts, "num_minibatches": work.num_minibatches}
+    try:
+        trainer = dataclasses.replace(
+            base.trainer, **sizes, micro_batch_size=work.micro_batch_size, allow_single_update=True
+        )
+        rollouts = dataclasses.replace(base.sampler, group_size=work.group_size)
+        run = dataclasses.replace(base, trainer=trainer, sampler=rollouts)
+        return learner.Learner(models.Decoder(decoder), run, mesh)
     except ValueError as error:
         raise BadFlagError(str(error)) from error
 
 
-def prompts_at_a_time() -> int:
-    """Prompts of one call of the sampler."""
-    return min(FLAGS.prompts_at_a_time or FLAGS.prompts, FLAGS.prompts)
-
-
-def lower(run: learner.Learner):
-    """Yields (name, lowered program) in the order of an iteration; the arguments are shapes with shardings."""
-
-    def abstract(shape, dtype, where):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
-
-    def rows(x, size):
-        shape = (size, *x.shape[1:])
-        return abstract(shape, x.dtype, sharding.batch_sharding(shape, run.mesh))
-
-    state = jax.tree.map(lambda x, where: abstract(x.shape, x.dtype, where), run.abstract_state, run.state_shardings)
-    weights = jax.tree.map(lambda x: abstract(x.shape, run.model.config.compute_dtype, x.sharding), state.params)
-    key = abstract((), jax.random.key(0).dtype, sharding.replicated(run.mesh))
-    prompts = prompts_at_a_time()
-    number = rows(jnp.zeros(1, jnp.int32), prompts)
-    tokens = rows(jnp.zeros((1, FLAGS.prompt_length), jnp.int32), prompts)
-    sampling = sampler.Sampling(group_size=FLAGS.group_size, max_response_length=FLAGS.response_length, eos_ids=(0,))
-
-    def sample(weights, tokens, lengths, key, sampling, problem_ids):
-        with sharding.activate(run.mesh):
-            return sampler.sample(run.model, weights, tokens, lengths, key, sampling, problem_ids=problem_ids)
-
-    lowered = jax.jit(sample).lower(weights, tokens, number, key, sampling, number)
-    yield "sampler", lowered
-    rollout, size = lowered.out_info, FLAGS.prompts * FLAGS.group_size  # what it makes is what the learner takes
-    yield "scoring", run.score.lower(state.params, jax.tree.map(lambda x: rows(x, size), rollout))
-    size //= FLAGS.num_minibatches
-    yield "update", run.update.lower(state, jax.tree.map(lambda x: rows(x, size), rollout))
-
-
-@dataclasses.dataclass
-class Report:
-    """What the compiler says about one program: bytes and FLOPs of one device."""
-
-    seconds: float
-    error: str | None = None
-    arguments: int = 0
-    temporaries: int = 0
-    rest: int = 0  # outputs that do not take the place of an argument, and the program itself
-    flops: float = 0.0
-    collectives: dict = dataclasses.field(default_factory=dict)  # kind -> (how many, bytes of the largest)
-
-
-def compile_program(lowered) -> Report:
-    start = time.time()
+def make_mesh(devices):
+    """The mesh of --mesh."""
     try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return Report(time.time() - start, error=str(error).splitlines()[0])
-    memory = compiled.memory_analysis()
-    return Report(
-        time.time() - start,
-        arguments=memory.argument_size_in_bytes,
-        temporaries=memory.temp_size_in_bytes,
-        rest=memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.generated_code_size_in_bytes,
-        flops=compiled.cost_analysis()["flops"],
-        collectives=collectives(compiled.as_text()),
-    )
+        return sharding.make_mesh([int(size) for size in FLAGS.mesh.split(",")], devices)
+    except ValueError as error:
+        raise BadFlagError(f"--mesh={FLAGS.mesh}: {str(error).partition(';')[0]}") from error
+
+
+def lower(run: learner.Learner, work: Workload | None = None, names=PROGRAMS):
+    """Yields (name, lowered program) in the order of an iteration; the arguments are shapes with shardings."""
+    work = work or workload(micro_batch_size=run.settings.micro_batch_size)
+    for name in (name for name in PROGRAMS if name in names):
+        yield name, programs.LOWER[name](run, work)
 
 
 def collectives(program: str) -> dict:
     """Kind -> (how many, bytes of the largest result on a device)."""
-    counts, largest, seen, function = collections.Counter(), collections.Counter(), set(), ""
-    for line in program.splitlines():
-        if line.startswith("%"):
-            function = line
-        found = re.match(rf"\s+(?:ROOT )?%?\S+ = (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(", line)
-        if found is None:
-            continue
-        # On TPUs a reduce-scatter is spelled as a function of its own around an all-reduce.
-        kind = "reduce-scatter" if function.startswith("%all-reduce-scatter") else found[2]
-        # A collective that is cut up to run beside computation carries the same name in each part.
-        part = re.search(r'(?:chain_id|async_collective_name)="[^"]*"', line)
-        counts[kind] += part is None or part[0] not in seen
-        seen.add(part and part[0])
-        for dtype, shape in re.findall(r"(\w+)\[([\d,]+)\]", found[1]):
-            largest[kind] = max(largest[kind], ITEM_BYTES.get(dtype, 4) * math.prod(map(int, shape.split(","))))
-    return {kind: (counts[kind], largest[kind]) for kind in counts}
+    return hlo.Program(program).collectives()
 
 
-def device_bytes(tree, shardings, dtype=None) -> int:
-    """Bytes of one device's part."""
-
-    def part(x, where):
-        return math.prod(where.shard_shape(x.shape)) * jnp.dtype(dtype or x.dtype).itemsize
-
-    return sum(jax.tree.leaves(jax.tree.map(part, tree, shardings)))
-
-
-def cache_bytes(run: learner.Learner) -> int:
-    """Bytes of one device's part of the keys and values, when split as the rules say."""
-    c, sizes = run.model.config, (prompts_at_a_time(), run.model.config.num_kv_heads)
-    rows, heads = sharding.named_sharding(("batch", "kv_heads"), sizes, run.mesh).shard_shape(sizes)
-    columns = FLAGS.prompt_length + FLAGS.group_size * FLAGS.response_length
-    return 2 * c.num_layers * rows * columns * heads * c.head_dim * jnp.dtype(c.compute_dtype).itemsize
+def attention_way(decoder: models.DecoderConfig, work: Workload, device) -> str:
+    """How whole rows are attended to."""
+    try:
+        return attention.way(decoder, work.prompt_length + work.response_length, device)
+    except ValueError as error:
+        raise BadFlagError(str(error)) from error
 
 
-def matmul_flops(run: learner.Learner) -> dict:
-    """FLOPs of a device's share of the matrix products: attention to all columns, recomputation included."""
-    c = run.model.config
-    layer = 2 * c.hidden_size * (2 * c.head_dim * (c.num_heads + c.num_kv_heads) + 3 * c.intermediate_size)
-    prompt, response, batch = FLAGS.prompt_length, FLAGS.response_length, FLAGS.prompts * FLAGS.group_size
+def compile_mesh(decoder, mesh, work: Workload, chip, names=PROGRAMS, known=()) -> report.Plan:
+    """Programs for one mesh, two at a time; of those in `known` the reports are there."""
+    run = make_learner(decoder, mesh, work)
+    count = Arithmetic(decoder, mesh, work, attention_way(decoder, work, mesh.devices.flat[0]))
+    found = dict(known)
+    lowered = dict(lower(run, work, set(names) - set(found)))
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        found |= zip(lowered, pool.map(programs.compile_program, lowered.values()), strict=True)
+    return report.Plan(run, count, chip, {name: found[name] for name in PROGRAMS if name in found})
 
-    def forward(tokens, columns, unembedded):
-        attention = 4 * c.num_heads * c.head_dim * columns
-        return c.num_layers * tokens * (layer + attention) + unembedded * 2 * c.hidden_size * c.vocab_size
 
-    row = forward(prompt + response, prompt + response, response)
-    group = FLAGS.group_size * forward(response, prompt + response, response)
-    sampled = prompts_at_a_time() * (forward(prompt, prompt, 1) + group)
-    update = 4 * row * batch // FLAGS.num_minibatches  # forward twice, and backward costs two
-    return {k: v / run.mesh.size for k, v in {"sampler": sampled, "scoring": batch * row, "update": update}.items()}
+def compile_candidate(decoder, mesh, work: Workload, chip, fewer: bool) -> report.Plan:
+    """What decides whether a mesh fits; with `fewer`, half as many prompts sampled together until it does."""
+    known = {}
+    while True:
+        # Rows that move need most memory, and are compiled fastest.
+        plan = compile_mesh(decoder, mesh, work, chip, ("regroup",), known)
+        half = work.prompts_at_a_time // 2
+        may_halve = fewer and half and not half % (mesh.shape["data"] * mesh.shape["fsdp"])
+        if plan.sampling_fits or not may_halve:
+            plan = compile_mesh(decoder, mesh, work, chip, ("segment", "update"), plan.reports)
+        if plan.sampling_fits or not may_halve:
+            return plan
+        work = dataclasses.replace(work, prompts_at_a_time=half)
+        known = {name: found for name, found in plan.reports.items() if name == "update"}
+
+
+def find_mesh(model: str, topology: str, work: Workload, most: int) -> tuple[list[search.Candidate], list[report.Plan]]:
+    """Candidates, the most promising first, and plans of those compiled, the best first, until `most` fit (0: all)."""
+    decoder, devices, chip = decoder_config(model), devices_of(topology), chip_of(topology)
+    way, fewer = attention_way(decoder, work, devices[0]), not FLAGS["prompts_at_a_time"].present
+    found = search.candidates(decoder, chip, len(devices), work, way, fewer=fewer)
+    plans = []
+    for candidate in found:
+        if candidate.reason or (most and sum(plan.all_fit for plan in plans) == most):
+            break
+        mesh = sharding.make_mesh(candidate.mesh, devices)
+        plans.append(compile_candidate(decoder, mesh, candidate.workload, chip, fewer))
+    plans.sort(key=lambda plan: (not plan.all_fit, plan.seconds() if plan.all_fit else 0))
+    return found, plans
+
+
+def one_mesh() -> bool:
+    """--mesh alone: whether all programs fit."""
+    decoder, devices = decoder_config(FLAGS.model), devices_of(FLAGS.topology)
+    mesh = make_mesh(devices)
+    work = workload()
+    parallel = mesh.shape["data"] * mesh.shape["fsdp"]
+    work = dataclasses.replace(work, micro_batch_size=work.micro_batch_size or parallel)
+    make_learner(decoder, mesh, work)  # refuses before anything is printed
+    print_sizes(FLAGS.model, FLAGS.topology, work, mesh)
+    if work.prompts_at_a_time % parallel:
+        print("note: the number of prompts does not divide over data * fsdp, so that some devices sample the same rows")
+    plan = compile_mesh(decoder, mesh, work, chip_of(FLAGS.topology))
+    report.print_plan(plan, grid_of(FLAGS.topology).partition(":")[0])
+    return plan.all_fit
+
+
+def print_sizes(model: str, topology: str, work: Workload, mesh) -> None:
+    sizes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    print(f"{model} on {topology}, {mesh.size} devices: {sizes}")
+    tokens = f"{work.prompt_length} + {work.response_length} tokens"
+    together = f"{work.prompts_at_a_time} prompts at one time"
+    print(f"{work.prompts} prompts x {work.group_size} samples of {tokens}, {together}")
+    print(f"updates of {work.minibatch} rows, {work.micro_batch_size} at one time", flush=True)
+
+
+def searched() -> bool:
+    """--search: whether a mesh fits."""
+    start = time.time(), time.process_time()
+    found, plans = find_mesh(FLAGS.model, FLAGS.topology, workload(), FLAGS.compile)
+    report.print_search(found, plans)
+    fits = bool(plans) and plans[0].all_fit
+    if fits:
+        best = plans[0]
+        work, mesh = best.count.workload, best.run.mesh
+        print("\nthe best:")
+        print_sizes(FLAGS.model, FLAGS.topology, work, mesh)
+        best = compile_mesh(decoder_config(FLAGS.model), mesh, work, best.chip, known=best.reports)
+        report.print_plan(best, grid_of(FLAGS.topology).partition(":")[0])
+        fits = best.all_fit
+    print(f"  search: {time.time() - start[0]:.0f} s, {time.process_time() - start[1]:.0f} s of processors")
+    return fits
+
+
+def rows() -> bool:
+    """--rows: whether something fits everywhere."""
+    lengths = FLAGS.lengths or [f"{FLAGS.prompt_length}+{FLAGS.response_length}"]
+    try:
+        sizes = [tuple(int(number) for number in text.split("+")) for text in lengths]
+        works = [workload(prompt_length=prompt, response_length=response) for prompt, response in sizes]
+    except ValueError as error:
+        raise BadFlagError(f"--lengths={','.join(lengths)}: prompt + response tokens, such as 512+1536") from error
+    good = True
+    print(report.ROW_TITLES, flush=True)
+    for model, topology, work in itertools.product(FLAGS.model.split(","), FLAGS.topology.split(","), works):
+        found, plans = find_mesh(model, topology, work, 1)
+        row, fits = report.row(model, topology, work, found, plans)
+        print(row, flush=True)
+        good &= fits
+    return good
 
 
 def main(argv):
     if argv[1:]:
         raise BadFlagError(f"unexpected argument {argv[1]!r}")
-    run, chip = make_learner(), FLAGS.topology.partition(":")[0]
-    batch = FLAGS.prompts * FLAGS.group_size
-    mesh = ", ".join(f"{name} {size}" for name, size in run.mesh.shape.items())
-    lengths = f"{FLAGS.prompt_length} + {FLAGS.response_length} tokens"
-    print(f"{FLAGS.model} on {FLAGS.topology}, {run.mesh.size} devices: {mesh}")
-    print(
-        f"{FLAGS.prompts} prompts x {FLAGS.group_size} samples of {lengths}, {prompts_at_a_time()} prompts at one time"
-    )
-    print(f"updates of {batch // FLAGS.num_minibatches} rows, {run.settings.micro_batch_size} at one time")
-    if prompts_at_a_time() % (run.mesh.shape["data"] * run.mesh.shape["fsdp"]):
-        print("note: the number of prompts does not divide over data * fsdp, so that some devices sample the same rows")
-    reports = {name: compile_program(lowered) for name, lowered in lower(run)}
-
-    def show(label, cell):
-        cells = [cell(name, report) if report.error is None else "-" for name, report in reports.items()]
-        print(f"  {label:46s}" + "".join(f"{text:>15s}" for text in cells))
-
-    def mib(size):
-        return f"{size / 2**20:,.1f}"
-
-    weights = device_bytes(run.abstract_params, run.param_shardings)
-    copy = device_bytes(run.abstract_params, run.param_shardings, run.model.config.compute_dtype)
-    optimizer = device_bytes(run.abstract_state.opt_state, run.state_shardings.opt_state)
-    cache, flops = cache_bytes(run), matmul_flops(run)
-    reads = {"sampler": (copy, 0), "scoring": (weights, 0), "update": (weights, optimizer)}
-    # What the program does not read stays on the device all the same.
-    beside = {"sampler": weights + optimizer, "scoring": optimizer, "update": 0}
-    total = {name: r.arguments + r.temporaries + r.rest + beside[name] for name, r in reports.items()}
-    fits = {name: r.error is None and total[name] <= HBM[chip] * 2**30 for name, r in reports.items()}
-
-    print(f"\n{'':48s}" + "".join(f"{name:>15s}" for name in reports) + "\nMiB a device")
-    show("parameters", lambda name, _: mib(reads[name][0]))
-    show("optimizer state", lambda name, _: mib(reads[name][1]))
-    show("batch, and padding of the arguments", lambda name, r: mib(r.arguments - sum(reads[name])))
-    show("temporaries: activations, gradients, …", lambda _, r: mib(r.temporaries))
-    show("  of which KV cache, from its shape: at most", lambda name, _: mib(cache if name == "sampler" else 0))
-    show("outputs, program", lambda _, r: mib(r.rest))
-    show("learner's weights and optimizer beside it", lambda name, _: mib(beside[name]))
-    show("total", lambda name, _: mib(total[name]))
-    show(f"of {HBM[chip] * 1024:,.0f} on {chip}", lambda name, _: "fits" if fits[name] else "DOES NOT FIT")
-    print("TFLOP a device")
-    show("matrix products, from shapes", lambda name, _: f"{flops[name] / 1e12:,.2f}")
-    show("compiler's count (body of a loop once)", lambda _, r: f"{r.flops / 1e12:,.2f}")
-    print("collectives: how many (largest result, MiB); body of a loop once")
-    for kind in COLLECTIVES:
-        found = {name: r.collectives.get(kind, (0, 0)) for name, r in reports.items()}
-        show(kind, lambda name, _, found=found: f"{found[name][0]} ({mib(found[name][1])})")
-    print("compilation")
-    show("seconds", lambda _, r: f"{r.seconds:.0f}")
-    print(f"  peak memory of this process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
-    for name in (name for name, good in fits.items() if not good):
-        print(f"{name} does not fit: {reports[name].error or mib(total[name]) + ' MiB a device'}")
-    return 0 if all(fits.values()) else 1
+    good = rows() if FLAGS.rows else searched() if FLAGS.search else one_mesh()
+    return 0 if good else 1
 
 
 def parse_flags(argv):

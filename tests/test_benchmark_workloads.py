@@ -77,6 +77,14 @@ def test_weights_draw_the_lengths():
     assert np.sum((counts - expected) ** 2 / expected) < 35  # chi squared with 10 degrees of freedom: p = 1e-4
 
 
+def test_the_length_of_segments_reaches_the_sampler(monkeypatch):
+    given = []
+    monkeypatch.setattr(programs.sampler, "generate", lambda *_, **options: given.append(options["segment_length"]))
+    ours = programs.Programs(workloads.get("long-tail", "cpu", tiny=True), Learner, [("sampler.segment_length", 16)])
+    ours._generate({})
+    assert given == [ours.describe()["sampler.segment_length"]] == [16]
+
+
 def test_least_work_of_full_and_of_ragged_rows():
     workload = workloads.get("1.5b", "gpu")
     rows = np.full(workload.update_rows, workload.response_size)

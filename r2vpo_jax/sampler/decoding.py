@@ -124,23 +124,32 @@ def decode(
     return state.replace(logits=logits, done=done, length=length, found=found, cache=join_cache(cache)), out, logp_out
 
 
-def placed(state: Decoding) -> Decoding:
-    """Pinned to one layout: programs that take it are then compiled once, whichever program made it."""
+def state_axes(state: Decoding) -> Decoding:
+    """The logical axes of each array of a state, as tuples."""
 
     def rows(x):
-        return sharding.constrain(x, "batch", *(None,) * (x.ndim - 1))
+        return ("batch",) + (None,) * (x.ndim - 1)
 
-    cache = state.cache
-    return state.replace(
-        logits=sharding.constrain(state.logits, "batch", None, "vocab"),
+    prompts = (None, "batch", "kv_heads", None, None)
+    return Decoding(
+        logits=("batch", None, "vocab"),
         **{name: jax.tree.map(rows, getattr(state, name)) for name in ("keys", "done", "length", "found")},
-        cache=cache.replace(
-            prompt_key=sharding.constrain(cache.prompt_key, None, "batch", "kv_heads", None, None),
-            prompt_value=sharding.constrain(cache.prompt_value, None, "batch", "kv_heads", None, None),
-            prompt_mask=rows(cache.prompt_mask),
-            response_key=sharding.constrain(cache.response_key, *CACHE_AXES),
-            response_value=sharding.constrain(cache.response_value, *CACHE_AXES),
+        cache=state.cache.replace(
+            prompt_key=prompts,
+            prompt_value=prompts,
+            prompt_mask=rows(state.cache.prompt_mask),
+            response_key=CACHE_AXES,
+            response_value=CACHE_AXES,
+            response_length=(),
         ),
+    )
+
+
+def placed(state: Decoding) -> Decoding:
+    """Pinned to one layout: programs that take it are then compiled once, whichever program made it."""
+    axes = state_axes(state)
+    return jax.tree.map(
+        lambda axes, x: sharding.constrain(x, *axes), axes, state, is_leaf=lambda x: isinstance(x, tuple)
     )
 
 

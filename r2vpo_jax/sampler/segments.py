@@ -75,18 +75,27 @@ def _rows(state: Decoding, index) -> Decoding:
     index = jnp.clip(index, 0, state.done.size - 1)
     prompt = index // group
 
-    def row(x, axis=0):
-        merged = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
-        return jnp.expand_dims(jnp.take(merged, index, axis), axis + 1)
+    def row(x):
+        return jnp.take(x.reshape(-1, *x.shape[2:]), index, 0)[:, None]
+
+    def layer_by_layer(of, x, *axes):
+        # What devices hold for each other exists unsplit for a while: of one layer, then, and not of all.
+        return jax.lax.map(lambda layer: sharding.constrain(of(layer), *axes), x)
+
+    def prompts(x):
+        return layer_by_layer(lambda x: jnp.take(x, prompt, 0), x, "batch", "kv_heads", None, None)
+
+    def responses(x):
+        return layer_by_layer(row, x, "batch", None, "kv_heads", None, None)
 
     return Decoding(
         **{name: jax.tree.map(row, getattr(state, name)) for name in _BY_ROW},
         cache=cache.replace(
-            prompt_key=jnp.take(cache.prompt_key, prompt, 1),
-            prompt_value=jnp.take(cache.prompt_value, prompt, 1),
+            prompt_key=prompts(cache.prompt_key),
+            prompt_value=prompts(cache.prompt_value),
             prompt_mask=jnp.take(cache.prompt_mask, prompt, 0),
-            response_key=row(cache.response_key, 1),
-            response_value=row(cache.response_value, 1),
+            response_key=responses(cache.response_key),
+            response_value=responses(cache.response_value),
         ),
     )
 

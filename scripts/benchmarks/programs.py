@@ -53,7 +53,7 @@ class Programs(Steps):
         said = {f"model.{f.name}": getattr(model, f.name) for f in dataclasses.fields(model) if f.name not in skipped}
         chosen = ("micro_batch_size", "scoring_chunk_size", "packing")  # not every revision has all of them
         said |= {f"trainer.{name}": getattr(trainer, name) for name in chosen if hasattr(trainer, name)}
-        return said
+        return said | {f"sampler.{name}": value for name, value in self._segments().items()}
 
     def save(self, path) -> None:
         """Write the rollout's weights as a Hugging Face directory, for samplers of other projects."""
@@ -132,7 +132,13 @@ class Programs(Steps):
             mesh=self.mesh,
             problem_ids=np.arange(work.num_prompts),
             batch_size=work.prompts_at_once,
+            **self._segments(),
         )
+
+    def _segments(self) -> dict:
+        """How long a segment of decoding is, if this revision has segments."""
+        name = "segment_length"
+        return {name: getattr(self.config.sampler, name)} if hasattr(self.config.sampler, name) else {}
 
     def _params(self, dtype=None):
         """Random weights, or those that draw lengths; of the masters' dtype or another one."""
