@@ -53,18 +53,16 @@ CASES = {
         "trainer": {"num_iterations": 4, "packing": True},
         "sampler": {"segment_length": 3, "batch_size": 4},
     },
-    "critic": {
+    "resample": {
         "objective": {
-            "name": "ppo",
-            "kl": {"coef": 0.05, "where": "reward"},
+            "name": "m2po",
+            "advantage": {"estimator": "group_relative", "scale": "batch"},
             "groups": {"zero_variance": "resample", "max_resamples": 2},
         },
-    },
-    "priority": {
-        "objective": {"name": "m2po", "advantage": {"estimator": "group_relative", "scale": "batch"}},
         "replay": {"capacity": 2, "draw": "priority"},
         "trainer": {"num_iterations": 3},
     },
+    "critic": {"objective": {"name": "ppo", "kl": {"coef": 0.05, "where": "reward"}}},
 }
 PLAIN = {"mesh": {"data": 1, "fsdp": 4}}  # what an elastic run goes on with
 
@@ -137,7 +135,9 @@ def rows_have_homes(*_):
     np.testing.assert_array_equal(spread.whole(spread.index.astype(np.int32)), np.arange(GROUPS * GROUP))
     assert spread.exchange({"é": jax.process_index()}) == [{"é": i} for i in range(number)]
     # Each process has a part of three batches, and gets its places of one made of them.
-    batches = [{"x": everything + 100 * i, "row": 100 * i + np.arange(len(everything), dtype=np.int32)} for i in range(3)]
+    batches = [
+        {"x": everything + 100 * i, "row": 100 * i + np.arange(len(everything), dtype=np.int32)} for i in range(3)
+    ]
     mine = [jax.tree.map(lambda x: x[spread.index], batch) for batch in batches]
     for seed in range(3):
         flat = np.random.default_rng(seed).permutation(3 * GROUPS)[:GROUPS] if seed else np.arange(GROUPS) // GROUPS
