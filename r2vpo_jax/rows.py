@@ -207,6 +207,7 @@ class Rows:
             rows = np.where(source < 0, -1, source * self.group_size)[:, None] + np.arange(self.group_size)
             rows = np.where(source[:, None] < 0, -1, rows).reshape(-1)
             result = self._with_rows(part if result is None else result, part, rows)
+            del part  # before the host makes the next
         return self.fetch(result)
 
     def _with_rows(self, tree, other, rows: np.ndarray):
