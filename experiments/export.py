@@ -10,9 +10,9 @@ from absl import flags
 from r2vpo_jax import cli
 from r2vpo_jax.evaluation import exports
 
-_MODEL = flags.DEFINE_string("model", None, "Run directory.")
+_MODEL = flags.DEFINE_string("model", None, "Run directory, or gs://BUCKET/NAME.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "last", "An iteration, last, or best (by validation score).")
-_OUTPUT = flags.DEFINE_string("output", None, "Directory to write: a new or an empty one.")
+_OUTPUT = flags.DEFINE_string("output", None, "Directory to write, or gs://BUCKET/NAME: a new or an empty one.")
 _DTYPE = flags.DEFINE_enum(
     "dtype",
     None,

@@ -37,7 +37,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Seed of the initial weights and the dem
 def main():
     for flag in (_OUTPUT, _DATA_OUTPUT):
         if flag.value:
-            directory.local(flag.value, f"--{flag.name}")
+            directory.folder(flag.value, f"--{flag.name}", store=False)
     if _DATA_OUTPUT.value:
         if _TASK.value != "word_problems":
             raise cli.UsageError("--data_output is for --task=word_problems: the others have no data set")

@@ -13,7 +13,7 @@ from r2vpo_jax import cli
 from r2vpo_jax.run import report
 from r2vpo_jax.sweeps import results, study, study_report
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a finished run or sweep.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a finished run (also gs://BUCKET/NAME) or sweep.")
 _REFERENCE = flags.DEFINE_string(
     "reference", None, f"Of a sweep: objective to compare with (default: {study_report.REFERENCE} where it has it)."
 )

@@ -14,7 +14,8 @@ _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
-    "Run directory: metrics, checkpoints, report, exported model. Default: runs/ and the name of the config file.",
+    "Run directory: metrics, checkpoints, report, exported model; on a disk, or gs://BUCKET/NAME (docs/stores.md). Default: runs/ and "
+    "the name of the config file.",
 )
 _STOP_AFTER = flags.DEFINE_integer("stop_after_iteration", None, "Save and stop there; the same command goes on.")
 _PROFILE = flags.DEFINE_string("profile_steps", None, "first:last iterations to profile, for example 5:7.")

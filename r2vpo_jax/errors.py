@@ -1,7 +1,6 @@
 """What a user can put right, and what stops a run."""
 
 import contextlib
-import pathlib
 
 _GIT_LFS = b"version https://git-lfs"
 
@@ -20,8 +19,8 @@ def usage_errors(*more: type[Exception]):
 
 
 def refuse_pointer(file) -> None:
-    """Raises ValueError where a repository was cloned without the contents of this file."""
-    with pathlib.Path(file).open("rb") as opened:
+    """Raises ValueError where a repository was cloned without the contents of this file (a path)."""
+    with file.open("rb") as opened:
         if opened.read(len(_GIT_LFS)) == _GIT_LFS:
             raise ValueError(
                 f"{file} is a Git LFS pointer, not the file itself; run `git lfs pull` in the clone that it comes from"

@@ -48,3 +48,6 @@ confirm() {
   # shellcheck disable=SC2154 # the launcher's
   [ "$answer" = "$name" ] || refuse "nothing was deleted"
 }
+
+# progress_in_store PYTHON WORKDIR: the last iteration with a checkpoint, and "done" or "going"; 0 where the store cannot be asked.
+progress_in_store() { "$1" -m r2vpo_jax.run.progress "$2" || echo "0 unknown"; }

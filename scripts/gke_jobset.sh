@@ -103,8 +103,8 @@ launch() {
     case "$argument" in --workdir=*) workdir=${argument#*=} ;; esac
   done
   case "$workdir" in
-    /shared/?*) ;;
-    *) refuse "the run needs --workdir=/shared/…: the claim is mounted there, and the pods' own disks are gone with them" ;;
+    /shared/?* | gs://?*) ;;
+    *) refuse "the run needs --workdir=/shared/… or gs://BUCKET/NAME: the claim is mounted there, and the pods' own disks are gone with them" ;;
   esac
   text=$(manifest)
   run_line "mkdir -p .cache/pod

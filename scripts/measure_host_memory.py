@@ -1,6 +1,6 @@
 """Host memory of the rollout path on 1, 2 and 4 processes of this machine, with rows of random tokens.
 
-    python scripts/measure_host_memory.py [--prompts=64] [--samples=8] [--length=4096]
+    python scripts/measure_host_memory.py [--prompts=64] [--samples=8] [--length=4096] [--processes 1 2 4]
 
 Each process takes the path that a run takes from sampled tokens to what the learner is given: tokens fetched, rewards, the
 numbers of rows that all must know, advantages, the replay buffer with its files, two batches drawn of the fresh and the
@@ -11,6 +11,7 @@ too), and the files that each has written. "all" is with all rows on every proce
 
 import argparse
 import functools
+import gc
 import json
 import os
 import pathlib
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=64, help="groups of a batch (default 64)")
     parser.add_argument("--samples", type=int, default=8, help="responses to a prompt (default 8)")
     parser.add_argument("--length", type=int, default=4096, help="tokens of a response (default 4096)")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4], help="numbers of them (default 1 2 4)")
     parser.add_argument("--process", nargs=4, help=argparse.SUPPRESS)  # number, id, port, all rows or own
     arguments = parser.parse_args()
     if arguments.process:
@@ -50,7 +52,8 @@ def main() -> None:
     batch = arguments.prompts * arguments.samples * (2 * arguments.length + PROMPT) * 4
     print(f"tokens and log-probabilities of a batch: {batch / 2**20:.0f} MiB")
     print("processes  rows      MiB at most  MiB written by each")
-    for number, which in ((1, "own"), (2, "own"), (4, "own"), (4, "all")):
+    last = arguments.processes[-1]
+    for number, which in [(n, "own") for n in arguments.processes] + ([(last, "all")] if last > 1 else []):
         found = _measure(arguments, number, which)
         memory, written = (max(each[name] for each in found) / 2**20 for name in ("memory", "written"))
         print(f"{number:9}  {which:4}  {memory:15.1f}  {written:19.1f}")
@@ -84,6 +87,8 @@ def _process(arguments) -> None:
     mesh = sharding.make_mesh((DEVICES, 1, 1))
     spread = (rows.rows_of if which == "own" else rows.all_rows)(mesh, arguments.prompts, arguments.samples)
     with tempfile.TemporaryDirectory() as folder:
+        _take_the_path(spread, arguments.length, pathlib.Path(folder))  # what is imported and compiled does not count
+        gc.collect()
         tracemalloc.start()
         _take_the_path(spread, arguments.length, pathlib.Path(folder))
         memory = tracemalloc.get_traced_memory()[1]

@@ -38,7 +38,7 @@ install() {
   python3 -m pip install --user --quiet --disable-pip-version-check 'uv>=0.8,<1'
   local uv=$HOME/.local/bin/uv
   "$uv" venv --quiet --allow-existing --python 3.11 .venv
-  "$uv" pip install --quiet --python .venv/bin/python -c constraints.txt -e '.[tpu,reasoning]'
+  "$uv" pip install --quiet --python .venv/bin/python -c constraints.txt -e '.[tpu,gcs,reasoning]'
   echo "$1" > .commit # last: it says that all of this went well
   say "installed $1"
 }

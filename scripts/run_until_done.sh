@@ -59,10 +59,12 @@ tell() {
   echo "run_until_done: $*" >&2
   [ -z "$status" ] || echo "$(date -u +%Y-%m-%dT%H:%M:%SZ) $*" > "$status"
 }
+case "$(basename "$1")" in python*) python=$1 ;; *) python=.venv/bin/python ;; esac
 # The last iteration with a committed checkpoint, 0 without one.
 newest() {
   local file name last=0
   [ -n "$workdir" ] || { echo 0 && return; }
+  case "$workdir" in gs://*) progress_in_store "$python" "$workdir" | cut -d ' ' -f 1 && return ;; esac
   for file in "$workdir"/checkpoints/manifests/*.json; do
     name=$(basename "$file" .json)
     if [[ $name =~ ^[0-9]+$ ]] && [ "$name" -gt "$last" ]; then last=$name; fi
@@ -73,7 +75,10 @@ is_done() {
   local second
   [ -n "$workdir" ] && [ -z "$partial" ] || return 0
   for ((second = 0; ; second++)); do
-    [ ! -e "$workdir/report/summary.json" ] || return 0
+    case "$workdir" in
+      gs://*) [ "$(progress_in_store "$python" "$workdir" | cut -d ' ' -f 2)" != done ] || return 0 ;;
+      *) [ ! -e "$workdir/report/summary.json" ] || return 0 ;;
+    esac
     [ "$second" -lt "$settle" ] && [ -z "$signal" ] || return 1
     sleep 1
   done

@@ -201,14 +201,15 @@ launch() {
   done
   [ "${#training[@]}" -gt 0 ] || refuse "the flags of the run come after --: … launch $name -- --config=… --workdir=/shared/run"
   case "$workdir" in
-    "") refuse "the run needs --workdir=/a/full/path, on a disk that all hosts see" ;;
-    *:/*) refuse "--workdir=$workdir: runs cannot be written to an address yet; mount a disk that all hosts see (docs/pods.md)" ;;
+    "") refuse "the run needs --workdir=gs://BUCKET/NAME, or /a/full/path on a disk that all hosts see" ;;
+    gs://?*) ;;
+    *:/*) refuse "--workdir=$workdir: of addresses, only gs://BUCKET/NAME will do (docs/pods.md)" ;;
     /*) ;;
     *) refuse "--workdir=$workdir: give a full path" ;;
   esac
   case "$logs_to" in "" | gs://?*) ;; *) refuse "--logs-to=$logs_to does not begin with gs://" ;; esac
   need_ready
-  if [ "$workers" -gt 1 ]; then
+  if [ "$workers" -gt 1 ] && [[ $workdir == /* ]]; then
     # A host that does not see the others' disk would wait for them without a word.
     mark=$workdir/.seen_by_all_hosts
     [ -n "$dry" ] || mark+=.$RANDOM$RANDOM
@@ -218,8 +219,8 @@ launch() {
     }
     ssh_to all "$(on_host see "$mark")"
     ssh_to 0 "$(quote rm -f "$mark")"
-    [ -n "$distributed" ] || training+=(--distributed)
   fi
+  [ "$workers" -le 1 ] || [ -n "$distributed" ] || training+=(--distributed)
   ssh_to all "$(on_host start "$limit" "$grace" "$logs_to" "${environment[@]}" -- python -m "$module" "${training[@]}")" || {
     echo "error: the run is not started on all hosts, and the others wait for the missing ones: launch again, or stop" >&2
     exit 1

@@ -13,12 +13,13 @@ import jax
 import numpy as np
 import pytest
 
-from r2vpo_jax import advantages, config, sampler, sharding, tasks
+from r2vpo_jax import advantages, config, sampler, sharding, storage, tasks
 from r2vpo_jax.models import base as base_model
 from r2vpo_jax.training import trainer
 
 pytest.register_assert_rewrite("tests.helpers")
 
+from tests.helpers import stores  # noqa: E402
 from tests.helpers.paths import ROOT, TASK, TINY_BASE  # noqa: E402
 from tests.helpers.trees import merged  # noqa: E402
 
@@ -134,3 +135,16 @@ def rollout(tiny_model, task, mesh):
     assert len(set(drawn.response_length)) > 1, "ragged responses are wanted"
     assert np.any(drawn.advantage != 0), "rewards that differ are wanted"
     return drawn
+
+
+@pytest.fixture(scope="session")
+def bucket():
+    """gs://BUCKET of a store that runs here."""
+    with stores.bucket() as address:
+        yield address
+
+
+@pytest.fixture
+def store(bucket, tmp_path):
+    """A folder in that store, of this test alone."""
+    return storage.path(f"{bucket}/{tmp_path.parent.name}/{tmp_path.name}")

@@ -63,7 +63,7 @@ LAYERS = (
     ("losses", "train_stats"),
     ("advantages", "corrections", "dual", "kl", "ratio_stats"),
     ("errors", "rollout", "sharding"),
-    ("rows", "scoring"),
+    ("rows", "scoring", "storage"),
     ("config",),
     ("models", "verifiers"),
     ("sampler", "data"),

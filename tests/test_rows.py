@@ -122,7 +122,7 @@ def test_processes_do_what_one_does(fleets):
                 path = fleets[number].output / case / f"{file}.jsonl"
                 assert_same_lines(path, one.output / case / path.name)
         names = {path.name for path in (fleets[number].output / "mixed" / "replay").iterdir()}
-        assert names == {f"rollout_{i:08d}.p{p}-of-{number}.npz" for i in range(1, 4) for p in range(number)}
+        assert names == {f"rollout_{i:08d}.p{p}-of-{number}.npz" for i in range(4) for p in range(number)}
     moved = [
         case for case in CASES if not np.array_equal(*(rollout_ids(one, case, name) for name in ("sampled", "drawn")))
     ]

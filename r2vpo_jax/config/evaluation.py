@@ -2,10 +2,10 @@
 
 import dataclasses
 import json
-import pathlib
 import urllib.parse
 from typing import Any
 
+from r2vpo_jax import storage
 from r2vpo_jax.config.fields import Options, build, option, require, section
 from r2vpo_jax.config.flags import to_dict, to_open_config_dict
 from r2vpo_jax.config.run import (
@@ -70,7 +70,7 @@ class EvaluationConfig:
             value = getattr(self, name)
             require(value is None or value >= low, f"--{name} must be at least {low}, got {value}")
         folder = self.task.text.data_dir
-        there = not self.has_data or folder is None or pathlib.Path(folder).is_dir()
+        there = not self.has_data or folder is None or storage.path(folder, "task.text.data_dir").is_dir()
         require(there, f"task.text.data_dir={folder} is not a folder")
 
     @property

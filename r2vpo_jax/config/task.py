@@ -171,7 +171,7 @@ class ArithmeticConfig:
 class DataConfig:
     """Where problems are, and how long responses to them may be."""
 
-    data_dir: str | None = option(None, "folder of local data sets")
+    data_dir: str | None = option(None, "folder of data sets, on a disk or in a store (gs://bucket/data)")
     max_response_length: int = option(1024, "most tokens of a response")
 
     def __post_init__(self):

@@ -10,6 +10,7 @@ import fractions
 import pathlib
 from collections.abc import Collection
 
+from r2vpo_jax import storage
 from r2vpo_jax.data import files, generators, gsm8k, rows, specs
 from r2vpo_jax.data.base import Dataset, Example, InMemoryDataset, same_question
 from r2vpo_jax.data.known import KNOWN, LOCAL_FILE, RENAMED, KnownDataset
@@ -42,7 +43,8 @@ def load(
     Args:
       spec: one source, or several with ' + ' between them.
       split: train, validation or test: how positions are used, and which files are read unless the text says split=.
-      data_dir: folder of known data sets; relative paths are looked up there first, then in the working directory.
+      data_dir: folder of known data sets; relative paths are looked up there first, then in the working directory. What is
+        at an address (gs://bucket/data) is fetched once (storage.local_copy).
       columns: top-level columns of rows that are kept in `Example.columns`; None: all.
 
     Raises:
@@ -81,12 +83,16 @@ def _load_one(spec: SourceSpec, split: str, data_dir, columns) -> Dataset:
 
 
 def _load_path(spec: SourceSpec, split: str, data_dir, columns) -> InMemoryDataset:
-    path = pathlib.Path(spec.name).expanduser()
-    roots = [pathlib.Path(root) for root in (data_dir, ".") if root is not None]
-    tried = [root / path for root in roots]
+    if storage.is_address(spec.name):
+        path = storage.path(spec.name, spec.text)
+        tried = [path]
+    else:
+        path = pathlib.Path(spec.name).expanduser()
+        tried = [storage.path(root, "task.text.data_dir") / path for root in (data_dir, ".") if root is not None]
     base = next((p for p in tried if p.exists()), None)
     if base is None:
         raise FileNotFoundError(f"{spec.text!r}: there is no {' and no '.join(map(str, dict.fromkeys(tried)))}")
+    base = storage.local_copy(base)
     plan, stated = rows.make_plan(spec, LOCAL_FILE, path.stem)
     plan = dataclasses.replace(plan, kept=columns)
     return rows.from_files(plan, files.find(base, stated or split, stated=stated is not None), split)
@@ -101,7 +107,7 @@ def _load_known(spec: SourceSpec, known: KnownDataset, split: str, data_dir, col
     elif data_dir is None:
         raise ValueError(f"{spec.text!r} needs a data folder (task.text.data_dir) with a copy of {known.published}")
     else:
-        base = pathlib.Path(data_dir) / known.name
+        base = storage.local_copy(storage.path(data_dir, "task.text.data_dir") / known.name)
     if known.tfds and (prepared := gsm8k.prepared(base)) is not None:
         return rows.from_rows(plan, str(prepared), gsm8k.read_prepared(prepared, wanted), split)
     found = files.find(base, wanted, stated=stated is not None, one_split=known.one_split)

@@ -14,8 +14,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import os
-import pathlib
 
 import jax
 import numpy as np
@@ -31,7 +29,7 @@ from r2vpo_jax.models import attention
 from r2vpo_jax.models.base import BaseModel, open_base_model
 from r2vpo_jax.models.identity import digest
 from r2vpo_jax.run import console, files, instruments
-from r2vpo_jax.run.directory import claim_file, local, lock
+from r2vpo_jax.run.directory import claim_file, folder, lock
 from r2vpo_jax.run.interrupts import any_process, graceful_stop
 from r2vpo_jax.sampler import Sampling
 from r2vpo_jax.tasks.base import Outcome, Problems, Task, stop_of
@@ -176,7 +174,7 @@ def _columns(drawn: Outcomes) -> dict[str, list]:
 # The file of outcomes --------------------------------------------------------------------------------------
 
 
-def _read_outcomes(path: pathlib.Path, expected: list[tuple[str, int]]) -> list[dict]:
+def _read_outcomes(path, expected: list[tuple[str, int]]) -> list[dict]:
     """The complete lines there are; a torn last one (a killed process) is cut off.
 
     Raises:
@@ -185,6 +183,9 @@ def _read_outcomes(path: pathlib.Path, expected: list[tuple[str, int]]) -> list[
     files.JsonlWriter(path).close()
     try:
         rows = files.read_jsonl(path)
+    except FileNotFoundError:
+        return []  # a store holds no empty line file
+    try:
         found = [(row["task"], row["index"]) for row in rows]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete its last lines from there on, or the file") from error
@@ -193,13 +194,6 @@ def _read_outcomes(path: pathlib.Path, expected: list[tuple[str, int]]) -> list[
             f"{path} does not hold the problems of this evaluation in their order; choose another --output"
         )
     return rows
-
-
-def _append(path: pathlib.Path, rows: list[dict]) -> None:
-    with open(path, "a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        file.flush()
-        os.fsync(file.fileno())
 
 
 # The course of an evaluation -------------------------------------------------------------------------------------------------
@@ -222,7 +216,7 @@ def run(config: EvaluationConfig, output, *, say=console.say) -> dict:
     """
     chief = jax.process_index() == 0
     say = say if chief else lambda _: None
-    local(output, "--output")
+    folder(output, "--output")
     with contextlib.ExitStack() as stack:
         with usage_errors():
             mesh = sharding.make_mesh((config.mesh.data, config.mesh.fsdp, config.mesh.tensor))
@@ -300,7 +294,7 @@ def _evaluate_rest(config, source, base, mesh, benchmarks, file, rows, say) -> l
                 batch = [{**row, "code": code} for row in evaluator.rows(benchmark, first)]
                 batch = batch[max(done - before - first, 0) :]  # a kill may have torn it
                 if chief:
-                    _append(file, batch)
+                    files.append_lines(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in batch))
                     rows = rows + batch
                 done = last
                 bar.update(done, _running_score(benchmark.spec, rows) if chief else "")

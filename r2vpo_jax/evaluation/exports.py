@@ -26,7 +26,7 @@ def export(run: str, checkpoint: str, output, *, dtype: str | None = None, say=p
         cannot be written; a weight is not finite in this dtype.
     """
     chief = jax.process_index() == 0
-    output = directory.local(output, "--output")
+    output = directory.folder(output, "--output")
     with usage_errors():
         source = model_source.find(run, checkpoint)
         if output.exists() and any(output.iterdir()):

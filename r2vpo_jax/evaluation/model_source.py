@@ -1,13 +1,13 @@
 """What a path to a model can mean: a Hugging Face directory, or one of our run directories at some checkpoint."""
 
 import dataclasses
-import pathlib
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
 from r2vpo_jax import config as config_lib
-from r2vpo_jax import models, sharding
+from r2vpo_jax import models, sharding, storage
 from r2vpo_jax.config import Config
 from r2vpo_jax.errors import UsageError
 from r2vpo_jax.models.base import BaseModel, find_directory
@@ -21,8 +21,8 @@ class ModelSource:
     """Where architecture and tokenizer are, and where the weights."""
 
     name: str  # as the user said it: `find` finds the same again
-    directory: pathlib.Path  # Hugging Face: architecture, tokenizer, and weights unless there is a checkpoint
-    checkpoint: pathlib.Path | None = None  # folder of one step of a run
+    directory: Any  # path; Hugging Face: architecture, tokenizer, and weights unless there is a checkpoint
+    checkpoint: Any = None  # folder of one step of a run
     iteration: int | None = None  # that step
     run: Config | None = None  # what it was trained with
 
@@ -96,7 +96,7 @@ def find(path: str | None, checkpoint: str | None = None) -> ModelSource:
         ) from error
     if checkpoint is None and report.is_finished(directory):
         return ModelSource(path, directory / "hf", run=run)
-    folder = (directory / "checkpoints").resolve()
+    folder = storage.absolute(directory / "checkpoints")
     iteration = _choose(folder, checkpoint or "latest", directory)
     try:
         base = find(run.model.path).directory
@@ -110,7 +110,7 @@ def _refuse_checkpoint(checkpoint, what) -> None:
         raise ValueError(f"--checkpoint={checkpoint} needs a run directory, and {what} is none")
 
 
-def _choose(folder: pathlib.Path, wanted: str, directory) -> int:
+def _choose(folder, wanted: str, directory) -> int:
     if wanted in ("last", "latest", "best"):
         found = checkpoints.best(folder) if wanted == "best" else checkpoints.latest(folder)
         if found is None and checkpoints.latest(folder) is not None:

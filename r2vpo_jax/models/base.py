@@ -1,17 +1,21 @@
 """The model that a run starts from: its directory, tokenizer, end-of-text ids, and its weights when they are wanted."""
 
+import contextlib
 import dataclasses
 import importlib.resources
 import os
 import pathlib
 from typing import Any
 
-from r2vpo_jax import models
+from r2vpo_jax import models, storage
 from r2vpo_jax.config import ModelConfig
 from r2vpo_jax.config.run import FLOAT32_SWITCHES
 from r2vpo_jax.errors import UsageError
 from r2vpo_jax.models.identity import identity
 from r2vpo_jax.models.tokenizer import end_of_text_ids, load_tokenizer
+
+# Of a model in a store; repositories hold the same weights in other formats too.
+_WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,16 +73,18 @@ class BaseModel:
         Raises:
           ValueError, FileNotFoundError: as `models.save_pretrained`.
         """
-        return models.save_pretrained(
-            path,
-            self.model,
-            params,
-            self.tokenizer,
-            base=self.path,
-            dtype=models.stored_dtype(self.path) if dtype == "stored" else dtype,
-            eos_ids=self.eos_ids,
-            write=write,
-        )
+        path = storage.path(path)
+        with storage.staged(path, last="config.json") if write else contextlib.nullcontext(path) as folder:
+            return models.save_pretrained(
+                folder,
+                self.model,
+                params,
+                self.tokenizer,
+                base=self.path,
+                dtype=models.stored_dtype(self.path) if dtype == "stored" else dtype,
+                eos_ids=self.eos_ids,
+                write=write,
+            )
 
 
 def open_base_model(config: ModelConfig) -> BaseModel:
@@ -89,6 +95,7 @@ def open_base_model(config: ModelConfig) -> BaseModel:
     """
     path, _ = find_directory(config.path)
     try:
+        path = storage.local_copy(path, _WANTED)
         models.read_config(path)
         tokenizer, notices = load_tokenizer(path)
         model = models.read_model(
@@ -114,8 +121,14 @@ def open_base_model(config: ModelConfig) -> BaseModel:
         raise UsageError(f"cannot load the base model: {error}") from error
 
 
-def find_directory(name: str | None) -> tuple[pathlib.Path, bool]:
-    """(directory, whether it ships with the package): a path, a shipped model's name, or None: the arithmetic one."""
+def find_directory(name: str | None) -> tuple[Any, bool]:
+    """(directory, whether it ships with the package): a path, a shipped model's name, or None: the arithmetic one.
+
+    Raises:
+      UsageError: an address of a kind that cannot be read.
+    """
+    if name is not None and storage.is_address(name):
+        return storage.path(name, "model.path"), False
     shipped = (
         pathlib.Path(str(importlib.resources.files("r2vpo_jax"))) / "assets" / "models" / (name or "arithmetic_base")
     )

@@ -15,7 +15,7 @@ _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
-def read_object(file: pathlib.Path) -> dict:
+def read_object(file) -> dict:
     """A JSON object.
 
     Raises:

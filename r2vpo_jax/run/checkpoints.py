@@ -4,41 +4,55 @@ The learner's state (parameters, optimizer, multipliers, version) is stored as a
 are functions of numbers in `progress`. Writing is asynchronous. A step counts once a manifest with the sha256 of each
 of its files lies beside it: Orbax makes a step appear whole or not at all, but does not notice bits that flip later,
 nor a file that is cut. A step without a manifest, or one that fails it, is torn, and the one before is used.
+
+In a store (gs://) Orbax writes and reads by itself too, every process its own shards. The manifest has the checksums that
+the store keeps, so that nothing is read back.
 """
 
 import copy
 import json
 import math
-import pathlib
 import threading
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
+from r2vpo_jax import storage
 from r2vpo_jax.errors import UsageError
 from r2vpo_jax.run import files
+
+# By this file Orbax knows that a step in a store, or an item of it, is complete.
+_COMMITTED = "commit_success.txt"
 
 # What is on disk: looked at only, so that a run which is going on is not disturbed --------------------------
 
 
 def steps(directory) -> list[int]:
     """All iterations with a checkpoint in a directory of checkpoints, intact or not, the last one first."""
-    return sorted((int(p.name) for p in pathlib.Path(directory).glob("*") if p.name.isdigit()), reverse=True)
+    return sorted((int(p.name) for p in storage.path(directory).glob("*") if p.name.isdigit()), reverse=True)
 
 
 def problem(directory, iteration: int) -> str | None:
-    """What is wrong with a step on disk, or None if it is intact."""
+    """What is wrong with a step on disk, or None if it is intact.
+
+    Raises:
+      OSError: the store cannot be reached, which says nothing of the step.
+    """
+    folder = storage.path(directory) / str(iteration)
     try:
         listed = _read_manifest(directory, iteration)["files"]
-    except OSError:
+    except OSError as error:
+        if storage.out_of_reach(folder, error):
+            raise
         return "it was not committed (no checksums)"
     except ValueError as error:
         return f"its checksums cannot be read ({error})"
-    found = _checksums(directory, iteration)
+    found = storage.listing(folder)
     if missing := sorted(listed.keys() - found.keys()):
         return f"{missing[0]} is missing"
-    wrong = sorted(name for name in listed if found[name] != listed[name])
+    wrong = sorted(n for n, kept in listed.items() if storage.checksum(folder / n, found[n], like=kept) != kept)
     return f"{wrong[0]} is damaged" if wrong else None
 
 
@@ -59,14 +73,16 @@ def _best(scores: dict[int, float | None]) -> int | None:
     return max(judged, default=(None, None))[1]
 
 
-def manifest(directory, iteration: int) -> pathlib.Path:
-    """The file with the sha256 of each file of a step."""
-    return pathlib.Path(directory) / "manifests" / f"{iteration}.json"
+def manifest(directory, iteration: int):
+    """The file with the checksum of each file of a step."""
+    return storage.path(directory) / "manifests" / f"{iteration}.json"
 
 
 def _read_manifest(directory, iteration: int) -> dict:
     """The manifest of a step; OSError if there is none, ValueError if it is damaged."""
-    found = json.loads(manifest(directory, iteration).read_bytes())
+    file = manifest(directory, iteration)
+    with storage.spoken(file):
+        found = json.loads(file.read_bytes())
     if not (isinstance(found, dict) and {"files", "score", "replay"} <= found.keys()):
         raise ValueError("a field is missing")
     if not (isinstance(found["files"], dict) and isinstance(found["score"], (int, float, type(None)))):
@@ -75,8 +91,20 @@ def _read_manifest(directory, iteration: int) -> dict:
 
 
 def _checksums(directory, iteration: int) -> dict[str, str]:
-    folder = pathlib.Path(directory) / str(iteration)
-    return {str(p.relative_to(folder)): files.sha256_of(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    folder = storage.path(directory) / str(iteration)
+    return {name: storage.checksum(folder / name, kept) for name, kept in storage.listing(folder).items()}
+
+
+def _mark_copied(directory) -> None:
+    """Let Orbax take the intact steps of a store for complete that were copied there from a disk without its marks."""
+    for step in steps(directory):
+        folder = directory / str(step)
+        there = storage.listing(folder)
+        marks = sorted({f"{name.partition('/')[0]}/{_COMMITTED}" for name in there if "/" in name})
+        lacking = [mark for mark in (*marks, _COMMITTED) if mark not in there]
+        if lacking and problem(directory, step) is None:
+            for mark in lacking:
+                storage.put(folder / mark, b"It was copied here whole: its checksums are right.\n")
 
 
 def _arrays(tree) -> dict[str, str]:
@@ -101,14 +129,20 @@ class Checkpointer:
           max_to_keep: steps kept besides the one with the best score.
           write: whether this process writes manifests and deletes (process 0).
         """
-        self._directory = pathlib.Path(directory).resolve()
+        self._directory = storage.absolute(storage.path(directory))
         self._max_to_keep, self._write = max_to_keep, write
+        if storage.is_store(self._directory):
+            if write:
+                _mark_copied(self._directory)
+            if jax.process_count() > 1:  # nobody's Orbax looks before that
+                multihost_utils.sync_global_devices("r2vpo_jax: checkpoints marked")
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=None,  # deleting is done here, once the newer step is known to be intact
                 enable_async_checkpointing=True,
-                cleanup_tmp_directories=True,
+                # In a store it would take all folders that lack its mark for unfinished steps, manifests/ too.
+                cleanup_tmp_directories=not storage.is_store(self._directory),
                 step_name_format=ocp.path.step.standard_name_format(),
             ),
         )
@@ -205,7 +239,9 @@ class Checkpointer:
         for step in sorted(self._scores):
             try:
                 listings.append(_read_manifest(self._directory, step)["replay"])
-            except (OSError, ValueError):
+            except (OSError, ValueError) as error:
+                if isinstance(error, OSError) and storage.out_of_reach(self._directory, error):
+                    raise
                 continue  # not written yet by process 0, or torn: then nothing is restored from it
         return [x for x in listings if x is not None]
 
@@ -227,6 +263,10 @@ class Checkpointer:
         for step in list(self._manager.all_steps()):
             if iteration is None or step > iteration:
                 self._delete(step)
+        if self._write and storage.is_store(self._directory):
+            for step in set(self.steps()) - set(self._manager.all_steps()):  # a kill has left them unfinished
+                manifest(self._directory, step).unlink(missing_ok=True)
+                storage.remove_folder(self._directory / str(step))
         if iteration is not None:
             self._prune()
 

@@ -5,34 +5,35 @@ import fcntl
 import json
 import os
 import pathlib
-import re
 import socket
 from collections.abc import Callable
 
 from r2vpo_jax import config as config_lib
+from r2vpo_jax import storage
 from r2vpo_jax.config import Config, continuing
 from r2vpo_jax.config.continuing import Changes
 from r2vpo_jax.errors import UsageError
-from r2vpo_jax.run import files
+from r2vpo_jax.run import files, lease
 
 _CONFIG = "config.json"
 _LOCK = "lock"  # a file; what counts is who holds it, not that it is there
+_STORES = ("gs",)  # where Orbax can write
 
 
-def local(path, flag="--workdir") -> pathlib.Path:
-    """The path, if it is one of this file system.
+def folder(path, flag="--workdir", *, store=True):
+    """The path of a directory that is written to: on a disk, or at gs:// (storage.path).
+
+    Args:
+      path: a text or a path.
+      flag: what named it.
+      store: whether an address will do.
 
     Raises:
-      UsageError: it is an address (gs://bucket/run), or begins with a ~ that no shell has replaced.
+      UsageError: it is another address, or begins with a ~ that no shell has replaced; or its bucket cannot be reached.
     """
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):  # pathlib makes one slash of two
-        raise UsageError(
-            f"{flag}={path} is an address, and only folders of this machine can be written to; mount the bucket as a "
-            f"folder, or choose a local {flag} and copy it afterwards"
-        )
-    if pathlib.Path(path).parts[:1] == ("~",):
-        raise UsageError(f"{flag}={path}: the shell does not replace ~ there; write the folder's full name, or $HOME")
-    return pathlib.Path(path)
+    found = storage.path(path, flag, _STORES if store else ())
+    storage.check(found, flag)
+    return found
 
 
 # Who works in it ---------------------------------------------------------------------------------------------
@@ -42,13 +43,22 @@ def local(path, flag="--workdir") -> pathlib.Path:
 def lock(workdir, *, say: Callable[[str], None], flag="--workdir"):
     """Inside, no other process (and nobody else in this one) works in the directory; it is made if needed.
 
-    The lock is the operating system's and is gone with the process that holds it, however that ends. Its file is there
-    meanwhile, and after a crash, when it locks nothing.
+    On a disk the lock is the operating system's and is gone with the process that holds it, however that ends. Its file is
+    there meanwhile, and after a crash, when it locks nothing. In a store it is a lease, which runs out (run/lease.py).
+
+    Yields:
+      A function that raises UsageError once the directory was lost, as a lease can be.
 
     Raises:
       UsageError: somebody else works there, or it cannot be written to.
     """
-    path = local(workdir, flag)
+    path = folder(workdir, flag)
+    if storage.is_store(path):
+        with files.disk_errors(f"{flag}={path}"):
+            held = lease.take(path, flag, say)
+        with contextlib.closing(held):
+            yield held.check
+        return
     with files.disk_errors(f"{flag}={path}"):
         path.mkdir(parents=True, exist_ok=True)
     descriptor, locked = _open_locked(path, flag, say)
@@ -56,7 +66,7 @@ def lock(workdir, *, say: Callable[[str], None], flag="--workdir"):
         with files.disk_errors(f"{flag}={path}"):
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-        yield
+        yield lambda: None
     finally:
         if locked:
             (path / _LOCK).unlink(missing_ok=True)  # while it is held: nobody can have taken it
@@ -90,7 +100,10 @@ def refuse_if_in_use(workdir, flag="--workdir") -> None:
     Raises:
       UsageError: somebody else works in the directory.
     """
-    path = local(workdir, flag)
+    path = folder(workdir, flag)
+    if storage.is_store(path):
+        lease.refuse_if_in_use(path, flag)
+        return
     try:
         descriptor = os.open(path / _LOCK, os.O_RDWR)
     except OSError:
@@ -140,7 +153,7 @@ def claim(workdir, config: Config, *, write=True) -> Changes:
 
 def record(workdir, config: Config) -> None:
     """Write the configuration that the run goes on with to config.json."""
-    _write(local(workdir) / _CONFIG, config_lib.to_dict(config))
+    _write(folder(workdir) / _CONFIG, config_lib.to_dict(config))
 
 
 def _all_differences(there: dict, here: dict):
@@ -148,9 +161,7 @@ def _all_differences(there: dict, here: dict):
     return sorted((*changes.refused, *changes.accepted))
 
 
-def claim_file(
-    workdir, name: str, identity: dict, *, write=True, flag="--workdir", differences=_all_differences
-) -> pathlib.Path:
+def claim_file(workdir, name: str, identity: dict, *, write=True, flag="--workdir", differences=_all_differences):
     """`claim` for any JSON identity kept in `workdir/name`.
 
     Args:
@@ -167,7 +178,7 @@ def claim_file(
     Raises:
       UsageError: the identities differ, or the directory cannot be written.
     """
-    path = local(workdir, flag)
+    path = folder(workdir, flag)
     file, mine = path / name, json.loads(json.dumps(identity))
     if file.exists():
         try:
@@ -185,5 +196,5 @@ def claim_file(
     return path
 
 
-def _write(file: pathlib.Path, values: dict) -> None:
+def _write(file, values: dict) -> None:
     files.write_atomically(file, json.dumps(values, indent=2) + "\n")

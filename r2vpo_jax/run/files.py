@@ -1,15 +1,21 @@
 """Files that a kill cannot tear, and the line files of a run directory: metrics, samples, events, TensorBoard."""
 
 import contextlib
+import errno
 import hashlib
+import io
 import json
 import math
 import os
 import pathlib
+from collections.abc import Iterator, Mapping
+from typing import TextIO
 
 import numpy as np
 
+from r2vpo_jax import storage
 from r2vpo_jax.errors import UsageError
+from r2vpo_jax.run import parts
 from r2vpo_jax.run.tensorboard import TensorBoard
 
 # Fields that measure the machine and not the run; everything else is reproducible bit for bit.
@@ -18,22 +24,29 @@ TIME_PREFIXES = ("time/", "throughput/")
 
 def write_atomically(path, content: str | bytes) -> None:
     """Write a file that appears whole or not at all, and is on disk when this returns. Its folder is made if needed."""
-    path = pathlib.Path(path)
+    path, content = storage.path(path), content.encode() if isinstance(content, str) else content
+    if storage.is_store(path):
+        storage.put(path, content)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
+def write_arrays(path, arrays: Mapping[str, np.ndarray]) -> None:
+    """An .npz of named arrays."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    write_atomically(path, buffer.getvalue())
+
+
 def sha256_of(source: bytes | os.PathLike) -> str:
     """The sha256 of bytes or of a file, hexadecimal."""
-    if isinstance(source, bytes):
-        return hashlib.sha256(source).hexdigest()
-    with open(source, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(source).hexdigest() if isinstance(source, bytes) else storage.checksum(storage.path(source))
 
 
 @contextlib.contextmanager
@@ -48,7 +61,8 @@ def disk_errors(path, intact: str | None = None):
       UsageError: for any OSError.
     """
     try:
-        yield
+        with storage.spoken(path):
+            yield
     except OSError as error:
         advice = f"; {intact} is intact: make room, and the same command goes on from there" if intact else ""
         raise UsageError(f"cannot write to {path} ({error.strerror or error}){advice}") from error
@@ -67,7 +81,7 @@ def _plain(value):
 
 
 class JsonlWriter:
-    """Appends one JSON object a line, flushed; can be cut back to a known position on resume."""
+    """Appends one JSON object a line, flushed; can be cut back to a known position on resume. In a store: in parts."""
 
     def __init__(self, path, position: int | None = None):
         """Open for appending.
@@ -80,8 +94,12 @@ class JsonlWriter:
         Raises:
           ValueError: the file is shorter than `position`: it does not belong to the checkpoint.
         """
-        path = pathlib.Path(path)
-        size = path.stat().st_size if path.exists() else 0
+        path = storage.path(path)
+        self._parts = parts.PartsWriter(path, position) if storage.is_store(path) else None
+        if self._parts:
+            return
+        _join_parts(path)
+        size = storage.size(path)
         if position is None:
             position = _end_of_last_line(path) if size else 0
         if size != position:
@@ -94,17 +112,54 @@ class JsonlWriter:
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
 
     def write(self, row: dict) -> None:
-        self._file.write(json.dumps({k: _plain(v) for k, v in row.items()}, ensure_ascii=False) + "\n")
+        line = json.dumps({k: _plain(v) for k, v in row.items()}, ensure_ascii=False) + "\n"
+        if self._parts:
+            self._parts.write(line)
+            return
+        self._file.write(line)
         self._file.flush()
+
+    def flush(self) -> None:
+        """Others can read what was written."""
+        if self._parts:
+            self._parts.flush()
 
     def position(self) -> int:
         """Bytes written so far, on disk."""
+        if self._parts:
+            return self._parts.position()
         self._file.flush()
         os.fsync(self._file.fileno())
         return self._file.tell()
 
     def close(self) -> None:
-        self._file.close()
+        self.flush()
+        if not self._parts:
+            self._file.close()
+
+
+def append_lines(path, text: str) -> None:
+    """Append whole lines to a file, which are on disk when this returns. In a store they are a part of their own."""
+    path = storage.path(path)
+    if storage.is_store(path):
+        writer = parts.PartsWriter(path)
+        writer.write(text)
+        writer.flush()
+        return
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _join_parts(path: pathlib.Path) -> None:
+    """Of a run that was copied here from a store: one file, as a disk has it."""
+    pieces = parts.files_of(path)
+    if any(piece != path for piece in pieces):
+        write_atomically(path, b"".join(storage.read_all(pieces)))
+        for piece in pieces:
+            if piece != path:
+                piece.unlink()
 
 
 def _end_of_last_line(path: pathlib.Path) -> int:
@@ -118,6 +173,9 @@ class NullWriter:
     def write(self, row: dict) -> None:
         pass
 
+    def flush(self) -> None:
+        pass
+
     def position(self) -> int:
         return 0
 
@@ -126,13 +184,31 @@ class NullWriter:
 
 
 def read_jsonl(path) -> list[dict]:
-    """All complete rows of a file; a torn last line (a killed process) is left out."""
+    """All complete rows of a line file, in one piece or in parts; a torn last line (a killed process) is left out.
+
+    Raises:
+      FileNotFoundError: there is neither.
+    """
+    path = storage.path(path)
+    pieces = parts.files_of(path)
+    if not pieces:
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(path))
     rows = []
-    with open(path, encoding="utf-8") as file:
+    for file in _opened(pieces):
         for line in file:
             if line.endswith("\n"):
                 rows.append(json.loads(line))
     return rows
+
+
+def _opened(pieces) -> Iterator[TextIO]:
+    """The files of a line file, each open for reading."""
+    if storage.is_store(pieces[0]):  # all at once: there are as many as checkpoints
+        yield from (io.TextIOWrapper(io.BytesIO(content), encoding="utf-8") for content in storage.read_all(pieces))
+        return
+    for piece in pieces:
+        with open(piece, encoding="utf-8") as file:
+            yield file
 
 
 class RunFiles:
@@ -153,7 +229,7 @@ class RunFiles:
           ValueError: a file is gone or shorter than its position.
           OSError: a file cannot be opened.
         """
-        workdir = pathlib.Path(workdir)
+        workdir = storage.path(workdir)
         if write:
             files = {n: JsonlWriter(workdir / f"{n}.jsonl", positions.get(n, 0)) for n in self._NAMES}
             self._files = files | {"events": JsonlWriter(workdir / "events.jsonl")}
@@ -179,7 +255,13 @@ class RunFiles:
 
     def positions(self) -> dict[str, int]:
         """Bytes written so far, on disk, for a checkpoint."""
+        self._files["events"].position()
         return {name: self._files[name].position() for name in self._NAMES}
+
+    def flush(self) -> None:
+        """Others can read what was written."""
+        for writer in self._files.values():
+            writer.flush()
 
     def close(self) -> None:
         for writer in (*self._files.values(), self._tensorboard):

@@ -2,11 +2,12 @@
 
 import base64
 import html
+import io
 import json
-import pathlib
 
 import numpy as np
 
+from r2vpo_jax import storage
 from r2vpo_jax.config import Config
 from r2vpo_jax.run import files
 
@@ -187,17 +188,21 @@ def _kept(summary: dict) -> list[str]:
 
 def is_finished(workdir) -> bool:
     """Whether a run ended here."""
-    return (pathlib.Path(workdir) / "report" / "summary.json").exists()
+    return _summary(workdir).exists()
 
 
 def withdraw(workdir) -> None:
     """The run goes on: it has not finished until there is a summary again."""
-    (pathlib.Path(workdir) / "report" / "summary.json").unlink(missing_ok=True)
+    _summary(workdir).unlink(missing_ok=True)
 
 
 def read_summary(workdir) -> dict:
     """summary.json of a finished run."""
-    return json.loads((pathlib.Path(workdir) / "report" / "summary.json").read_text())
+    return json.loads(_summary(workdir).read_text())
+
+
+def _summary(workdir):
+    return storage.path(workdir, "--workdir") / "report" / "summary.json"
 
 
 def rewrite(workdir) -> str:
@@ -206,7 +211,7 @@ def rewrite(workdir) -> str:
     Raises:
       ValueError: the run has not finished.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = storage.path(workdir, "--workdir")
     if not is_finished(workdir):
         raise ValueError(f"{workdir} does not hold a finished run (no report/summary.json)")
     summary = read_summary(workdir)
@@ -216,12 +221,14 @@ def rewrite(workdir) -> str:
 
 def write(workdir, summary: dict, rows) -> None:
     """Write workdir/report: summary.png, curves.png, report.html (with both figures) and, last, summary.json."""
-    directory = pathlib.Path(workdir) / "report"
-    directory.mkdir(parents=True, exist_ok=True)
+    workdir = storage.path(workdir)
+    directory = workdir / "report"
+    if not storage.is_store(directory):
+        directory.mkdir(parents=True, exist_ok=True)
     _figure(directory / "summary.png", (8, 3.8), 200, lambda figure: _draw_summary(figure, summary, rows))
     _figure(directory / "curves.png", (12, 10.5), 110, lambda figure: _draw_curves(figure, summary, rows))
     images = "".join(html_picture((directory / name).read_bytes(), text) for name, text in _ALT_TEXTS.items())
-    config = json.loads((pathlib.Path(workdir) / "config.json").read_text())
+    config = json.loads((workdir / "config.json").read_text())
     page = html_page(
         "r2vpo_jax run",
         f"<h1>{html.escape(summary['objective'])}, seed {summary['seed']}</h1>{images}"
@@ -263,7 +270,12 @@ def _figure(file, size, dpi, draw) -> None:
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     draw(figure)
-    figure.savefig(file, dpi=dpi)
+    if storage.is_store(file):
+        picture = io.BytesIO()
+        figure.savefig(picture, dpi=dpi)
+        storage.put(file, picture.getvalue())
+    else:
+        figure.savefig(file, dpi=dpi)
 
 
 def _train_rows(rows):

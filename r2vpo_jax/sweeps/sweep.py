@@ -55,7 +55,7 @@ def run_sweep(
       UsageError: the directory holds another sweep or is in use, a run's configuration is invalid, or the mode does not
         fit.
     """
-    workdir = directory.local(workdir)
+    workdir = directory.folder(workdir, store=False)
     plan = runs.plan(base, sweep)
     mode = _mode(plan, mode, processes, runs_at_once, say)
 

@@ -131,8 +131,8 @@ class Collector:
             index = self.problem_index(position + wanted * len(parts))
             with self._timers("rollout"):
                 rollout = self.sample(params, index, iteration=iteration, version=version)
-                rows = first_id + sum(len(part.reward) for part in parts)
-                rollout = rollout.replace(rollout_id=rollout.rollout_id + np.int32(rows))
+                before = first_id + len(parts) * wanted * self.sampling.group_size
+                rollout = rollout.replace(rollout_id=rollout.rollout_id + np.int32(before))
             with self._timers("verify"):
                 rollout, said = self.verify(index, rollout)
             parts.append(rollout)

@@ -6,6 +6,7 @@ import math
 import time
 
 import r2vpo_jax
+from r2vpo_jax import storage
 from r2vpo_jax.config import Config
 from r2vpo_jax.errors import UsageError, usage_errors
 from r2vpo_jax.models.identity import refuse_others
@@ -53,6 +54,18 @@ class Counters:
         return dataclasses.replace(now, best_validation=score if best is None else max(score, best))
 
 
+def refuse_in_store(config: Config, workdir, profile_steps) -> None:
+    """Raises UsageError for what can be written to a disk alone, where the run directory is in a store."""
+    if not storage.is_store(workdir):
+        return
+    if config.trainer.tensorboard:
+        raise UsageError(
+            f"trainer.tensorboard needs a disk, and --workdir={workdir} is none; leave it out: metrics/ has the same numbers"
+        )
+    if profile_steps:
+        raise UsageError(f"--profile_steps needs a disk, and --workdir={workdir} is none; profile a short run on one")
+
+
 class Lifecycle:
     """The run directory of one run, and everything that is restored from it.
 
@@ -76,12 +89,12 @@ class Lifecycle:
         Raises:
           UsageError: the directory belongs to another run, is in use, or cannot be written.
         """
-        self.workdir = directory.local(workdir)
+        self.workdir = directory.folder(workdir)
         self._config, self._chief, self._say, self._started = config, chief, say, started
-        self._positions, self._notices = {}, []
+        self._positions, self._notices, self._check_held = {}, [], lambda: None
         with contextlib.ExitStack() as stack:
             if chief:
-                stack.enter_context(directory.lock(workdir, say=say))
+                self._check_held = stack.enter_context(directory.lock(workdir, say=say))
             self._changes = directory.claim(workdir, config, write=chief)
             self._checkpointer = Checkpointer(
                 self.workdir / "checkpoints", max_to_keep=config.trainer.max_checkpoints, write=chief
@@ -202,7 +215,12 @@ class Lifecycle:
             yield
 
     def save(self, state: LearnerState, counters: Counters) -> None:
-        """Everything that the run needs to continue; written in the background."""
+        """Everything that the run needs to continue; written in the background.
+
+        Raises:
+          UsageError: another process has taken the directory over (run/lease.py).
+        """
+        self._check_held()
         self._checkpointer.wait()
         self.replay.collect_garbage(self._checkpointer.replay_listings())
         self._positions = self.files.positions()

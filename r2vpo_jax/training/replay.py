@@ -13,11 +13,11 @@ iterations ago (as in M2PO, arXiv 2510.01161).
 
 import dataclasses
 import io
-import pathlib
 
 import jax
 import numpy as np
 
+from r2vpo_jax import storage
 from r2vpo_jax.config import ReplayConfig
 from r2vpo_jax.rollout import Rollout
 from r2vpo_jax.rows import Rows, taken
@@ -64,7 +64,7 @@ class ReplayBuffer:
             a share writes it.
           rows: how a batch is spread over processes; default: every process has all of it.
         """
-        self._directory = pathlib.Path(directory)
+        self._directory = storage.path(directory)
         self._config, self._group, self._write = config, group_size, write
         self._rows = None if rows is None or rows.is_all else rows
         self._entries: list[_Entry] = []
@@ -228,7 +228,7 @@ class ReplayBuffer:
 
     # Files ---------------------------------------------------------------------------------------------
 
-    def path(self, iteration: int, share: int = 0, shares: int = 1) -> pathlib.Path:
+    def path(self, iteration: int, share: int = 0, shares: int = 1):
         """The file of the batch that an iteration generated, or of one share of several."""
         part = f".p{share}-of-{shares}" if shares > 1 else ""
         return self._directory / f"rollout_{iteration:08d}{part}.npz"
@@ -292,12 +292,15 @@ class ReplayBuffer:
                 file.unlink(missing_ok=True)
 
 
-def _read(path: pathlib.Path, sha256: str) -> bytes:
+def _read(path, sha256: str) -> bytes:
     """A replay file; ReplayError if it is missing or damaged."""
     try:
-        data = path.read_bytes()
+        with storage.spoken(path):
+            data = path.read_bytes()
     except OSError as error:
-        raise ReplayError(f"cannot read replay file {path}: {error.strerror}") from error
+        if storage.out_of_reach(path, error):
+            raise
+        raise ReplayError(f"cannot read replay file {path}: {error.strerror or 'it is missing'}") from error
     if files.sha256_of(data) != sha256:
         raise ReplayError(f"replay file {path} is damaged: its checksum is not the one in the checkpoint")
     return data

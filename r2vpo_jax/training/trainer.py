@@ -51,7 +51,7 @@ from r2vpo_jax.run.interrupts import any_process, graceful_stop
 from r2vpo_jax.training import credit, iteration, metrics, noise_floor, overlapped, sampler_mesh
 from r2vpo_jax.training.collector import Collected, Collector
 from r2vpo_jax.training.learner import Learner
-from r2vpo_jax.training.lifecycle import Lifecycle
+from r2vpo_jax.training.lifecycle import Lifecycle, refuse_in_store
 from r2vpo_jax.training.overlapped import Beside
 from r2vpo_jax.training.replay import ReplayError
 from r2vpo_jax.training.sampler_mesh import SamplerWeights
@@ -108,6 +108,8 @@ def train(
       NonFiniteUpdateError: more non-finite updates in a row than allowed; the batch is saved.
     """
     say = say if jax.process_index() == 0 else lambda _: None
+    workdir = directory.folder(workdir)
+    refuse_in_store(config, workdir, profile_steps)
     if report.is_finished(workdir):
         changes = directory.claim(workdir, config, write=False)
         if not changes.longer:
@@ -351,7 +353,7 @@ class _Run:
             minibatch = sharding.to_host(self.learner.minibatch(batch, key, number))
             file = self.workdir / f"nonfinite_{self.counters.iteration}_{number}.npz"
             if self.chief:
-                np.savez(file, **{name: value for name, value in vars(minibatch).items() if value is not None})
+                files.write_arrays(file, {name: x for name, x in vars(minibatch).items() if x is not None})
             self._event("nonfinite", update=number, file=file.name)
             if in_a_row > self.config.trainer.max_nonfinite_updates:
                 raise NonFiniteUpdateError(
@@ -468,6 +470,7 @@ class _Run:
         )
         if not self.chief:
             return {}
+        self.life.files.flush()
         rows = files.read_jsonl(self.workdir / "metrics.jsonl")
         summary = report.summarize(
             self.config,

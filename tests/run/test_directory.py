@@ -94,11 +94,14 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
 )
 def test_what_is_no_folder_of_this_machine_is_refused(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for call in (
-        lambda: directory.local(path, "--output"),
-        lambda: directory.claim_file(path, "config.json", {}, flag="--output"),
-        lambda: directory.lock(path, say=silent, flag="--output").__enter__(),
-    ):
+    calls = [lambda: directory.folder(path, "--output", store=False)]
+    if path != "gs://bucket/run":  # where runs may be
+        calls += [
+            lambda: directory.folder(path, "--output"),
+            lambda: directory.claim_file(path, "config.json", {}, flag="--output"),
+            lambda: directory.lock(path, say=silent, flag="--output").__enter__(),
+        ]
+    for call in calls:
         with pytest.raises(UsageError, match=rf"^--output={path}.*(is an address|does not replace ~)"):
             call()
     assert list(tmp_path.iterdir()) == []
@@ -106,4 +109,4 @@ def test_what_is_no_folder_of_this_machine_is_refused(path, tmp_path, monkeypatc
 
 def test_ordinary_names_are_folders():
     for path in ("runs/a:b", "a=b~", "C:", "/tmp/x", "runs/gs:/x", "x"):
-        assert str(directory.local(path)) == path
+        assert str(directory.folder(path)) == path

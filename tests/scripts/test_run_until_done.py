@@ -57,6 +57,27 @@ def test_what_ends_it_and_with_which_code(tmp_path):
         assert said in found[2], f"{name}: {found}"
 
 
+IN_STORE = """
+import sys
+from r2vpo_jax import storage
+run = storage.path(sys.argv[1].partition("=")[2])
+if storage.create(run / "checkpoints" / "manifests" / "10.json", b"{}"):
+    sys.exit(1)
+storage.put(run / "report" / "summary.json", b"{}")
+"""
+
+
+@pytest.mark.slow
+def test_a_run_in_a_store_is_asked_after(store):
+    """The first start leaves a checkpoint and fails, the second one finishes."""
+    command = [sys.executable, "-c", IN_STORE, f"--workdir={store}"]
+    options = *FAST, "--max-fruitless=1"
+    done = subprocess.run(["bash", str(SCRIPT), *options, "--", *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "start 2, from iteration 10" in done.stderr
+    assert "ended with 0: the run is done" in done.stderr
+
+
 def test_zero_is_enough_where_no_summary_is_to_be_expected(tmp_path):
     for arguments in ((), (f"--workdir={tmp_path}", "--stop_after_iteration=3")):
         done = subprocess.run(["bash", str(SCRIPT), *FAST, "--", "true", *arguments], timeout=60)

@@ -56,7 +56,7 @@ def test_from_nothing_to_a_run_to_nothing(cloud):
     assert [call[7] for call in ssh] == ["--worker=0", "--worker=1", "--worker=all"], "keys reach the hosts one by one"
     assert [call[8] for call in ssh[:2]] == ["--command=true"] * 2
     pip = next(" ".join(call[2:]) for call in calls if call[:2] == ["uv", "pip"])
-    assert pip == "install --quiet --python .venv/bin/python -c constraints.txt -e .[tpu,reasoning]"
+    assert pip == "install --quiet --python .venv/bin/python -c constraints.txt -e .[tpu,gcs,reasoning]"
 
     settings = ("--until-done=7", "--env=A=b c", "--env=B=$HOME", "--logs-to=gs://bucket/logs/", "--grace=60")
     assert launch(cloud, *settings).count("started") == 2
@@ -246,7 +246,7 @@ def test_bad_arguments_are_refused_before_anything_is_asked(cloud):
         (("launch", "pod"), "come after --"),
         (("launch", "pod", "--", "--config=a.py"), "needs --workdir="),
         (("launch", "pod", "--", "--workdir=runs/a"), "give a full path"),
-        (("launch", "pod", "--", "--workdir=gs://bucket/run"), "mount a disk that all hosts see"),
+        (("launch", "pod", "--", "--workdir=s3://bucket/run"), "of addresses, only gs://BUCKET/NAME will do"),
         (("launch", "pod", "--logs-to=bucket", "--", good), "does not begin with gs://"),
         (("launch", "pod", "--env=A", "--", good), "has no option --env=A"),
     ):
