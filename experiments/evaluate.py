@@ -45,7 +45,7 @@ def main():
     chosen = settings.resolve(**what, **how, sections=_SECTIONS.value.to_dict())
     mark = "differs from the run, or from the default where there is no run"
     cli.show_if_asked(lambda: config.describe(chosen, settings.resolve(**what), mark))
-    cli.start_devices()
+    cli.start_devices(cli.settings_to_compare(chosen))
     benchmarks.run(chosen, _OUTPUT.value)
 
 

@@ -24,7 +24,7 @@ _DTYPE = flags.DEFINE_enum(
 def main():
     cli.require_flag(_MODEL, "runs/arithmetic")
     cli.require_flag(_OUTPUT, "exports/arithmetic")
-    cli.start_devices()
+    cli.start_devices({"checkpoint": _CHECKPOINT.value, "dtype": _DTYPE.value})
     exports.export(_MODEL.value, _CHECKPOINT.value, _OUTPUT.value, dtype=_DTYPE.value)
 
 

@@ -25,7 +25,9 @@ def main():
     config = cli.resolve(_CONFIG)
     workdir = _WORKDIR.value or cli.directory_of(_CONFIG)
     profile = cli.parse_range("profile_steps", _PROFILE.value)
-    cli.start_devices()
+    cli.start_devices(
+        cli.settings_to_compare(config, stop_after_iteration=_STOP_AFTER.value, profile_steps=_PROFILE.value)
+    )
     trainer.train(config, workdir, stop_after_iteration=_STOP_AFTER.value, profile_steps=profile)
 
 

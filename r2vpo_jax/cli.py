@@ -4,9 +4,11 @@ A binary is called in two ways: `python -m experiments.train` in a checkout, `r2
 Its docstring and our messages are written for the first, and shown as the second needs them.
 
 An unknown flag or field, a bad value or a missing file ends with one line on stderr and exit code 2, nearly
-always before any work is done; everything unexpected keeps its traceback and exit code 1.
+always before any work is done; everything unexpected keeps its traceback and exit code 1. That another process of a run is
+missing or gone is one line and exit code 75: the same command goes on.
 """
 
+import json
 import os
 import pathlib
 import platform
@@ -18,19 +20,44 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from r2vpo_jax import __version__
+from r2vpo_jax import __version__, cluster
 from r2vpo_jax import config as config_lib
 from r2vpo_jax.config import shipped
-from r2vpo_jax.errors import NonFiniteUpdateError, Stopped, UsageError, usage_errors
+from r2vpo_jax.config.flags import leaves
+from r2vpo_jax.errors import ClusterError, NonFiniteUpdateError, Stopped, UsageError, usage_errors
+from r2vpo_jax.run.instruments import code_identity
 
 _PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print every config field with its value and help, and exit.")
 _VERSION = flags.DEFINE_bool("version", False, "Print the version, and exit.")
 _DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", False, "Call jax.distributed.initialize first (TPU pods find their peers by themselves)."
+    "distributed",
+    None,
+    "Whether this is one of several processes of a run. Default: what the next three flags, Cloud TPU, SLURM or Open MPI say; a "
+    "process that is alone starts nothing.",
 )
-_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0, where it is not found.")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator_address",
+    None,
+    f"host:port of process 0, where it is not found; without :port, {cluster.PORT}, which Google Cloud's firewall rule opens.",
+)
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, where it is not found.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, where it is not found.")
+_INITIALIZATION_TIMEOUT = flags.DEFINE_float(
+    "initialization_timeout_seconds",
+    300,
+    "How long to wait for all processes to come; a large slice that starts cold may need 1800.",
+    lower_bound=1,
+)
+_HEARTBEAT_TIMEOUT = flags.DEFINE_float(
+    "heartbeat_timeout_seconds",
+    100,
+    "A process that gives no sign of life for so long is taken for gone, and the others end with exit code "
+    f"{cluster.LOST}; the same command goes on from the last checkpoint.",
+    lower_bound=1,
+)
+_SHARED = (
+    _PRINT_CONFIG, _VERSION, _DISTRIBUTED, _COORDINATOR, _NUM_PROCESSES, _PROCESS_ID, _INITIALIZATION_TIMEOUT, _HEARTBEAT_TIMEOUT,
+)  # fmt: skip
 
 
 def define_config() -> flags.FlagHolder:
@@ -121,17 +148,43 @@ def resolve_sweep(flag) -> tuple[dict, config_lib.SweepConfig]:
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
-def start_devices() -> None:
-    """Compilation cache, and the other processes of a pod. Call before anything touches a device."""
+def start_devices(facts: Mapping[str, object] | None = None) -> None:
+    """Compilation cache, and the other processes of a run. Call before anything touches a device.
+
+    Args:
+      facts: JSON-compatible values by name that must be alike on all processes, besides the code and the versions of
+        packages: the settings.
+
+    Raises:
+      UsageError: facts differ, or the processes were not started as they should be.
+      ClusterError: a process has not come in time.
+    """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path.cwd() / ".cache" / "jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    if _DISTRIBUTED.value:
-        # It would take SIGTERM away from the process, also while it starts: a run listens to that itself.
-        jax.config.update("jax_enable_preemption_service", False)
-        jax.distributed.initialize(
-            coordinator_address=_COORDINATOR.value, num_processes=_NUM_PROCESSES.value, process_id=_PROCESS_ID.value
-        )
+    place = cluster.find(
+        _DISTRIBUTED.value,
+        coordinator_address=_COORDINATOR.value,
+        num_processes=_NUM_PROCESSES.value,
+        process_id=_PROCESS_ID.value,
+        timeout=_INITIALIZATION_TIMEOUT.value,
+    )
+    cluster.start(
+        place,
+        {"code": code_identity(), **(facts or {})},
+        initialization_timeout=_INITIALIZATION_TIMEOUT.value,
+        heartbeat_timeout=_HEARTBEAT_TIMEOUT.value,
+    )
+
+
+# Where things lie may differ from host to host; what lies there is compared by its contents.
+_PLACES = ("task.text.data_dir", "model.path")
+
+
+def settings_to_compare(config, **more) -> dict[str, object]:
+    """A configuration as `start_devices` takes it, and other settings by their names."""
+    values = dict(leaves(json.loads(json.dumps(config_lib.to_dict(config), default=str))))
+    return {name: value for name, value in values.items() if name not in _PLACES} | more
 
 
 def _as_called(text: str) -> str:
@@ -142,9 +195,24 @@ def _as_called(text: str) -> str:
     return re.sub(r"experiments/configs/(\w+)\.py", r"\1", text)
 
 
+def _line(message) -> str:
+    return f"error: {_as_called(' '.join(str(message).split()))}"
+
+
 def _fail(message: str) -> None:
-    print(f"error: {_as_called(' '.join(str(message).split()))}", file=sys.stderr)
+    print(_line(message), file=sys.stderr)
     sys.exit(2)
+
+
+def _ending(error: Exception) -> tuple[int, str]:
+    """(exit code, what is said) of a program that ends with an error; nothing is said of what keeps its traceback."""
+    if isinstance(error, UsageError):
+        return 2, _line(error)
+    if isinstance(error, ClusterError):
+        return cluster.LOST, _line(error)
+    if isinstance(error, NonFiniteUpdateError):
+        return 1, f"error: {error}"
+    return 1, ""
 
 
 _BAD_FLAGS = (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError)
@@ -200,25 +268,30 @@ def run(main) -> None:
     def guarded(_):
         logging.set_verbosity(logging.WARNING)  # libraries log their own set-up at info level
         try:
-            return main()
-        except UsageError as error:
-            _fail(error)
+            code = main()
         except Stopped as stopped:
             print(stopped)
-            return 0
-        except NonFiniteUpdateError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-        except KeyboardInterrupt:
-            print("interrupted; what was saved is intact", file=sys.stderr)
+            code = 0
+        except Exception as error:
+            code, text = _ending(error)
+            cluster.fail(error, code, text)
+            if not text:
+                raise
+            print(text, file=sys.stderr)
+            return code
+        except KeyboardInterrupt as error:
+            text = "interrupted; what was saved is intact"
+            cluster.fail(error, 130, text)
+            print(text, file=sys.stderr)
             return 130
+        cluster.finish(code)
+        return code
 
     binary = sys.modules[main.__module__]
     if binary.__name__ != "__main__":  # called by an installed script, which is what Python takes for the program
         sys.path.insert(0, os.getcwd())  # as python -m does: losses, tasks and rewards of the user's own are there
         sys.modules["__main__"].__doc__ = binary.__doc__ and _as_called(binary.__doc__)
-    shared = (_PRINT_CONFIG, _VERSION, _DISTRIBUTED, _COORDINATOR, _NUM_PROCESSES, _PROCESS_ID)
-    names = (*(flag.name for flag in shared), *({"config"} & set(flags.FLAGS)))
+    names = (*(flag.name for flag in _SHARED), *({"config"} & set(flags.FLAGS)))
     for flag in (*flags.FLAGS.get_flags_for_module(binary), *(flags.FLAGS[name] for name in names)):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # so that --help shows it
     app.run(guarded, flags_parser=parse)

@@ -33,3 +33,7 @@ class NonFiniteUpdateError(FloatingPointError):
 
 class Stopped(Exception):
     """A run or an evaluation was stopped before its end, and saved: the same command goes on from there."""
+
+
+class ClusterError(Exception):
+    """A process of a run on several hosts has not come, or does not answer. Shown as one line; the same command may go well."""

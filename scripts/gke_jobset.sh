@@ -75,7 +75,6 @@ manifest() {
   local text argument arguments selector=''
   arguments='["--max-restarts=0", "--", "python", "-m", "experiments.train"'
   for argument in "${training[@]}"; do arguments+=", $(string "$argument")"; done
-  if [ "$hosts" -gt 1 ]; then arguments+=", \"--distributed\", \"--num_processes=$hosts\", \"--process_id=\$(PROCESS_ID)\""; fi
   if [ -n "$spot" ]; then selector='                cloud.google.com/gke-spot: "true"'; fi
   text=$(grep -v '^# ' scripts/gke/jobset.yaml)
   text=${text//@NAME@/"$name"}

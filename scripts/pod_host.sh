@@ -86,7 +86,7 @@ start() {
   systemd-run --user --quiet --unit="$unit" --working-directory="$code" \
     --property=KillMode=mixed --property=TimeoutStopSec="$grace" --property=SuccessExitStatus="143 130" \
     --property=StandardOutput="append:$state/log" --property=StandardError="append:$state/log" "${after[@]}" \
-    --setenv=JAX_COORDINATOR_PORT=8476 --setenv=PYTHONUNBUFFERED=1 --setenv=PATH="$code/.venv/bin:$PATH" "${settings[@]}" \
+    --setenv=PYTHONUNBUFFERED=1 --setenv=PATH="$code/.venv/bin:$PATH" "${settings[@]}" \
     -- /bin/bash "$code/scripts/pod_host.sh" run "$limit"
   say "started"
 }

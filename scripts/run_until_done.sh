@@ -12,6 +12,7 @@
 #   143, 130    SIGTERM or SIGINT came. It is passed on once, the command saves and ends, and this waits for it. Not 0 although
 #               all is saved: whoever restarts what failed must not take the run for done
 #   otherwise   that of the last try: there were --max-restarts, or --max-fruitless in a row without a newer checkpoint
+#               (75: another process of the run is missing or gone)
 #
 # Options:
 #   --max-restarts=N     restarts in all (default 100; 0: one try)
@@ -76,7 +77,7 @@ is_done() {
   [ -n "$workdir" ] && [ -z "$partial" ] || return 0
   for ((second = 0; ; second++)); do
     case "$workdir" in
-      gs://*) [ "$(progress_in_store "$python" "$workdir" | cut -d ' ' -f 2)" != done ] || return 0 ;;
+      gs://*) [ "$(progress_in_store "$python" "$workdir" | cut -d ' ' -f 2)" != "done" ] || return 0 ;;
       *) [ ! -e "$workdir/report/summary.json" ] || return 0 ;;
     esac
     [ "$second" -lt "$settle" ] && [ -z "$signal" ] || return 1
@@ -144,6 +145,8 @@ while :; do
   if [ "$code" -eq 0 ]; then
     why="stopped and saved after iteration $after, by a signal to it or to another process of the run"
     failure=1 # what this exits with if it gives up: the run is not done
+  elif [ "$code" -eq 75 ]; then
+    why="another process of the run is missing or gone (exit code 75), after iteration $after" failure=$code
   else
     why="exit code $code after iteration $after" failure=$code
   fi

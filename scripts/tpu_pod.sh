@@ -192,12 +192,9 @@ install() {
 }
 
 launch() {
-  local argument workdir='' distributed='' mark
+  local argument workdir='' mark
   for argument in "${training[@]}"; do
-    case "$argument" in
-      --workdir=*) workdir=${argument#*=} ;;
-      --distributed) distributed=yes ;;
-    esac
+    case "$argument" in --workdir=*) workdir=${argument#*=} ;; esac
   done
   [ "${#training[@]}" -gt 0 ] || refuse "the flags of the run come after --: … launch $name -- --config=… --workdir=/shared/run"
   case "$workdir" in
@@ -210,7 +207,7 @@ launch() {
   case "$logs_to" in "" | gs://?*) ;; *) refuse "--logs-to=$logs_to does not begin with gs://" ;; esac
   need_ready
   if [ "$workers" -gt 1 ] && [[ $workdir == /* ]]; then
-    # A host that does not see the others' disk would wait for them without a word.
+    # The run finds out itself, into the hosts' logs: here it is said at once.
     mark=$workdir/.seen_by_all_hosts
     [ -n "$dry" ] || mark+=.$RANDOM$RANDOM
     ssh_to 0 "$(on_host mark "$mark")" || {
@@ -220,7 +217,6 @@ launch() {
     ssh_to all "$(on_host see "$mark")"
     ssh_to 0 "$(quote rm -f "$mark")"
   fi
-  [ "$workers" -le 1 ] || [ -n "$distributed" ] || training+=(--distributed)
   ssh_to all "$(on_host start "$limit" "$grace" "$logs_to" "${environment[@]}" -- python -m "$module" "${training[@]}")" || {
     echo "error: the run is not started on all hosts, and the others wait for the missing ones: launch again, or stop" >&2
     exit 1

@@ -330,6 +330,14 @@ def test_bad_ranges_raise(text):
         cli.parse_range("profile_steps", text)
 
 
+def test_what_several_processes_compare(tiny_config):
+    """All fields but the places of files, which may differ from host to host, as JSON values."""
+    compared = cli.settings_to_compare(tiny_config(), stop_after_iteration=3)
+    assert compared == json.loads(json.dumps(compared))
+    assert (compared["optimizer.learning_rate"], compared["stop_after_iteration"]) == (1e-3, 3)
+    assert not {"model.path", "task.text.data_dir"} & compared.keys()
+
+
 # ---- Ctrl-C ----
 
 

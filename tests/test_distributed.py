@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -131,25 +130,3 @@ def test_processes_that_read_different_data_are_told(text_config_file, tmp_path)
     for process, output in zip(processes, outputs, strict=True):
         assert "the processes of this run read different data" in output
         assert process.returncode == 2
-
-
-def test_sigterm_ends_a_process_of_many_while_it_starts():
-    code = (
-        "import os, signal, sys, time\n"
-        "from absl import flags\n"
-        "from r2vpo_jax import cli\n"
-        "flags.FLAGS(sys.argv)\n"
-        "cli.start_devices()\n"
-        "os.kill(os.getpid(), signal.SIGTERM)\n"
-        "time.sleep(5)\n"
-    )
-    address = f"--coordinator_address=127.0.0.1:{free_port()}"
-    arguments = "--distributed", address, "--num_processes=1", "--process_id=0"
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == -signal.SIGTERM, done.stderr

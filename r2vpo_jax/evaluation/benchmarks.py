@@ -19,8 +19,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from r2vpo_jax import sharding, tasks
+from r2vpo_jax import cluster, sharding, tasks
 from r2vpo_jax.config.evaluation import EvaluationConfig, identity
+from r2vpo_jax.config.flags import leaves
 from r2vpo_jax.errors import Stopped, usage_errors
 from r2vpo_jax.evaluation import model_source, settings, subsets
 from r2vpo_jax.evaluation import report as benchmark_report
@@ -228,8 +229,11 @@ def run(config: EvaluationConfig, output, *, say=console.say) -> dict:
                 benchmarks.append(open_benchmark(spec, config, base))
                 stack.callback(benchmarks[-1].task.close)
             evaluated = _evaluated(config, source, base, benchmarks)
+            cluster.agree("evaluation", dict(leaves(evaluated)))
             claim = functools.partial(claim_file, output, "config.json", evaluated, flag="--output")
             path = claim(write=False)  # 2
+            with files.disk_errors(f"--output={path}"):
+                cluster.agree_on_folder(path, flag="--output")
             if chief:
                 stack.enter_context(lock(output, say=say, flag="--output"))
                 claim()

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from r2vpo_jax import storage
+from r2vpo_jax import cluster, storage
 from r2vpo_jax.errors import UsageError
 from r2vpo_jax.run import files
 
@@ -188,6 +188,7 @@ class Checkpointer:
             self._manager.wait_until_finished()
             if self._write:
                 self._write_manifest(iteration, details)
+            cluster.where.saved = iteration
         except Exception as error:  # handed to the thread that trains, by wait()
             self._error = error
 

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import jax
 
+from r2vpo_jax import cluster
+
 
 class _Compiling(threading.local):
     seconds = 0.0  # of each thread: one may compile while another computes
@@ -35,7 +37,10 @@ class Span(NamedTuple):
 
 
 class Timers:
-    """Seconds by phase. Compilation inside a phase is moved to the phase "compile". Threads may share it."""
+    """Seconds by phase, which is also what this process is doing. Compilation inside a phase is moved to the phase "compile".
+
+    Threads may share it.
+    """
 
     def __init__(self):
         self.seconds = {"compile": 0.0}
@@ -47,7 +52,8 @@ class Timers:
         thread, start, compiled = threading.get_ident(), time.perf_counter(), _compiling.seconds
         outside, self._current[thread] = self._current.get(thread), phase
         try:
-            yield
+            with cluster.phase(phase):
+                yield
         finally:
             end, compiling = time.perf_counter(), _compiling.seconds - compiled
             with self._lock:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from r2vpo_jax import verifiers
+from r2vpo_jax import cluster, verifiers
 from r2vpo_jax.config.task import TaskConfig
 from r2vpo_jax.data import Example, digest, disjoint, load
 from r2vpo_jax.models.stops import stop_table
@@ -176,11 +176,12 @@ class TextTask:
         return data.select(good, "gold answer not verifiable") if not good.all() else data
 
     def _check_same_on_all_processes(self, data) -> None:
-        if jax.process_count() == 1:
-            return
-        mine = np.frombuffer(bytes.fromhex(digest(data)), np.uint8)
-        if np.any(multihost_utils.process_allgather(mine) != mine):
-            raise ValueError("the processes of this run read different data; give all hosts the same files")
+        cluster.agree(
+            "data",
+            {f"task.text.{split}": data[split].digest[:16] for split in sorted(data)},
+            how="read different data",
+            advice="give all hosts the same files",
+        )
 
     def _from_chief(self, tree):
         """Arrays of process 0, on all processes; of the same shapes everywhere."""

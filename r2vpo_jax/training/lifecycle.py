@@ -6,7 +6,7 @@ import math
 import time
 
 import r2vpo_jax
-from r2vpo_jax import storage
+from r2vpo_jax import cluster, storage
 from r2vpo_jax.config import Config
 from r2vpo_jax.errors import UsageError, usage_errors
 from r2vpo_jax.models.identity import refuse_others
@@ -148,6 +148,7 @@ class Lifecycle:
                 self._positions, self.alarms.state = saved.pop("positions"), saved.pop("alarms")
                 counters = Counters(**saved)
                 self._say(f"continuing {self.workdir} from iteration {iteration}")
+                cluster.where.saved = iteration
                 break
             self._notices.append({"name": "torn", "iteration": iteration, "message": problem})
             self._say(f"checkpoint {iteration} is torn ({problem}); falling back to the one before")
@@ -221,7 +222,8 @@ class Lifecycle:
           UsageError: another process has taken the directory over (run/lease.py).
         """
         self._check_held()
-        self._checkpointer.wait()
+        with cluster.phase("waiting for the last checkpoint"):
+            self._checkpointer.wait()
         self.replay.collect_garbage(self._checkpointer.replay_listings())
         self._positions = self.files.positions()
         saved = dataclasses.asdict(counters) | {
@@ -230,7 +232,8 @@ class Lifecycle:
             "replay": self.replay.listing(),
             "alarms": self.alarms.state,
         }
-        self._checkpointer.save(counters.iteration, state, saved, score=counters.own_score)
+        with cluster.phase("saving"):
+            self._checkpointer.save(counters.iteration, state, saved, score=counters.own_score)
 
     def seconds(self, counters: Counters) -> float:
         """Seconds that the run has taken, over all processes that worked on it one after the other."""

@@ -38,7 +38,7 @@ import jax
 import numpy as np
 
 import r2vpo_jax
-from r2vpo_jax import models, sharding, tasks
+from r2vpo_jax import cluster, models, sharding, tasks
 from r2vpo_jax.config import Config
 from r2vpo_jax.errors import NonFiniteUpdateError, Stopped, UsageError, usage_errors
 from r2vpo_jax.evaluation import subsets, validation
@@ -110,13 +110,14 @@ def train(
     say = say if jax.process_index() == 0 else lambda _: None
     workdir = directory.folder(workdir)
     refuse_in_store(config, workdir, profile_steps)
-    if report.is_finished(workdir):
-        changes = directory.claim(workdir, config, write=False)
-        if not changes.longer:
-            summary = report.read_summary(workdir)
-            say(f"{workdir} holds a finished run; its result:\n")
-            say(report.table(summary))
-            return summary
+    finished = report.is_finished(workdir) and not directory.claim(workdir, config, write=False).longer
+    if cluster.of_first("finished", finished):
+        if jax.process_index() > 0:
+            return {}
+        summary = report.read_summary(workdir)
+        say(f"{workdir} holds a finished run; its result:\n")
+        say(report.table(summary))
+        return summary
     with contextlib.closing(_Run(config, workdir, profile_steps, say, started)) as run:
         return run.go(stop_after_iteration, on_iteration or (lambda _: None))
 
@@ -131,7 +132,7 @@ class _Run:
         directory.claim(workdir, config, write=False)
         if self.chief:
             directory.refuse_if_in_use(workdir)
-        with usage_errors():
+        with usage_errors(), cluster.phase("reading model and data"):
             self.mesh, self.sampler_mesh = sampler_mesh.make_meshes(config.mesh)
             overlapped.check(config, self.mesh, self.sampler_mesh)
             self.base = open_base_model(config.model)
@@ -140,6 +141,10 @@ class _Run:
             self.task = tasks.make(config.task, self.base.tokenizer, self.base.eos_ids, stop=config.sampler.stop)
         with contextlib.ExitStack() as stack:
             stack.callback(self.task.close)
+            self.identity = self.base.identity()
+            cluster.agree("base model", {f"the base model's {part}": digest for part, digest in self.identity.items()})
+            with files.disk_errors(f"--workdir={workdir}"):
+                cluster.agree_on_folder(workdir)
             self._load(workdir, profile_steps, stack)
             self._open = stack.pop_all()
 
@@ -148,8 +153,11 @@ class _Run:
         config = self.config
         with usage_errors():
             self.base.check_length(self.task.max_prompt_length + self.task.max_response_length)
-        self.state = self.learner.init_state(self.base.load_params(self.mesh))
+        with cluster.phase("reading weights"):
+            self.state = self.learner.init_state(self.base.load_params(self.mesh))
         self.timers = Timers()
+        meshes = {"mesh": self.sampler_mesh, "learner_mesh": self.mesh}
+        self._collector_of = functools.partial(Collector, config, self.task, timers=self.timers, **meshes)
         self.collector = self._collector_of(self.model)
         self.weights = SamplerWeights(self.learner, self.sampler_mesh, self.timers)
         self.rows = self.collector.learner_rows_of(config.trainer.prompts_per_rollout)
@@ -161,10 +169,8 @@ class _Run:
         self.key = jax.random.key(config.seed)
         # The reference is the base model itself: it is taken before a checkpoint replaces the state.
         self.reference = self.learner.sampler_params(self.state) if config.objective.needs_reference else None
-        self.state, self.counters = self.life.resume(self.state, self.learner, self.task.digest, self.base.identity())
-
-    def _collector_of(self, model) -> Collector:
-        return Collector(self.config, self.task, model, self.sampler_mesh, self.timers, self.mesh)
+        with cluster.phase("reading the last checkpoint"):
+            self.state, self.counters = self.life.resume(self.state, self.learner, self.task.digest, self.identity)
 
     def close(self) -> None:
         """The task ends, and others may work in the run directory."""
@@ -185,13 +191,14 @@ class _Run:
             self.beside,
         ):
             self._introduce()
-            self._check_noise_floor()
+            with cluster.phase("noise floor"):
+                self._check_noise_floor()
             if self.counters.base is None:
                 self._count(base=self._test_scores())
                 self._validate()
             last = total if stop_after_iteration is None else min(total, stop_after_iteration)
             bar = console.ProgressBar(total, self.counters.iteration, enabled=self.chief)
-            while self.counters.iteration < last and not any_process(stop.requested):
+            while self._goes_on(last, stop):
                 with self.profiler.iteration(self.counters.iteration + 1):
                     done = self._iterate()
                 number, row = done.number, done.row
@@ -204,21 +211,26 @@ class _Run:
                 if self.life.alarms.is_in_vain(row) or (alarmed and self.config.alarms.stop):
                     break
             bar.close()
+            cluster.where.iteration = None
             self.life.save(self.state, self.counters)
-            self.life.wait()
+            with cluster.phase("waiting for the last checkpoint"):
+                self.life.wait()
             if self.counters.iteration < total:
                 raise Stopped(
                     f"stopped after iteration {self.counters.iteration} of {total}; the same command goes on from there"
                 )
             return self._finish()
 
+    def _goes_on(self, last: int, stop) -> bool:
+        cluster.where.iteration, cluster.where.phase = self.counters.iteration + 1, "between two phases"
+        with cluster.phase("asking all whether to stop"):
+            return self.counters.iteration < last and not any_process(stop.requested)
+
     def _iterate(self) -> Iteration:
         before = dict(self.timers.seconds)
         self.timers.take_spans()
-        if self.config.replay.overlap:
-            made = overlapped.iterate(self, self.beside, f"the responses of iteration {self.counters.iteration + 1}")
-        else:
-            made = iteration.iterate(self)
+        what = f"the responses of iteration {self.counters.iteration + 1}"
+        made = overlapped.iterate(self, self.beside, what) if self.config.replay.overlap else iteration.iterate(self)
         drawn = [self.rows.outline(rollout) for rollout in made.drawn]
         trained = sum(map(metrics.num_kept_tokens, drawn)) * self.config.trainer.num_epochs
         self._count(iteration=self.counters.iteration + 1, trained_tokens=self.counters.trained_tokens + trained)
@@ -255,8 +267,7 @@ class _Run:
 
         def again(changes: dict[str, bool]):
             model = models.Decoder(dataclasses.replace(self.model.config, **changes))
-            learner = Learner(model, self.config, self.mesh)
-            collector = self._collector_of(model)
+            learner, collector = Learner(model, self.config, self.mesh), self._collector_of(model)
             return sampled_and_scored(learner, collector, SamplerWeights(learner, self.sampler_mesh, self.timers))
 
         floor = noise_floor.check(
@@ -386,8 +397,7 @@ class _Run:
             learning_rate=float(self.learner.schedule(max(version - 1, 0))),
         )
         row |= metrics.of_time(float(sampled.response_length.sum()), trained_tokens if drawn else None, spent)
-        if self.weights.num_bytes is not None:
-            row["weights/bytes"] = self.weights.num_bytes
+        row |= {} if self.weights.num_bytes is None else {"weights/bytes": self.weights.num_bytes}
         row |= {f"reward/{name}": value for name, value in made.collected.terms.items()}
         self.life.files.metrics(row)
         if made.collected.num_reasons:
@@ -465,6 +475,7 @@ class _Run:
     def _finish(self) -> dict:
         final = self._test_scores()
         train_seconds = self.life.seconds(self.counters)
+        cluster.where.phase = "export and report"
         unchanged = self.base.export(
             self.workdir / "hf", self.state.params, dtype=self.config.model.export_dtype, write=self.chief
         )

@@ -63,7 +63,8 @@ def test_a_tpu_vm(cloud):
     assert ["filestore", "instances", "delete"] in [call[1:4] for call in calls]
     assert not (cloud.fake / "vm").exists()
     arguments = (cloud.fake / "host1" / "arguments").read_text().split()
-    assert arguments[-1] == "--distributed"
+    assert arguments[:2] == ["-m", "experiments.train"]
+    assert "--distributed" not in arguments, "the program finds its peers"
 
 
 def test_a_queued_resource(cloud):

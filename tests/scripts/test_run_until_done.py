@@ -34,6 +34,7 @@ CASES = {
     "done at once": (FINISH, (), 0, 1, "the run is done"),
     "done after two failures": ("[ $n = 3 ] || exit 1; " + FINISH, (), 0, 3, "the run is done"),
     "killed, then done": ("[ $n = 2 ] || kill -KILL $$; " + FINISH, (), 0, 2, "exit code 137"),
+    "a peer is gone, then done": ("[ $n = 2 ] || exit 75; " + FINISH, (), 0, 2, "another process of the run is missing or gone"),
     "a peer was stopped: saved, 0, not done": ("[ $n = 2 ] || exit 0; " + FINISH, (), 0, 2, "stopped and saved"),
     "bad input": ("exit 2", (), 2, 1, "refused its input"),
     "interrupted by itself": ("exit 130", (), 130, 1, "interrupted"),

@@ -64,15 +64,15 @@ def test_from_nothing_to_a_run_to_nothing(cloud):
     assert ["sudo", "loginctl", "enable-linger"] in [call[:3] for call in calls]
     units = [call for call in calls if call[0] == "systemd-run"]
     assert len(units) == 2
-    for wanted in ("--property=KillMode=mixed", "--property=TimeoutStopSec=60", "--setenv=JAX_COORDINATOR_PORT=8476"):
+    for wanted in ("--property=KillMode=mixed", "--property=TimeoutStopSec=60"):
         assert wanted in units[0]
     assert not [word for word in units[0] if "config" in word], "systemd would replace each $ in it"
     for host in (0, 1):
         wait_for(state(cloud, host, "log"), "iteration 1")
         arguments = (cloud.fake / f"host{host}" / "arguments").read_text().splitlines()
-        assert arguments == ["-m", "experiments.train", *flags(cloud), "--distributed"]
+        assert arguments == ["-m", "experiments.train", *flags(cloud)]
         environment = (cloud.fake / f"host{host}" / "environment").read_text().splitlines()
-        assert {"A=b c", "B=$HOME", "JAX_COORDINATOR_PORT=8476"} <= set(environment)
+        assert {"A=b c", "B=$HOME"} <= set(environment)
 
     assert launch(cloud, *settings).count("runs already") == 2
     said = pod(cloud, "launch", "pod", ZONE, "--", f"--workdir={cloud.fake}/other", code=1)
@@ -200,7 +200,7 @@ def test_one_host_needs_no_peers(cloud):
     ready(cloud)
     launch(cloud)
     wait_for(state(cloud, 0, "log"), "iteration 1")
-    assert "--distributed" not in (cloud.fake / "host0" / "arguments").read_text().split()
+    assert not [call for call in cloud.calls() if "see" in " ".join(call)], "no shared disk is looked for"
 
 
 def test_a_dry_run_prints_what_is_run(cloud):
