@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 
 from r2vpo_jax.run import files
+from tests import test_distributed
 from tests.helpers.runs import rows
 from tests.test_distributed import finish, free_port, start
 
 pytestmark = pytest.mark.slow
+text_config_file = test_distributed.text_config_file  # a fixture
 
 OWN = "--config.mesh.sampler_devices=2", "--config.replay.lag=1"
 OVERLAP = "--config.replay.overlap=True"
@@ -21,8 +23,10 @@ def distributed():
     return "--distributed", f"--coordinator_address=127.0.0.1:{free_port()}", "--num_processes=2"
 
 
-def test_two_processes_sample_beside_learning(config_file, tmp_path):
-    """The numbers of one process with four devices that take turns."""
+@pytest.mark.parametrize("which", ["config_file", "text_config_file"])
+def test_two_processes_sample_beside_learning(which, request, tmp_path):
+    """The numbers of one process with four devices that take turns; of text, each judges its own rows meanwhile."""
+    config_file = request.getfixturevalue(which)
     flags = *distributed(), *OWN, OVERLAP
     finish(*(start(config_file, tmp_path / "two", *flags, f"--process_id={i}", **devices(2)) for i in range(2)))
     finish(start(config_file, tmp_path / "one", *OWN, **devices(4)))
@@ -35,7 +39,7 @@ def test_two_processes_sample_beside_learning(config_file, tmp_path):
             else:
                 np.testing.assert_allclose(a[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
     trained = [row for row in files.read_jsonl(tmp_path / "two" / "metrics.jsonl") if row["kind"] == "train"]
-    assert [row["replay/age_max"] for row in trained] == [0, 4]
+    assert [row["replay/age_max"] for row in trained] == [0, 4 if which == "config_file" else 2]
     assert {"time/weights", "time/wait"} <= trained[0].keys()
 
 

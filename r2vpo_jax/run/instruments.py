@@ -104,12 +104,15 @@ CODE_CHANGED = "warning: the code has changed since this {} was started; the res
 
 
 def machine() -> dict[str, str | int]:
-    """What decides the last digits besides configuration and code: JAX, the devices, and on processors the cores.
+    """What decides the last digits besides configuration and code: JAX, the devices and, where they are several, the
+    processes; on processors the cores.
 
     XLA shares a sum out over the threads of its pool, one for each core that the process may use.
     """
     device = jax.devices()[0]
     said = {"jax": jax.__version__, "device": device.device_kind, "devices": jax.device_count()}
+    if jax.process_count() > 1:
+        said["processes"] = jax.process_count()
     if device.platform == "cpu":
         said["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return said
@@ -117,7 +120,8 @@ def machine() -> dict[str, str | int]:
 
 def machine_changed(before: dict | None, now: dict) -> str:
     """A line for people about two different results of `machine`."""
-    before = before or {}
+    one = {"processes": 1}  # said of several only
+    before, now = one | (before or {}), one | now
     changes = [
         f"{name} {before.get(name, 'unknown')} there, {now.get(name, 'none')} here"
         for name in sorted(before.keys() | now.keys())

@@ -8,15 +8,20 @@ import numpy as np
 from r2vpo_jax import sharding
 from r2vpo_jax.config.run import SEGMENT_LENGTH
 from r2vpo_jax.rollout import Rollout
+from r2vpo_jax.rows import Rows, all_rows, rows_of_groups
 from r2vpo_jax.sampler.decoding import assemble, sample
 from r2vpo_jax.sampler.distribution import Sampling
+from r2vpo_jax.sampler.home import make_home
 from r2vpo_jax.sampler.segments import SegmentedDecoding, column_sizes
 
 
 @functools.partial(jax.jit, static_argnames=("model", "mesh"))
 def _sample(model, params, tokens, lengths, problem_ids, key, sampling, first_sample, mesh):
+    """Response tokens [B, T], log-probabilities [B, T], lengths [B], and whether each has ended [B]."""
+    how = {"problem_ids": problem_ids, "first_sample": first_sample}
     with sharding.activate(mesh):
-        return sample(model, params, tokens, lengths, key, sampling, problem_ids=problem_ids, first_sample=first_sample)
+        drawn = sample(model, params, tokens, lengths, key, sampling, **how)
+    return drawn.response_tokens, drawn.behavior_logp, drawn.response_length, ~drawn.truncated
 
 
 def generate(
@@ -34,6 +39,7 @@ def generate(
     batch_size=None,
     buckets=(),
     segment_length: int = SEGMENT_LENGTH,
+    rows: Rows | None = None,
 ) -> Rollout:
     """`sample` for any number of prompts, from and to the host.
 
@@ -48,9 +54,11 @@ def generate(
       segment_length: tokens that the cache of responses holds at least. Where `max_response_length` is twice as many or
         more, it starts short and grows, and responses that are done leave (`segments`); else, and with 0, it holds
         `max_response_length` from the start, and the rows of a batch end together. It decides cost, not results.
+      rows: how the N groups are spread over processes (`rows.rows_of`); default: every process gets all of them.
 
     Returns:
-      A Rollout of NumPy arrays in the order of the prompts, with prompt size P.
+      A Rollout of NumPy arrays in the order of the prompts, with prompt size P: of this process's rows. `rollout_id` is
+      the number of a row among all.
 
     Raises:
       ValueError: a prompt is empty or longer than P, an EOS id is outside of the vocabulary, or temperature,
@@ -78,36 +86,36 @@ def generate(
     longest = sampling.max_response_length
     columns = column_sizes(segment_length or longest, longest)
 
+    rows = rows or all_rows(mesh, num_prompts, sampling.group_size)
+    home = make_home(rows, sampling)
     sizes = sorted({min(b, prompt_size) for b in buckets} | {prompt_size})
     bucket_of = np.searchsorted(sizes, lengths)
-    parts, order = [], []
     for number, size in enumerate(sizes):
         members = np.flatnonzero(bucket_of == number)
         if not len(members):
             continue
         prompts = tokens[members, prompt_size - size :], lengths[members], problem_ids[members]
+        places = rows_of_groups(members, sampling.group_size)
         how = {"mesh": mesh, "first_sample": first_sample, "batch_size": batch_size}
         if len(columns) > 1:
-            drawn = SegmentedDecoding(model, params, key, sampling, columns=columns, **how)(*prompts)
+            SegmentedDecoding(model, params, key, sampling, columns=columns, **how)(*prompts, home, places)
         else:
-            drawn = _in_lock_step(model, params, *prompts, key, sampling, **how)
-        parts.append(drawn)
-        order.append(members)
-    rank = np.argsort(np.concatenate(order), kind="stable")
-    rows = (rank[:, None] * sampling.group_size + np.arange(sampling.group_size)).reshape(-1)
-    drawn = (np.concatenate(column)[rows] for column in zip(*parts, strict=True))
-    return assemble(np, tokens, lengths, problem_ids, *drawn, sampling=sampling, version=version)
+            _in_lock_step(model, params, *prompts, home, places, key, sampling, **how)
+    prompts = (x[rows.groups] for x in (tokens, lengths, problem_ids))
+    rollout = assemble(np, *prompts, *home.fetch(), sampling=sampling, version=version)
+    return rollout.replace(rollout_id=rows.index.astype(np.int32))
 
 
-def _in_lock_step(model, params, tokens, lengths, problem_ids, key, sampling, *, mesh, first_sample, batch_size):
-    """What `SegmentedDecoding` returns, from batches that decode until their last response ends."""
-    parts = []
+def _in_lock_step(
+    model, params, tokens, lengths, problem_ids, home, places, key, sampling, *, mesh, first_sample, batch_size
+):
+    """What `SegmentedDecoding` does, in batches that decode until their last response ends."""
+    group = sampling.group_size
     for start in range(0, len(tokens), batch_size):
         chosen = np.arange(start, min(start + batch_size, len(tokens)))
         filled = np.resize(chosen, batch_size)
         arrays = sharding.put_batch([x[filled] for x in (tokens, lengths, problem_ids)], mesh)
-        drawn = sharding.to_host(_sample(model, params, *arrays, key, sampling, first_sample, mesh))
-        number = len(chosen) * sampling.group_size
-        columns = drawn.response_tokens, drawn.behavior_logp, drawn.response_length, ~drawn.truncated
-        parts.append([x[:number] for x in columns])
-    return [np.concatenate(column) for column in zip(*parts, strict=True)]
+        drawn = _sample(model, params, *arrays, key, sampling, first_sample, mesh)
+        there = np.full(batch_size * group, -1)
+        there[: len(chosen) * group] = places[rows_of_groups(chosen, group)]
+        home.keep(there, *drawn, start=0, end=sampling.max_response_length)

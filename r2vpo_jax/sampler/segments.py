@@ -23,6 +23,7 @@ import numpy as np
 
 from r2vpo_jax import sharding
 from r2vpo_jax.models.decoder import gather_layers
+from r2vpo_jax.rows import rows_of_groups
 from r2vpo_jax.sampler.decoding import Decoding, decode, placed, prefill, row_keys
 from r2vpo_jax.sampler.distribution import Sampling
 
@@ -147,7 +148,7 @@ def row_sizes(rows: int, devices: int) -> list[int]:
 @dataclasses.dataclass
 class _Batch:
     state: Decoding
-    rows: np.ndarray  # int [R], the response that each row of the state makes; -1: none, or done
+    rows: np.ndarray  # int [R], the place of the response that each row of the state makes; -1: none, or done
     step: int  # tokens drawn of each
 
     @property
@@ -160,7 +161,7 @@ class _Batch:
 
 
 class SegmentedDecoding:
-    """Responses to any number of prompts of one size, on the host.
+    """Responses to any number of prompts of one size, to where they are kept.
 
     Args:
       model, params, key, sampling, first_sample: as for `sample`.
@@ -177,16 +178,15 @@ class SegmentedDecoding:
         # Only a batch that never shrank has all rows: its groups share their prompts.
         self._most_together = self._sizes[-2] if len(self._sizes) > 1 else 0
 
-    def __call__(self, tokens, lengths, problem_ids):
-        """Tokens int32 [B, T], log-probabilities f32 [B, T], lengths int32 [B], and whether each has ended, bool [B].
+    def __call__(self, tokens, lengths, problem_ids, home, places):
+        """Draws them.
 
         Args:
           tokens, lengths, problem_ids: NumPy, int32 [N, P], [N] and [N].
+          home: keeps them (`sampler.home`).
+          places: int [N * G], the place there of each.
         """
-        number, longest = len(tokens) * self._sampling.group_size, self._columns[-1]
-        self._tokens = np.full((number, longest), self._sampling.pad_id, np.int32)
-        self._logps = np.zeros((number, longest), np.float32)
-        self._lengths, self._ended = np.zeros(number, np.int32), np.zeros(number, bool)
+        self._home, self._places = home, places
         waiting = collections.deque(range(0, len(tokens), self._batch_size))
         aside: dict[int, _Batch] = {}  # by their step
         while waiting or aside:
@@ -203,14 +203,13 @@ class SegmentedDecoding:
                     aside[batch.step] = self._moved(batch)
                     break
                 batch = self._go_on(batch)
-        return self._tokens, self._logps, self._lengths, self._ended
 
     def _begin(self, tokens, lengths, problem_ids, first: int) -> _Batch:
         chosen = np.arange(first, min(first + self._batch_size, len(tokens)))
         filled = np.resize(chosen, self._batch_size)
         wanted = np.arange(self._batch_size) < len(chosen)
         group = self._sampling.group_size
-        rows = (filled[:, None] * group + np.arange(group)).reshape(-1)
+        rows = self._places[rows_of_groups(filled, group)]
         rows[len(chosen) * group :] = -1
         state, out, logps = _start(
             self._model,
@@ -247,18 +246,9 @@ class SegmentedDecoding:
 
     def _harvest(self, batch: _Batch, state: Decoding, out, logps) -> _Batch:
         """Keeps what a segment has drawn."""
-        device = (out, logps, state.length, state.done, state.cache.response_length)
-        out, logps, length, done, end = sharding.to_host(device)  # the same on all processes, which go on alike
-        here, end = batch.rows >= 0, int(end)
-        rows = batch.rows[here]
-
-        def live(x):
-            return x.reshape(len(here), *x.shape[2:])[here]
-
-        self._tokens[rows, batch.step : end] = live(out)[:, batch.step : end]
-        self._logps[rows, batch.step : end] = live(logps)[:, batch.step : end]
-        self._lengths[rows], self._ended[rows] = live(length), live(done)
-        left = np.where(done.reshape(-1) | (end == self._columns[-1]), -1, batch.rows)
+        drawn = out, logps, state.length, state.done
+        done, end = self._home.keep(batch.rows, *drawn, start=batch.step, end=state.cache.response_length)
+        left = np.where(done | (end == self._columns[-1]), -1, batch.rows)
         return _Batch(state, left, end)
 
     def _moved(self, batch: _Batch, other: _Batch | None = None) -> _Batch:

@@ -10,7 +10,7 @@ from flax import struct
 
 from r2vpo_jax.verifiers.outcome import SPLITS, Outcome
 
-__all__ = ["SPLITS", "Outcome", "Problems", "Task", "Verdicts", "stop_of"]
+__all__ = ["SPLITS", "Outcome", "Problems", "Task", "Verdicts", "judge_of", "stop_of"]
 
 
 @struct.dataclass
@@ -55,7 +55,8 @@ class Task(Protocol):
     def verify(self, split: str, index, responses, lengths) -> Verdicts:
         """Verdicts on responses int [B, T] to the problems at index int [B].
 
-        Never raises on a response. A response without a verdict has reward 0 and is reported as such.
+        Never raises on a response. A response without a verdict has reward 0 and is reported as such. On several
+        processes all call it with the same arguments, and get the same.
         """
 
     def answers(self, split: str, index, responses, lengths) -> list[str | None]:
@@ -69,6 +70,12 @@ class Task(Protocol):
 
     def close(self) -> None:
         """Ends what the task has started, such as processes."""
+
+
+def judge_of(task: Task):
+    """`verify` for responses that this process alone has: the method `judge` of a task that has one, which asks no other
+    process. Of the others `verify` is a function of its arguments, and serves."""
+    return getattr(task, "judge", task.verify)
 
 
 def stop_of(task: Task) -> np.ndarray | None:

@@ -3,8 +3,8 @@
     data sets ──Example──▶ prompt template ──tokens──▶ (model) ──text──▶ verifier pool ──▶ reward terms
 
 At load time, before any model is touched: problems whose prompt is too long are dropped and counted, the splits are
-made disjoint, every gold answer is checked against itself, and reward functions are called on some of them. One process
-of a pod judges; the others are told.
+made disjoint, every gold answer is checked against itself, and reward functions are called on some of them. Of several
+processes each judges its own rollouts; what all of them hold (evaluations), process 0 judges, and the others are told.
 """
 
 import collections
@@ -73,8 +73,6 @@ class TextTask:
 
     def _start_pool(self):
         verifier = self._config.verifier
-        if not self._chief:
-            return None
         pool = verifiers.VerifierPool(
             num_workers=verifier.num_workers,
             time_limit=verifier.time_limit,
@@ -234,20 +232,29 @@ class TextTask:
         return self._tokenizer.decode(np.asarray(tokens).tolist(), skip_special_tokens=False)
 
     def verify(self, split: str, index, responses, lengths) -> Verdicts:
-        """As the protocol has it. Parts of the reward besides correctness are for learning: of validation and test,
-        correctness alone is judged, unless it has no weight."""
-        names = self._rewards.terms(split)
-        size = len(responses)
-        outcome, values = np.zeros(size, np.int32), np.zeros((len(names), size), np.float32)
-        reasons = ("",) * size
+        """As the protocol has it: process 0 judges. Parts of the reward besides correctness are for learning: of
+        validation and test, correctness alone is judged, unless it has no weight."""
+        reasons, size = ("",) * len(responses), len(responses)
+        outcome, values = np.zeros(size, np.int32), np.zeros((len(self._rewards.terms(split)), size), np.float32)
         if self._chief:
-            unique = {int(i): self.example(split, i)[0] for i in np.unique(index)}
-            examples = [unique[int(i)] for i in index]
-            rows, texts = _rows(responses, lengths), self._response_texts(responses, lengths)
-            asked = self._rewards.asks_functions(split)
-            outcome, terms, reasons = self._rewards.judge(split, self._responses(examples, rows, texts, prompts=asked))
-            values = np.stack([terms[name] for name in names]).astype(np.float32)
-        outcome, values = self._from_chief((outcome, values))
+            outcome, values, reasons = self._judged(split, index, responses, lengths)
+        return self._verdicts(split, *self._from_chief((outcome, values)), reasons)
+
+    def judge(self, split: str, index, responses, lengths) -> Verdicts:
+        """As the protocol has it: the verifiers of this process judge."""
+        return self._verdicts(split, *self._judged(split, index, responses, lengths))
+
+    def _judged(self, split, index, responses, lengths):
+        """(outcome int32 [B], the parts of the reward f32 [parts, B], [B] reasons)."""
+        unique = {int(i): self.example(split, i)[0] for i in np.unique(index)}
+        examples = [unique[int(i)] for i in index]
+        rows, texts = _rows(responses, lengths), self._response_texts(responses, lengths)
+        asked = self._rewards.asks_functions(split)
+        outcome, terms, reasons = self._rewards.judge(split, self._responses(examples, rows, texts, prompts=asked))
+        return outcome, np.stack([terms[name] for name in self._rewards.terms(split)]).astype(np.float32), reasons
+
+    def _verdicts(self, split, outcome, values, reasons) -> Verdicts:
+        names = self._rewards.terms(split)
         values = np.where(unjudged(outcome), np.float32(0), values)
         terms = dict(zip(names, values, strict=True)) if len(names) > 1 else {}
         return Verdicts(

@@ -8,9 +8,10 @@ import numpy as np
 from r2vpo_jax import sampler
 from r2vpo_jax.config import Config
 from r2vpo_jax.rollout import Rollout
+from r2vpo_jax.rows import Rows, joined, rows_on_both
 from r2vpo_jax.run.instruments import Timers
 from r2vpo_jax.sampler import Sampling
-from r2vpo_jax.tasks.base import Task, Verdicts, stop_of
+from r2vpo_jax.tasks.base import Task, Verdicts, judge_of, stop_of
 from r2vpo_jax.training import credit, metrics
 from r2vpo_jax.training.iteration import problem_positions, rollout_key
 
@@ -19,10 +20,17 @@ from r2vpo_jax.training.iteration import problem_positions, rollout_key
 class Collected:
     """What one iteration has sampled."""
 
-    rollout: Rollout  # verified, on the host
+    parts: tuple[Rollout, ...]  # verified, this process's rows of each batch; several with dynamic sampling
+    outline: Rollout  # of all rows, on every process (`rows.Rows.outline`)
     num_problems: int
     terms: dict[str, float]  # mean of each part of the reward over verdicts, if it has several
-    reasons: tuple[str, ...]  # why there is no verdict, of those that have none
+    num_reasons: int  # responses of which is said why there is no verdict
+    first_reason: str | None  # of the first of them
+
+    @property
+    def rollout(self) -> Rollout:
+        """This process's rows of all parts."""
+        return self.parts[0] if len(self.parts) == 1 else jax.tree.map(lambda *x: np.concatenate(x), *self.parts)
 
 
 def sampling_of(config: Config, task: Task) -> Sampling:
@@ -41,14 +49,26 @@ class Collector:
 
     Args:
       config: the run's.
-      task, model, mesh: the run's.
+      task, model: the run's.
+      mesh: that samples.
       timers: "rollout" and "verify" are timed.
+      learner_mesh: where rollouts go then; default the same.
     """
 
-    def __init__(self, config: Config, task: Task, model, mesh, timers: Timers):
+    def __init__(self, config: Config, task: Task, model, mesh, timers: Timers, learner_mesh=None):
         self._config, self._task, self._model, self._mesh, self._timers = config, task, model, mesh, timers
+        self._learner_mesh = learner_mesh or mesh
         self._key = jax.random.key(config.seed)
+        self.rows = self.rows_of(config.trainer.prompts_per_rollout)
         self.sampling = sampling_of(config, task)
+
+    def rows_of(self, num_prompts: int) -> Rows:
+        """How the responses to so many prompts are spread over processes, on the mesh that samples."""
+        return rows_on_both(self._mesh, self._learner_mesh, num_prompts, self._config.sampler.group_size)[0]
+
+    def learner_rows_of(self, num_prompts: int) -> Rows:
+        """The same on the mesh that learns: every process has the same rows on both."""
+        return rows_on_both(self._mesh, self._learner_mesh, num_prompts, self._config.sampler.group_size)[1]
 
     def problem_index(self, position: int) -> np.ndarray:
         """Positions in the train split of the next problems, int64 [prompts_per_rollout].
@@ -59,7 +79,7 @@ class Collector:
         return problem_positions(self._config.seed, position, self._config.trainer.prompts_per_rollout)
 
     def sample(self, params, index, *, iteration: int, version: int) -> Rollout:
-        """G responses to each of the train problems at `index`, not verified, on the host."""
+        """This process's rows of G responses to each of the train problems at `index`, not verified, on the host."""
         problems = self._task.problems("train", index)
         return sampler.generate(
             self._model,
@@ -74,16 +94,26 @@ class Collector:
             batch_size=self._config.prompts_at_once,
             buckets=self._config.sampler.prompt_buckets,
             segment_length=self._config.sampler.segment_length,
+            rows=self.rows_of(len(index)),
         )
 
     def verify(self, index, rollout: Rollout) -> tuple[Rollout, Verdicts]:
-        """The rollout with rewards and outcomes, and all that the task said."""
-        index = np.repeat(index, self.sampling.group_size)
-        verdicts = self._task.verify("train", index, rollout.response_tokens, rollout.response_length)
+        """The rollout with rewards and outcomes, and all that the task said.
+
+        Args:
+          index: of all problems.
+          rollout: this process's rows of the responses to them.
+        """
+        rows = self.rows_of(len(index))
+        judge = self._task.verify if rows.is_all else judge_of(self._task)
+        index = np.repeat(index, rows.group_size)[rows.index]
+        said = judge("train", index, rollout.response_tokens, rollout.response_length)
+        reward, outcome, terms = rows.of_leader((said.reward, said.outcome, dict(said.terms)))
+        said = said._replace(reward=reward, outcome=outcome, terms=terms)
         parts = None
-        if self._config.objective.advantage.by_function and verdicts.terms:
-            parts = np.stack(list(verdicts.terms.values()), axis=1)
-        return rollout.replace(reward=verdicts.reward, outcome=verdicts.outcome, reward_parts=parts), verdicts
+        if self._config.objective.advantage.by_function and terms:
+            parts = np.stack(list(terms.values()), axis=1)
+        return rollout.replace(reward=reward, outcome=outcome, reward_parts=parts), said
 
     def collect(self, params, *, position: int, first_id: int, iteration: int, version: int) -> Collected:
         """Verified responses to the next problems; with dynamic sampling to as many as it takes.
@@ -96,23 +126,36 @@ class Collector:
         """
         objective, wanted = self._config.objective, self._config.trainer.prompts_per_rollout
         resample = objective.groups.zero_variance == "resample"
-        parts, verdicts, differing = [], [], 0
+        parts, outlines, verdicts, differing = [], [], [], 0
         for _ in range(1 + (objective.groups.max_resamples if resample else 0)):
             index = self.problem_index(position + wanted * len(parts))
             with self._timers("rollout"):
                 rollout = self.sample(params, index, iteration=iteration, version=version)
-                rows = first_id + sum(len(part.reward) for part in parts)
-                rollout = rollout.replace(rollout_id=rollout.rollout_id + np.int32(rows))
+                before = first_id + len(parts) * wanted * self.sampling.group_size
+                rollout = rollout.replace(rollout_id=rollout.rollout_id + np.int32(before))
             with self._timers("verify"):
                 rollout, said = self.verify(index, rollout)
             parts.append(rollout)
             verdicts.append(said)
-            differing += credit.groups_differ(rollout, objective, self.sampling.group_size).sum()
+            outlines.append(self.rows.outline(rollout))
+            differing += credit.groups_differ(outlines[-1], objective, self.sampling.group_size).sum()
             if differing >= wanted:
                 break
+        terms = [self.rows.whole(said.terms) for said in verdicts]
+        number, first = self._reasons([said.reasons for said in verdicts])
         return Collected(
-            rollout=jax.tree.map(lambda *x: np.concatenate(x), *parts),
+            parts=tuple(parts),
+            outline=joined(outlines),
             num_problems=wanted * len(parts),
-            terms=metrics.of_terms([v.terms for v in verdicts], [v.outcome for v in verdicts]),
-            reasons=tuple(reason for v in verdicts for reason in v.reasons if reason),
+            terms=metrics.of_terms(terms, [outline.outcome for outline in outlines]),
+            num_reasons=number,
+            first_reason=first,
         )
+
+    def _reasons(self, reasons) -> tuple[int, str | None]:
+        """How many reasons there are of all rows, and the first of them."""
+        index = self.rows.index.tolist()
+        mine = [(number, index[i], text) for number, part in enumerate(reasons) for i, text in enumerate(part) if text]
+        said = self.rows.exchange([len(mine), min(mine, default=None)])
+        firsts = [tuple(first) for _, first in said if first is not None]
+        return sum(number for number, _ in said), min(firsts)[2] if firsts else None

@@ -3,7 +3,7 @@
     verdict ──(shaping)──▶ reward ──(- beta KL)──▶ token rewards ──▶ advantages, value targets
 
 A response without a verdict abstains, unless errors count as wrong: its reward is NaN, it is in no baseline and
-takes no part in learning. All functions are pure, and can be traced but for `select_groups`; arrays may be NumPy's.
+takes no part in learning. All functions are pure, and can be traced but for `chosen_groups`; arrays may be NumPy's.
 """
 
 import jax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from r2vpo_jax import advantages, kl
+from r2vpo_jax import advantages, kl, sharding
 from r2vpo_jax.config.objective import ObjectiveConfig
 from r2vpo_jax.rollout import Rollout
 from r2vpo_jax.verifiers.outcome import unjudged
@@ -112,13 +112,25 @@ def assign(rollout: Rollout, objective: ObjectiveConfig, group_size: int, kl_coe
 _assign = jax.jit(assign, static_argnames=("objective", "group_size"))
 
 
-def fill_advantages(rollout: Rollout, objective: ObjectiveConfig, group_size: int, kl_coef: float = 0.0) -> Rollout:
-    """`assign` from and to the host, jitted. Arguments as there."""
-    filled = _assign(rollout, objective, group_size, np.float32(kl_coef))
-    target = None if filled.value_target is None else np.asarray(filled.value_target)
+def fill_advantages(
+    rollout: Rollout,
+    objective: ObjectiveConfig,
+    group_size: int,
+    kl_coef: float = 0.0,
+    *,
+    placed: Rollout | None = None,
+    fetch=sharding.to_host,
+) -> Rollout:
+    """`assign` from and to the host, jitted. Arguments as there.
+
+    Args:
+      placed: the whole batch on the devices, where `rollout` is only a part of it: some estimators normalize over all.
+      fetch: brings arrays like those of `placed` to the host.
+    """
+    filled = _assign(rollout if placed is None else placed, objective, group_size, np.float32(kl_coef))
     # Only what has changed: the rest may be wider on the host than on a device.
-    changed = {"advantage": np.asarray(filled.advantage), "value_target": target, "keep": np.asarray(filled.keep)}
-    return rollout.replace(**changed, reward_parts=None)
+    changed = {"advantage": filled.advantage, "value_target": filled.value_target, "keep": filled.keep}
+    return rollout.replace(**fetch(changed), reward_parts=None)
 
 
 def groups_differ(rollout: Rollout, objective: ObjectiveConfig, group_size: int) -> jax.Array:
@@ -127,19 +139,20 @@ def groups_differ(rollout: Rollout, objective: ObjectiveConfig, group_size: int)
     return ~flat.reshape(-1, group_size)[:, 0]
 
 
-def select_groups(rollout: Rollout, objective: ObjectiveConfig, group_size: int, num_groups: int) -> Rollout:
+def chosen_groups(rollout: Rollout, objective: ObjectiveConfig, group_size: int, num_groups: int) -> np.ndarray:
     """The first `num_groups` groups whose verdicts differ, filled up with the first others if there are too few.
 
     DAPO's dynamic sampling (arXiv 2503.14476, section 3.2), with a bound on how often more is sampled: the groups
     that fill up take no part in learning (`fill_advantages`).
 
     Args:
-      rollout: verified, of NumPy arrays, at least num_groups groups.
+      rollout: verified, of NumPy arrays, at least num_groups groups. Rewards and outcomes are used.
       objective: `groups.verifier_errors` is used.
       group_size: G.
-      num_groups: groups that are returned, in the order they were sampled in.
+      num_groups: groups that are chosen.
+
+    Returns:
+      Their numbers, int [num_groups], in the order they were sampled in.
     """
     order = np.argsort(~np.asarray(groups_differ(rollout, objective, group_size)), kind="stable")
-    chosen = np.sort(order[:num_groups])
-    rows = (chosen[:, None] * group_size + np.arange(group_size)).reshape(-1)
-    return jax.tree.map(lambda x: x[rows], rollout)
+    return np.sort(order[:num_groups])

@@ -10,6 +10,7 @@ from r2vpo_jax import cluster, storage
 from r2vpo_jax.config import Config
 from r2vpo_jax.errors import UsageError, usage_errors
 from r2vpo_jax.models.identity import refuse_others
+from r2vpo_jax.rows import Rows
 from r2vpo_jax.run import directory, files, instruments, report
 from r2vpo_jax.run.alarms import Alarms
 from r2vpo_jax.run.checkpoints import Checkpointer
@@ -74,12 +75,13 @@ class Lifecycle:
       replay, alarms: whose state goes into checkpoints.
     """
 
-    def __init__(self, config: Config, workdir, *, chief: bool, say, started: float):
+    def __init__(self, config: Config, workdir, rows: Rows, *, chief: bool, say, started: float):
         """Lock the directory, and claim it; `close` gives it back.
 
         Args:
           config: the run's.
           workdir: the run directory.
+          rows: how rollouts are spread over processes.
           chief: whether this process writes.
           say: where lines for people go.
           started: when this process began to work on the run, by time.perf_counter().
@@ -97,7 +99,9 @@ class Lifecycle:
             self._checkpointer = Checkpointer(
                 self.workdir / "checkpoints", max_to_keep=config.trainer.max_checkpoints, write=chief
             )
-            self.replay = ReplayBuffer(self.workdir / "replay", config.replay, config.sampler.group_size, write=chief)
+            self.replay = ReplayBuffer(
+                self.workdir / "replay", config.replay, config.sampler.group_size, write=chief, rows=rows
+            )
             self.alarms = Alarms(config.alarms)
             self._held = stack.pop_all()
 

@@ -1,5 +1,6 @@
 """What is written of an iteration: its line of metrics.jsonl (docs/metrics.md explains every name) and its samples."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 from r2vpo_jax import ratio_stats
 from r2vpo_jax.config.objective import ObjectiveConfig
 from r2vpo_jax.rollout import Rollout
+from r2vpo_jax.rows import Rows
 from r2vpo_jax.run.report import held_variance
 from r2vpo_jax.tasks.base import Outcome, Task
 from r2vpo_jax.training import credit, critic
@@ -68,6 +70,11 @@ def of_terms(terms: Sequence[Mapping[str, np.ndarray]], outcomes: Sequence[np.nd
 def kept(drawn: list[Rollout]) -> jax.Array:
     """The share of responses in the drawn batches that takes part in learning, f32 []. Can be traced."""
     return jnp.mean(jnp.stack([jnp.mean(batch.keep) for batch in drawn]))
+
+
+def num_kept_tokens(rollout: Rollout) -> int:
+    """Response tokens of the rows that take part in learning, of NumPy arrays."""
+    return int(np.sum(rollout.response_length, where=np.asarray(rollout.keep)))
 
 
 def merged(reports: Sequence[RolloutReport]) -> RolloutReport:
@@ -189,28 +196,35 @@ def _optional(objective: ObjectiveConfig, report: RolloutReport, variance_coef: 
     return result
 
 
-def samples(rollout: Rollout, task: Task, number: int):
-    """The first responses of a batch, readable, as rows of samples.jsonl.
+def samples(rollout: Rollout, task: Task, number: int, rows: Rows) -> list[dict]:
+    """The first responses of a batch, readable, as rows of samples.jsonl: the same on all processes.
 
     Args:
-      rollout: verified, with advantages, on the host.
+      rollout: verified, with advantages, this process's rows.
       task: decodes tokens.
       number: of responses.
+      rows: how the batch is spread over processes.
     """
-    for i in range(min(number, len(rollout.reward))):
-        prompt = rollout.tokens[i, rollout.prompt_size - rollout.prompt_length[i] : rollout.prompt_size]
-        advantage = rollout.advantage[i]
-        if advantage.ndim == 1:  # of each token, from a critic
-            advantage = np.mean(advantage, where=rollout.response_mask[i])
-        yield {
-            "version": int(rollout.version[i]),
-            "problem": int(rollout.group_id[i]),
-            "prompt": task.decode(prompt),
-            "response": task.decode(rollout.response_tokens[i, : rollout.response_length[i]]),
-            "reward": float(rollout.reward[i]),
-            "outcome": Outcome(int(rollout.outcome[i])).name.lower(),
-            "advantage": float(advantage),
-        }
+    if number == 0:
+        return []
+    mine = [(int(row), _sample(rollout, task, i)) for i, row in enumerate(rows.index) if row < number]
+    return [sample for _, sample in sorted(itertools.chain(*rows.exchange(mine)), key=lambda pair: pair[0])]
+
+
+def _sample(rollout: Rollout, task: Task, i: int) -> dict:
+    prompt = rollout.tokens[i, rollout.prompt_size - rollout.prompt_length[i] : rollout.prompt_size]
+    advantage = rollout.advantage[i]
+    if advantage.ndim == 1:  # of each token, from a critic
+        advantage = np.mean(advantage, where=rollout.response_mask[i])
+    return {
+        "version": int(rollout.version[i]),
+        "problem": int(rollout.group_id[i]),
+        "prompt": task.decode(prompt),
+        "response": task.decode(rollout.response_tokens[i, : rollout.response_length[i]]),
+        "reward": float(rollout.reward[i]),
+        "outcome": Outcome(int(rollout.outcome[i])).name.lower(),
+        "advantage": float(advantage),
+    }
 
 
 def progress_text(row: dict, *, validation: float, budget: float | None, seconds: float) -> str:

@@ -21,6 +21,14 @@ def measure(logp: np.ndarray, rollout: Rollout) -> tuple[float, float]:
     return float((np.expm1(log_ratio) ** 2).sum() / rollout.response_mask.sum()), float(np.abs(log_ratio).max())
 
 
+def _of_all(logp: np.ndarray, rollout: Rollout, exchange) -> tuple[float, float]:
+    """`measure` over the rows of all processes."""
+    said = exchange([*measure(logp, rollout), int(rollout.response_mask.sum())])
+    floors, largest, tokens = zip(*said, strict=True)
+    floor = floors[0] if len(floors) == 1 else float(np.average(floors, weights=tokens))
+    return floor, float(np.max(largest))
+
+
 def num_prompts(config: Config) -> int:
     """Prompts that it is measured on: those of one call of the sampler, filled up to whole micro-batches."""
     group = config.sampler.group_size
@@ -46,6 +54,7 @@ def check(
     say,
     event,
     again: Callable[[dict[str, bool]], tuple[np.ndarray, Rollout]],
+    exchange: Callable[[list], list[list]] = lambda value: [value],
 ) -> float:
     """The floor; a noisy set-up is refused at the start of a run, and warned of when one is continued.
 
@@ -57,11 +66,12 @@ def check(
       say: where lines for people go.
       event: (name, **details), for events.jsonl.
       again: from fields of config.model to a `logp` and a rollout of the model computed so: asked before a refusal.
+      exchange: from what is said here to what is said for each part of the rows, where these are only a part (`rows.Rows`).
 
     Raises:
       UsageError: at the start, the floor is above the limit, or NaN.
     """
-    floor, largest = measure(logp, rollout)
+    floor, largest = _of_all(logp, rollout, exchange)
     limit = config.trainer.max_noise_floor
     say(
         f"noise floor: E[(r-1)^2] = {floor:.2e}, largest |log r| = {largest:.2e}; the limit of E[(r-1)^2] is {limit:.0e}"
@@ -69,7 +79,7 @@ def check(
     if floor <= limit:
         return floor
     if first:
-        raise UsageError(_refusal(floor, limit, _remedy(config, again, say)))
+        raise UsageError(_refusal(floor, limit, _remedy(config, again, say, exchange)))
     say("warning: the noise floor has risen above its limit since the run was started")
     event("noise_floor", floor=floor, limit=limit)
     return floor
@@ -89,7 +99,7 @@ def _refusal(floor: float, limit: float, remedy: str) -> str:
     )
 
 
-def _remedy(config: Config, again, say) -> str:
+def _remedy(config: Config, again, say, exchange) -> str:
     """What to change of the model: the cheapest switches under which the floor is within its limit, as measured."""
     model, measured = config.model, []
     if model.compute_dtype == "float32":
@@ -99,7 +109,7 @@ def _remedy(config: Config, again, say) -> str:
         if "float32_scores" in names and model.attention in KERNELS:
             continue
         say(f"noise floor: measuring it with {' and '.join(names)}")
-        floor, _ = measure(*again(dict.fromkeys(names, True)))
+        floor, _ = _of_all(*again(dict.fromkeys(names, True)), exchange)
         measured.append((names, floor))
         if floor <= config.trainer.max_noise_floor:
             break

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from r2vpo_jax.config import Config
 from r2vpo_jax.errors import UsageError
 from r2vpo_jax.rollout import Rollout
+from r2vpo_jax.rows import rows_on_both
 from r2vpo_jax.run.instruments import Timers
 from r2vpo_jax.training.iteration import Made
 from r2vpo_jax.training.update import RolloutReport
@@ -66,10 +67,11 @@ def check(config: Config, mesh: Mesh, sampler_mesh: Mesh) -> None:
             "replay.overlap on several processes needs devices that sample only: set mesh.sampler_devices, a multiple of the "
             f"{processes} processes"
         )
-    if config.task.name == "text":
+    rows, _ = rows_on_both(sampler_mesh, mesh, config.trainer.prompts_per_rollout, config.sampler.group_size)
+    if config.task.name == "text" and rows.is_all:
         raise ValueError(
-            "replay.overlap on several processes is not for task.name=text: process 0 sends its verdicts to the others over "
-            "all devices, those that learn too"
+            "replay.overlap on several processes with task.name=text needs rollouts that are spread over the processes: else "
+            f"process 0 sends its verdicts to the others over all devices, those that learn too. {rows.why_all()}"
         )
     # XLA's client for processors runs programs on several devices of a process one after the other.
     if mesh.devices.flat[0].platform == "cpu" and min(len(mesh.local_devices), len(sampler_mesh.local_devices)) > 1:

@@ -62,7 +62,10 @@ _of_sampled = jax.jit(metrics.of_sampled, static_argnums=(0, 2))
 
 @dataclasses.dataclass(frozen=True)
 class Iteration:
-    """What `on_iteration` is given: everything that one iteration has made, on the host but for the state."""
+    """What `on_iteration` is given: everything that one iteration has made, on the host but for the state.
+
+    On several processes, rollouts are this process's rows (`rows.Rows`).
+    """
 
     number: int  # from 1
     collected: Collected  # what was sampled and verified
@@ -152,14 +155,17 @@ class _Run:
             self.base.check_length(self.task.max_prompt_length + self.task.max_response_length)
         with cluster.phase("reading weights"):
             self.state = self.learner.init_state(self.base.load_params(self.mesh))
-        self.life = Lifecycle(config, workdir, chief=self.chief, say=self._say, started=self._started)
+        self.timers = Timers()
+        meshes = {"mesh": self.sampler_mesh, "learner_mesh": self.mesh}
+        self._collector_of = functools.partial(Collector, config, self.task, timers=self.timers, **meshes)
+        self.collector = self._collector_of(self.model)
+        self.weights = SamplerWeights(self.learner, self.sampler_mesh, self.timers)
+        self.rows = self.collector.learner_rows_of(config.trainer.prompts_per_rollout)
+        self.life = Lifecycle(config, workdir, self.rows, chief=self.chief, say=self._say, started=self._started)
         stack.callback(self.life.close)
         self.workdir, self.replay = self.life.workdir, self.life.replay
         self.profiler = Profiler(self.workdir, profile_steps)
         self._said_reason: str | None = None  # why most responses have no verdict
-        self.timers = Timers()
-        self.collector = Collector(config, self.task, self.model, self.sampler_mesh, self.timers)
-        self.weights = SamplerWeights(self.learner, self.sampler_mesh, self.timers)
         self.key = jax.random.key(config.seed)
         # The reference is the base model itself: it is taken before a checkpoint replaces the state.
         self.reference = self.learner.sampler_params(self.state) if config.objective.needs_reference else None
@@ -223,14 +229,13 @@ class _Run:
     def _iterate(self) -> Iteration:
         before = dict(self.timers.seconds)
         self.timers.take_spans()
-        if self.config.replay.overlap:
-            made = overlapped.iterate(self, self.beside, f"the responses of iteration {self.counters.iteration + 1}")
-        else:
-            made = iteration.iterate(self)
-        trained = sum(int(rollout.learning_mask.sum()) for rollout in made.drawn) * self.config.trainer.num_epochs
+        what = f"the responses of iteration {self.counters.iteration + 1}"
+        made = overlapped.iterate(self, self.beside, what) if self.config.replay.overlap else iteration.iterate(self)
+        drawn = [self.rows.outline(rollout) for rollout in made.drawn]
+        trained = sum(map(metrics.num_kept_tokens, drawn)) * self.config.trainer.num_epochs
         self._count(iteration=self.counters.iteration + 1, trained_tokens=self.counters.trained_tokens + trained)
         spent = {phase: after - before.get(phase, 0.0) for phase, after in self.timers.seconds.items()}
-        row = self._write_metrics(made, trained, spent)  # 6
+        row = self._write_metrics(made, drawn, trained, spent)  # 6
         return Iteration(self.counters.iteration, *made, self.state, row, self.timers.take_spans())
 
     # 0. Before the loop ----------------------------------------------------------------------------------
@@ -246,6 +251,8 @@ class _Run:
             self._say(f"mesh {dict(self.mesh.shape)}, {jax.device_count()} x {jax.devices()[0].device_kind}")
             if self.sampler_mesh is not self.mesh:
                 self._say(f"sampling on a mesh of its own: {dict(self.sampler_mesh.shape)}")
+            if self.rows.is_all and len(self.rows.holders[0]) > 1:
+                self._say("rollouts: " + self.rows.why_all())
             self._say(sharding.placement_table(self.learner.logical_axes, self.learner.abstract_params, self.mesh))
 
     def _check_noise_floor(self) -> None:
@@ -255,13 +262,12 @@ class _Run:
             params = weights.for_rollouts(self.state)
             index = collector.problem_index(0)[: noise_floor.num_prompts(self.config)]
             rollout = collector.sample(params, index, iteration=self.counters.iteration, version=self._version())
-            placed = sharding.put_batch(rollout, self.mesh)
-            return sharding.to_host(learner.score(self.state.params, placed)), rollout
+            rows = collector.learner_rows_of(len(index))
+            return rows.fetch(learner.score(self.state.params, rows.put(rollout))), rollout
 
         def again(changes: dict[str, bool]):
             model = models.Decoder(dataclasses.replace(self.model.config, **changes))
-            collector = Collector(self.config, self.task, model, self.sampler_mesh, self.timers)
-            learner = Learner(model, self.config, self.mesh)
+            learner, collector = Learner(model, self.config, self.mesh), self._collector_of(model)
             return sampled_and_scored(learner, collector, SamplerWeights(learner, self.sampler_mesh, self.timers))
 
         floor = noise_floor.check(
@@ -271,6 +277,7 @@ class _Run:
             say=self._say,
             event=self._event,
             again=again,
+            exchange=self.rows.exchange,
         )
         if self.counters.noise_floor is None:
             self._count(noise_floor=floor)
@@ -296,20 +303,22 @@ class _Run:
         counters = self.counters
         self._count(
             problems=counters.problems + collected.num_problems,
-            rollouts=counters.rollouts + len(collected.rollout.reward),
-            rollout_tokens=counters.rollout_tokens + int(collected.rollout.response_length.sum()),
+            rollouts=counters.rollouts + len(collected.outline.reward),
+            rollout_tokens=counters.rollout_tokens + int(collected.outline.response_length.sum()),
         )
         return collected
 
     def prepare(self, collected: Collected) -> Rollout:
-        config, rollout, group_size = self.config, collected.rollout, self.config.sampler.group_size
-        if config.objective.groups.zero_variance == "resample":
-            rollout = credit.select_groups(rollout, config.objective, group_size, config.trainer.prompts_per_rollout)
+        objective, group_size, rows = self.config.objective, self.config.sampler.group_size, self.rows
+        rollout = collected.parts[0]
+        if objective.groups.zero_variance == "resample":
+            chosen = credit.chosen_groups(collected.outline, objective, group_size, rows.num_groups)
+            rollout = rows.bring(collected.parts, np.stack(np.divmod(chosen, rows.num_groups), axis=1))
         with self.timers("update"):
-            placed = sharding.put_batch(rollout, self.mesh)
-            placed = iteration.with_estimates(placed, self.state, self.reference, self.learner)
-            estimates = sharding.to_host({"reference_logp": placed.reference_logp, "value": placed.value})
-            return credit.fill_advantages(rollout.replace(**estimates), config.objective, group_size, self._kl_coef)
+            placed = iteration.with_estimates(rows.put(rollout), self.state, self.reference, self.learner)
+            estimates = rows.fetch({"reference_logp": placed.reference_logp, "value": placed.value})
+            parts = {} if rows.is_all else {"placed": placed, "fetch": rows.fetch}
+            return credit.fill_advantages(rollout.replace(**estimates), objective, group_size, self._kl_coef, **parts)
 
     def draw(self, batch: Rollout) -> list[Rollout]:
         if not self.config.replay.enabled:
@@ -339,7 +348,7 @@ class _Run:
 
     def learn(self, rollout: Rollout, number: int) -> RolloutReport:
         with self.timers("update"):
-            batch = sharding.put_batch(rollout, self.mesh)
+            batch = self.rows.put(rollout)
             key = iteration.learning_key(self.key, self.counters.iteration, number)
             self.state, result = self.learner.train_on_rollout(self.state, batch, key)
             result = sharding.to_host(result)
@@ -369,33 +378,32 @@ class _Run:
 
     # 6. Metrics, samples, alarms -------------------------------------------------------------------------
 
-    def _write_metrics(self, made: iteration.Made, trained_tokens: int, spent) -> dict:
-        version, config, counters, sampled = self._version(), self.config, self.counters, made.collected.rollout
+    def _write_metrics(self, made: iteration.Made, drawn: list[Rollout], trained_tokens: int, spent) -> dict:
+        version, config, counters, sampled = self._version(), self.config, self.counters, made.collected.outline
         counts = {"iteration": counters.iteration, "version": version}
         counts |= {"rollouts": counters.rollouts, "rollout_tokens": counters.rollout_tokens}
         if config.replay.enabled:
-            before = version - len(made.drawn) * config.trainer.updates_per_rollout
-            counts |= self.replay.statistics(made.drawn[-1] if made.drawn else None, before)
+            before = version - len(drawn) * config.trainer.updates_per_rollout
+            counts |= self.replay.statistics(drawn[-1] if drawn else None, before)
             counts["replay/ratio"] = counters.trained_tokens / max(counters.rollout_tokens, 1)
         row = metrics.row(
             config.objective,
             _of_sampled(config.objective, sampled, config.sampler.group_size),
-            float(metrics.kept(made.drawn)) if made.drawn else 0.0,
+            float(metrics.kept(drawn)) if drawn else 0.0,
             sharding.to_host(metrics.merged(made.reports)) if made.reports else None,
             counters=counts,
             variance_coef=float(sharding.to_host(self.state.dual.variance_coef)),
             kl_coef=float(sharding.to_host(self.state.kl_coef)),
             learning_rate=float(self.learner.schedule(max(version - 1, 0))),
         )
-        row |= metrics.of_time(float(sampled.response_length.sum()), trained_tokens if made.drawn else None, spent)
-        if self.weights.num_bytes is not None:
-            row["weights/bytes"] = self.weights.num_bytes
+        row |= metrics.of_time(float(sampled.response_length.sum()), trained_tokens if drawn else None, spent)
+        row |= {} if self.weights.num_bytes is None else {"weights/bytes": self.weights.num_bytes}
         row |= {f"reward/{name}": value for name, value in made.collected.terms.items()}
         self.life.files.metrics(row)
-        if made.collected.reasons:
-            self._event("unjudged", responses=len(made.collected.reasons), first=made.collected.reasons[0])
+        if made.collected.num_reasons:
+            self._event("unjudged", responses=made.collected.num_reasons, first=made.collected.first_reason)
         self._say_unjudged(row["outcome/judged"], made.collected)
-        for sample in metrics.samples(made.batch, self.task, config.trainer.samples_per_iteration):
+        for sample in metrics.samples(made.batch, self.task, config.trainer.samples_per_iteration, self.rows):
             self.life.files.sample({"iteration": counters.iteration, **sample})
         return row
 
@@ -404,10 +412,10 @@ class _Run:
         if judged >= self.config.alarms.min_judged:
             self._said_reason = None
             return
-        reason = collected.reasons[0] if collected.reasons else "the task gives no reason"
+        reason = collected.first_reason or "the task gives no reason"
         kind = re.sub(r"\d+", "", reason)
         if kind != self._said_reason:
-            size = len(collected.rollout.reward)
+            size = len(collected.outline.reward)
             self._say(
                 f"iteration {self.counters.iteration}: {size - round(judged * size)} of {size} responses have no verdict; the "
                 f"first reason: {reason}"

@@ -2,12 +2,14 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
 from r2vpo_jax.advantages import ESTIMATORS
 from r2vpo_jax.config import make_objective
 from r2vpo_jax.rollout import Rollout
+from r2vpo_jax.rows import rows_of_groups
 from r2vpo_jax.tasks.base import Outcome
 from r2vpo_jax.training import credit
 
@@ -175,7 +177,8 @@ def test_groups_differ_in_their_verdicts():
 def test_groups_that_differ_come_first_and_others_fill_up(wanted, chosen):
     """Groups 1 and 3 differ. In the order of sampling; those that fill up take no part."""
     objective = make_objective(groups={"zero_variance": "resample"})
-    batch = credit.select_groups(GROUPS, objective, 2, wanted)
+    places = credit.chosen_groups(GROUPS, objective, 2, wanted)
+    batch = jax.tree.map(lambda x: x[rows_of_groups(places, 2)], GROUPS)
     np.testing.assert_array_equal(batch.rollout_id, [row for g in chosen for row in (2 * g, 2 * g + 1)])
     for field in dataclasses.fields(Rollout):
         if getattr(GROUPS, field.name) is not None:
