@@ -12,6 +12,7 @@ import fnmatch
 import functools
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import re
@@ -73,6 +74,8 @@ def _store_path(text: str, scheme: str, flag: str, schemes: Sequence[str]):
 def _file_system(scheme: str):
     import fsspec
 
+    # What it cannot do it both logs and raises; a user is to hear it once.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     # Listings that are kept miss what other processes have written. So for epath's own file system too.
     fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
     return fsspec.filesystem(scheme)

@@ -70,7 +70,7 @@ BAD_VALUES = {
     "stray": ["unexpected argument 'stray'"],
     "--config.model.path=/nowhere/at/all": ["/nowhere/at/all"],
     "--config.sampler.prompt_buckets=16,x": ["sampler.prompt_buckets must be whole numbers >= 1; '16,x' is not"],
-    "--workdir=gs://bucket/run": ["--workdir=gs://bucket/run is an address"],
+    "--workdir=s3://bucket/run": ["--workdir=s3://bucket/run is an address", "gs://BUCKET/NAME"],
 }
 
 
@@ -90,7 +90,7 @@ def test_bad_values_are_one_line(flag, answers):
     answer, workdir = answers[flag]
     assert_refused(answer.result(), *BAD_VALUES[flag])
     assert not workdir.exists()
-    assert not (ROOT / "gs:").exists()
+    assert not (ROOT / "s3:").exists()
 
 
 def test_what_is_missing_is_named(config_file, tmp_path):
