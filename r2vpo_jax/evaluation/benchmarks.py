@@ -184,10 +184,9 @@ def _read_outcomes(path, expected: list[tuple[str, int]]) -> list[dict]:
     files.JsonlWriter(path).close()
     try:
         rows = files.read_jsonl(path)
+        found = [(row["task"], row["index"]) for row in rows]
     except FileNotFoundError:
         return []  # a store holds no empty line file
-    try:
-        found = [(row["task"], row["index"]) for row in rows]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete its last lines from there on, or the file") from error
     if found != expected[: len(found)]:

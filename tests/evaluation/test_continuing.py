@@ -95,13 +95,13 @@ def test_changed_code_is_said(make, finished, tmp_path, monkeypatch):
 
 
 def test_a_signal_ends_after_the_batch_in_hand(make, finished, tmp_path, monkeypatch):
-    append, said = benchmarks._append, []
+    append, said = files.append_lines, []
 
     def append_and_interrupt(*args):
         append(*args)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(benchmarks, "_append", append_and_interrupt)
+    monkeypatch.setattr(files, "append_lines", append_and_interrupt)
     with pytest.raises(Stopped, match=f"stopped after {BATCH} of {NUM_PROBLEMS} problems; the same command goes on"):
         benchmarks.run(make(), tmp_path, say=said.append)
     assert said == []
@@ -135,27 +135,26 @@ def before(owner, name, call=1):
     setattr(owner, name, counted)
 
 def torn(call):
-    real, calls = benchmarks._append, [0]
-    def half(file, rows):
+    real, calls = files.append_lines, [0]
+    def half(file, text):
         calls[0] += 1
         if calls[0] < call:
-            return real(file, rows)
-        text = "".join(json.dumps(row) + chr(10) for row in rows)
+            return real(file, text)
         with open(file, "a") as f:
             f.write(text[: len(text) // 2])
         die()
-    benchmarks._append = half
+    files.append_lines = half
 
 def after_append():
-    real = benchmarks._append
+    real = files.append_lines
     def appended(*args):
         real(*args)
         die()
-    benchmarks._append = appended
+    files.append_lines = appended
 
 moments = {
     "nothing is written": lambda: before(benchmarks, "claim_file"),
-    "no outcomes": lambda: before(benchmarks, "_append"),
+    "no outcomes": lambda: before(files, "append_lines"),
     "half a batch": lambda: torn(1),
     "a batch": after_append,
     "half of another": lambda: torn(2),
