@@ -21,7 +21,7 @@ from tests.helpers.processes import HEARTBEAT, Processes
 
 pytestmark = pytest.mark.slow
 
-SLACK = 15  # seconds more than the heartbeat, on a machine with few cores
+SLACK = 30  # seconds more than the heartbeat, on a machine with few cores; JAX by itself would take longer
 FLAGS = ("--config.mesh.data=-1", "--config.trainer.num_iterations=12", "--initialization_timeout_seconds=120")
 ENDLESS = (*FLAGS, "--config.trainer.num_iterations=100000", "--config.trainer.checkpoint_every=1")
 
@@ -45,7 +45,7 @@ def whole(config_file, cache, tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize(("count", "victim"), [(2, 0), (2, 1), (4, 2)])
+@pytest.mark.parametrize(("count", "victim"), [(2, 0), (4, 2)])
 def test_a_killed_process_ends_the_others_and_the_run_goes_on(count, victim, config_file, cache, whole, tmp_path):
     with Processes(config_file, tmp_path / "run", count, *FLAGS, **cache) as run:
         run.wait_for_rows(7)
@@ -105,8 +105,7 @@ def test_a_process_that_fails_is_named_with_its_reason(config_file, cache, tmp_p
     assert ended[0].seconds - ended[1].seconds < SLACK
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize("during", ["start", "rows"])
+@pytest.mark.parametrize(("during", "victim"), [("start", 1), ("rows", 0)])
 def test_sigterm_to_one_saves_the_same_iteration_on_all(during, victim, config_file, cache, tmp_path):
     with Processes(config_file, tmp_path / "run", 2, *ENDLESS, **cache) as run:
         if during == "rows":
