@@ -6,7 +6,9 @@ same, only LLVM's do not. JAX_DISABLE_MOST_OPTIMIZATIONS=0 tests the code that u
 """
 
 import functools
+import gc
 import os
+import pathlib
 import shutil
 
 import jax
@@ -45,6 +47,16 @@ def shared_learners():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "Learner", functools.cache(trainer.Learner))
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgotten_programs():
+    """Compiled programs take memory maps. Linux allows a process 65,530 by default; with none left XLA crashes."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > 20_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
