@@ -1,6 +1,6 @@
 """Processes of one run that are killed, stopped, told to save, or do not belong: the others end in time, with one line.
 
-A run of two processes and another of four, over the loopback. `python -m tests.kill_processes` does more of it, at random moments.
+Two processes over the loopback. `python -m tests.kill_processes` does more of it: any number, at random moments.
 """
 
 import os
@@ -45,7 +45,7 @@ def whole(config_file, cache, tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize(("count", "victim"), [(2, 0), (4, 2)])
+@pytest.mark.parametrize(("count", "victim"), [(2, 0)])
 def test_a_killed_process_ends_the_others_and_the_run_goes_on(count, victim, config_file, cache, whole, tmp_path):
     with Processes(config_file, tmp_path / "run", count, *FLAGS, **cache) as run:
         run.wait_for_rows(7)
