@@ -113,7 +113,7 @@ class Rows:
                 return x
             where = sharding.batch_sharding(x.shape, self.mesh)
             if not x.sharding.is_equivalent_to(where, x.ndim):
-                x = _laid_out(where)(x)
+                x = sharding.relaid(where)(x)
             out = np.empty((len(self.index), *x.shape[1:]), x.dtype)
             for first, data in {s.index[0].indices(x.shape[0])[0]: s.data for s in x.addressable_shards}.items():
                 at = int(np.searchsorted(self.index, first))
@@ -128,7 +128,7 @@ class Rows:
         """Small arrays of this process's rows [n * G, ...] -> those of all rows, on every host."""
         if self.is_all or not jax.tree.leaves(tree):
             return tree
-        return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), _everywhere(self.mesh)(self.put(tree)))
+        return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), sharding.relaid(sharding.replicated(self.mesh))(self.put(tree)))
 
     def outline(self, batch):
         """What is known of every row of a batch: the numbers of rows, without their tokens.
@@ -303,22 +303,12 @@ def _zeros(shape, like):
     return np.broadcast_to(np.zeros((), like.dtype), shape)
 
 
-@functools.cache
-def _laid_out(where):
-    return jax.jit(lambda x: x, out_shardings=where)
-
-
-@functools.cache
-def _everywhere(mesh):
-    return jax.jit(lambda tree: tree, out_shardings=sharding.replicated(mesh))
-
-
 def _heard(mesh, x) -> dict[int, np.ndarray]:
     """What each process says: process -> array. Over the devices of the mesh alone; others may be at work meanwhile."""
     x = np.asarray(x)
     where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names))
     said = jax.make_array_from_callback((mesh.size, *x.shape), where, lambda _: x[None])
-    heard = np.asarray(_everywhere(mesh)(said).addressable_data(0))
+    heard = np.asarray(sharding.relaid(sharding.replicated(mesh))(said).addressable_data(0))
     by_process = {}
     for number, device in enumerate(mesh.devices.flat):
         by_process.setdefault(device.process_index, heard[number])

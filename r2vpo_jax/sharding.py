@@ -159,8 +159,9 @@ def put_batch(tree, mesh: Mesh):
 
 
 @functools.cache
-def _replicate(sharding):
-    return jax.jit(lambda x: x, out_shardings=sharding)
+def relaid(where):
+    """A program that lays arrays out as `where` says, one sharding for all or a tree of them."""
+    return jax.jit(lambda tree: tree, out_shardings=where)
 
 
 def to_host(tree):
@@ -172,7 +173,7 @@ def to_host(tree):
         if x.is_fully_addressable:
             return np.asarray(x)
         if not x.is_fully_replicated:
-            x = _replicate(replicated(x.sharding.mesh))(x)
+            x = relaid(replicated(x.sharding.mesh))(x)
         return np.asarray(x.addressable_data(0))
 
     return jax.tree.map(fetch, tree)

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import json
 import sys
-import traceback
 from typing import NamedTuple
 
 import jax
@@ -25,6 +24,7 @@ from r2vpo_jax.rollout import Rollout
 from r2vpo_jax.run.instruments import Timers
 from r2vpo_jax.training import sampler_mesh
 from r2vpo_jax.training.learner import Learner
+from tests.helpers.attempts import attempt
 from tests.helpers.compilations import compilations
 from tests.helpers.learner import assert_same_stats
 from tests.helpers.params import random_params
@@ -179,15 +179,6 @@ CASES = {
     "1,1,8": ((1, 1, 8), 8),
     "1,1,8 with 2 kv heads": ((1, 1, 8), 2),
 }
-
-
-def attempt(function, *args):
-    """None, or the last lines of what went wrong."""
-    try:
-        function(*args)
-    except Exception:
-        return "\n".join(traceback.format_exc().splitlines()[-25:])
-    return None
 
 
 def compare():

@@ -11,7 +11,6 @@ import json
 import pathlib
 import shutil
 import sys
-import traceback
 
 import jax
 import numpy as np
@@ -20,6 +19,7 @@ from r2vpo_jax import config, rows, sharding
 from r2vpo_jax.errors import Stopped
 from r2vpo_jax.rollout import Rollout
 from r2vpo_jax.training.trainer import train
+from tests.helpers.attempts import attempt
 from tests.helpers.paths import TASK
 from tests.helpers.trees import merged
 
@@ -191,15 +191,6 @@ def outlines_take_no_memory(*_):
 
 CHECKS = (rows_have_homes, tensor_spans_processes, torn_groups_are_held_by_all, outlines_take_no_memory)
 AFTERWARDS = (stopped_and_continued, begun_elsewhere)
-
-
-def attempt(function, *args):
-    """None, or the last lines of what went wrong."""
-    try:
-        function(*args)
-    except Exception:
-        return "\n".join(traceback.format_exc().splitlines()[-25:])
-    return None
 
 
 def main():
