@@ -128,7 +128,9 @@ class Rows:
         """Small arrays of this process's rows [n * G, ...] -> those of all rows, on every host."""
         if self.is_all or not jax.tree.leaves(tree):
             return tree
-        return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), sharding.relaid(sharding.replicated(self.mesh))(self.put(tree)))
+        return jax.tree.map(
+            lambda x: np.asarray(x.addressable_data(0)), sharding.relaid(sharding.replicated(self.mesh))(self.put(tree))
+        )
 
     def outline(self, batch):
         """What is known of every row of a batch: the numbers of rows, without their tokens.
