@@ -14,8 +14,9 @@ from r2vpo_jax.evaluation import benchmarks, exports, settings
 from r2vpo_jax.run import checkpoints, directory, files, report
 from r2vpo_jax.training.trainer import train
 from tests.helpers.paths import ROOT
+from tests.helpers.processes import free_port
 from tests.helpers.runs import assert_same_run, rows
-from tests.test_distributed import finish, free_port, start
+from tests.test_distributed import finish, start
 
 KILLED = """
 import json, os, pathlib, signal, sys
