@@ -14,6 +14,7 @@ from r2vpo_jax.config.fields import (
     require_range,
     section,
 )
+from r2vpo_jax.config.lora import LoraConfig
 from r2vpo_jax.config.objective import ObjectiveConfig
 from r2vpo_jax.config.task import TASKS, TaskConfig
 
@@ -343,6 +344,8 @@ class ModelConfig(ComputeConfig):
         "stored",
         "dtype of the weights in hf/: float32, bfloat16 or float16; stored: the base model's, to which small updates round away",
     )
+    # Without adapters a configuration is what it was before there were any: --config.model.lora.rank brings them.
+    lora: LoraConfig = section(LoraConfig, when=lambda s: s.lora.rank > 0)
 
     def __post_init__(self):
         super().__post_init__()

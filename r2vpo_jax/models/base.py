@@ -11,6 +11,7 @@ from r2vpo_jax import models, storage
 from r2vpo_jax.config import ModelConfig
 from r2vpo_jax.config.run import FLOAT32_SWITCHES
 from r2vpo_jax.errors import UsageError
+from r2vpo_jax.models import lora, peft
 from r2vpo_jax.models.identity import identity
 from r2vpo_jax.models.tokenizer import end_of_text_ids, load_tokenizer
 
@@ -47,14 +48,19 @@ class BaseModel:
         except (OSError, ValueError) as error:
             raise UsageError(f"cannot read the base model: {error}") from error
 
-    def load_params(self, mesh=None):
-        """The parameters, placed on the mesh as they are read.
+    def load_params(self, mesh=None, *, seed: int = 0):
+        """The parameters, placed on the mesh as they are read; adapters are as before training.
+
+        Args:
+          mesh: None: NumPy arrays.
+          seed: of the run, for the adapters.
 
         Raises:
           UsageError: a tensor is missing or does not fit.
         """
         try:
-            return models.load_params(self.path, self.model, mesh=mesh)
+            weights = models.load_params(self.path, self.model, mesh=mesh)
+            return weights if self.model.config.lora is None else lora.join(weights, lora.init(self.model, seed, mesh))
         except (OSError, ValueError) as error:
             raise UsageError(f"cannot load the base model: {error}") from error
 
@@ -86,6 +92,12 @@ class BaseModel:
                 write=write,
             )
 
+    def export_adapters(self, path, params, *, write: bool = True) -> None:
+        """Write the adapters alone, as a PEFT directory (`peft.save_adapters`). Arguments and errors are its."""
+        path = storage.path(path)
+        with storage.staged(path, last=peft.CONFIG) if write else contextlib.nullcontext(path) as folder:
+            peft.save_adapters(folder, self.model, params, base=str(self.path), write=write)
+
 
 def open_base_model(config: ModelConfig) -> BaseModel:
     """Look at `config.path` (default: the shipped arithmetic base model): architecture, tokenizer, end of text.
@@ -108,6 +120,7 @@ def open_base_model(config: ModelConfig) -> BaseModel:
             attention=config.attention,
             attention_block_size=config.attention_block_size,
             matmul_precision=config.matmul_precision,
+            lora=config.lora if config.lora.rank else None,
             num_tokens=1 + max(tokenizer.get_vocab().values()),
         )
         eos_ids = end_of_text_ids(path, tokenizer)
@@ -116,6 +129,8 @@ def open_base_model(config: ModelConfig) -> BaseModel:
         if len(eos_ids) > 1:
             ends = ", ".join(f"{tokenizer.convert_ids_to_tokens(i)} ({i})" for i in eos_ids)
             notices = (*notices, f"responses end at any of {ends}")
+        if model.config.lora is not None:
+            notices = (*notices, lora.notice(model))
         return BaseModel(path, model, tokenizer, eos_ids, notices)
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot load the base model: {error}") from error

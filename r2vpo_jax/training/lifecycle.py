@@ -15,8 +15,8 @@ from r2vpo_jax.run import directory, files, instruments, report
 from r2vpo_jax.run.alarms import Alarms
 from r2vpo_jax.run.checkpoints import Checkpointer
 from r2vpo_jax.training.learner import Learner
+from r2vpo_jax.training.learner_state import LearnerState, frozen_of, with_frozen, without_frozen
 from r2vpo_jax.training.replay import ReplayBuffer, ReplayError
-from r2vpo_jax.training.update import LearnerState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,10 +136,12 @@ class Lifecycle:
             restored = (
                 None
                 if problem
-                else self._checkpointer.restore(iteration, learner.abstract_state, learner.state_shardings)
+                else self._checkpointer.restore(
+                    iteration, *map(without_frozen, (learner.abstract_state, learner.state_shardings))
+                )
             )
             if restored is not None:
-                state, saved = restored
+                state, saved = with_frozen(restored[0], frozen_of(state)), restored[1]
                 try:
                     self.replay.restore(saved.pop("replay"))
                 except ReplayError as error:
@@ -233,7 +235,7 @@ class Lifecycle:
             "alarms": self.alarms.state,
         }
         with cluster.phase("saving"):
-            self._checkpointer.save(counters.iteration, state, saved, score=counters.own_score)
+            self._checkpointer.save(counters.iteration, without_frozen(state), saved, score=counters.own_score)
 
     def seconds(self, counters: Counters) -> float:
         """Seconds that the run has taken, over all processes that worked on it one after the other."""

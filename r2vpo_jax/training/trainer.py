@@ -154,7 +154,7 @@ class _Run:
         with usage_errors():
             self.base.check_length(self.task.max_prompt_length + self.task.max_response_length)
         with cluster.phase("reading weights"):
-            self.state = self.learner.init_state(self.base.load_params(self.mesh))
+            self.state = self.learner.init_state(self.base.load_params(self.mesh, seed=config.seed))
         self.timers = Timers()
         meshes = {"mesh": self.sampler_mesh, "learner_mesh": self.mesh}
         self._collector_of = functools.partial(Collector, config, self.task, timers=self.timers, **meshes)
@@ -168,7 +168,7 @@ class _Run:
         self._said_reason: str | None = None  # why most responses have no verdict
         self.key = jax.random.key(config.seed)
         # The reference is the base model itself: it is taken before a checkpoint replaces the state.
-        self.reference = self.learner.sampler_params(self.state) if config.objective.needs_reference else None
+        self.reference = self.learner.reference_params(self.state) if config.objective.needs_reference else None
         with cluster.phase("reading the last checkpoint"):
             self.state, self.counters = self.life.resume(self.state, self.learner, self.task.digest, self.identity)
 

@@ -67,6 +67,7 @@ def test_a_run_may_sample_beside_learning_from_now_on():
         ({"model": {"compute_dtype": "bfloat16"}, "trainer": {"max_noise_floor": 1e-6}}, "refused"),
         ({"objective": {"name": "grpo"}}, "refused"),
         ({"sampler": {"temperature": 0.9}}, "refused"),
+        ({"model": {"lora": {"rank": 2}}}, "refused"),
     ],
 )  # fmt: skip
 def test_a_change_of_one_field(changed, kind):
