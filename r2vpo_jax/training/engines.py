@@ -38,7 +38,7 @@ def find(config: Config, workdir, tokens: int, say: Callable[[str], None]) -> En
     """
     if config.sampler.engine == "own":
         return None
-    where = config.sampler.endpoint.publish_dir or str(workdir)
+    where = storage.path(config.sampler.endpoint.publish_dir or workdir)
     if storage.is_store(where):
         raise UsageError(
             f"weights cannot be published in {where}: set sampler.endpoint.publish_dir, a folder on a disk that the engine reads"
