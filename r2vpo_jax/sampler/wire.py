@@ -144,13 +144,13 @@ class Wire:
         return self._ask(self._connect(), method, path, body)
 
     def _ask(self, connection, method: str, path: str, body: bytes | None) -> http.client.HTTPResponse:
-        with self._lock:
-            if self._ended.is_set():
-                raise ConnectionAbortedError("nothing is sent any more")
-            self._open.add(connection)
         connection.timeout = min(self._timeout, _CONNECT)
         if connection.sock is None:
             connection.connect()
+        with self._lock:  # from here on `interrupt` finds it
+            if self._ended.is_set():
+                raise ConnectionAbortedError("nothing is sent any more")
+            self._open.add(connection)
         connection.sock.settimeout(self._timeout)
         connection.request(method, self._base + path, body, self._headers)
         return connection.getresponse()
@@ -185,6 +185,7 @@ class Wire:
                 raise TimeoutError("timed out")
         if response.length:
             raise ConnectionResetError("the answer is cut off")
+        response.close()  # read1 does not, at the end of a body: the connection would take no further request
         return b"".join(parts)
 
 
