@@ -5,7 +5,7 @@ import runpy
 
 from setuptools import find_packages, setup
 
-COMMANDS = ("train", "evaluate", "sweep", "report", "export", "pretrain")
+COMMANDS = ("train", "evaluate", "sweep", "report", "export", "pretrain", "serve")
 
 setup(
     name="r2vpo_jax",

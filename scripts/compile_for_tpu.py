@@ -51,7 +51,8 @@ from planner.programs import PROGRAMS
 from planner.topologies import CHIPS, chip_of, grid_of
 
 from r2vpo_jax import config, models, sharding
-from r2vpo_jax.config.run import ATTENTION, SEGMENT_LENGTH
+from r2vpo_jax.config.run import ATTENTION
+from r2vpo_jax.config.sampling import SEGMENT_LENGTH
 from r2vpo_jax.models import attention
 from r2vpo_jax.training import learner
 

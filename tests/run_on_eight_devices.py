@@ -401,7 +401,7 @@ def weights_go_to_a_mesh_of_the_sampler():
         state = learner.init_state(random_params(model))
         expected = sharding.tree_shardings(learner.logical_axes, learner.abstract_params, other)
         for moved, reference in (
-            (weights.for_rollouts(state), jax.jit(learner.as_sampled)(state.params)),
+            (weights.for_rollouts(state, 0), jax.jit(learner.as_sampled)(state.params)),
             (weights.for_scores(state), state.params),
         ):
             jax.tree.map(np.testing.assert_array_equal, sharding.to_host(moved), sharding.to_host(reference))

@@ -14,9 +14,8 @@ from r2vpo_jax.config.run import (
     ComputeConfig,
     MeshConfig,
     ModelConfig,
-    ScoreSamplingConfig,
-    StopConfig,
 )
+from r2vpo_jax.config.sampling import ScoreSamplingConfig, StopConfig
 from r2vpo_jax.config.task import (
     ArithmeticConfig,
     DataConfig,

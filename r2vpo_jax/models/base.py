@@ -64,7 +64,7 @@ class BaseModel:
         except (OSError, ValueError) as error:
             raise UsageError(f"cannot load the base model: {error}") from error
 
-    def export(self, path, params, *, dtype: str = "stored", write: bool = True) -> float | None:
+    def export(self, path, params, *, dtype: str = "stored", write: bool = True, compare: bool = True) -> float | None:
         """Write what this model has become as a Hugging Face directory, with tokenizer and generation settings of its own.
 
         Args:
@@ -72,9 +72,11 @@ class BaseModel:
           params: the parameters now.
           dtype: of the written weights, or "stored": that of the weights on disk here.
           write: False on all processes of a pod but one.
+          compare: whether the weights are compared with this model's.
 
         Returns:
-          The share of the written weights that are still those of this model, bit for bit; None where `write` is False.
+          The share of the written weights that are still those of this model, bit for bit; None where `write` or `compare`
+          is False.
 
         Raises:
           ValueError, FileNotFoundError: as `models.save_pretrained`.
@@ -90,6 +92,7 @@ class BaseModel:
                 dtype=models.stored_dtype(self.path) if dtype == "stored" else dtype,
                 eos_ids=self.eos_ids,
                 write=write,
+                compare=compare,
             )
 
     def export_adapters(self, path, params, *, write: bool = True) -> None:

@@ -281,6 +281,7 @@ def save_pretrained(
     eos_ids=None,
     max_shard_bytes: int = 5_000_000_000,
     write: bool = True,
+    compare: bool = True,
 ) -> float | None:
     """Write a directory that Transformers 4 and 5 (and `from_pretrained` above) open.
 
@@ -298,10 +299,11 @@ def save_pretrained(
       eos_ids: the ids that end a text, for generation_config.json; None: the tokenizer's.
       max_shard_bytes: weights beyond this go to several files with an index (at least one tensor a file).
       write: False on all processes of a pod but one: they only take part in fetching.
+      compare: whether the weights are compared with those of `base`, which are read for that.
 
     Returns:
       The share of the written weights that are those of `base`, rounded to the same dtype, bit for bit: small updates
-      are lost in rounding. None without a base, and where nothing is written.
+      are lost in rounding. None without a base, and where nothing is written or compared.
 
     Raises:
       ValueError: a parameter is not finite (in `dtype`): such weights are of no use to anybody. Or the family
@@ -330,7 +332,7 @@ def save_pretrained(
         for entry in entries:
             entry.fetch()
         return None
-    counted = None if base is None else _Unchanged(Tensors(base))
+    counted = _Unchanged(Tensors(base)) if base is not None and compare else None
 
     path.mkdir(parents=True, exist_ok=True)
     for stale in path.glob(".model*.safetensors.partial"):

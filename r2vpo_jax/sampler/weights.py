@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from r2vpo_jax.config.run import SAMPLING_WEIGHTS
+from r2vpo_jax.config.sampling import SAMPLING_WEIGHTS
 from r2vpo_jax.models import lora
 
 

@@ -29,7 +29,7 @@ def settings_of(config: Config) -> UpdateSettings:
         micro_batch_size=trainer.micro_batch_size,
         scoring_chunk_size=trainer.scoring_chunk_size,
         packing=trainer.packing,
-        stale=config.replay.enabled,
+        stale=config.replay.enabled or config.stale,
     )
 
 

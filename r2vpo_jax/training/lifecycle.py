@@ -5,10 +5,12 @@ import dataclasses
 import math
 import time
 
+import jax
+
 import r2vpo_jax
 from r2vpo_jax import cluster, storage
 from r2vpo_jax.config import Config
-from r2vpo_jax.errors import UsageError, usage_errors
+from r2vpo_jax.errors import EngineError, UsageError, usage_errors
 from r2vpo_jax.models.identity import refuse_others
 from r2vpo_jax.rows import Rows
 from r2vpo_jax.run import directory, files, instruments, report
@@ -236,6 +238,20 @@ class Lifecycle:
         }
         with cluster.phase("saving"):
             self._checkpointer.save(counters.iteration, without_frozen(state), saved, score=counters.own_score)
+
+    @contextlib.contextmanager
+    def saving_if_the_engine_is_gone(self, state: LearnerState, counters: Counters):
+        """Around what takes nothing from the state: if the engine that samples does not answer, the run is saved as it is.
+
+        On several processes others may not know of it, and saving takes all of them.
+        """
+        try:
+            yield
+        except EngineError:
+            if jax.process_count() == 1:
+                self.save(state, counters)
+                self.wait()
+            raise
 
     def seconds(self, counters: Counters) -> float:
         """Seconds that the run has taken, over all processes that worked on it one after the other."""

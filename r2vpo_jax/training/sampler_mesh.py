@@ -95,13 +95,17 @@ class SamplerWeights:
             for x, where in zip(*(jax.tree.leaves(lora.split(tree)[0]) for tree in (abstract, there)), strict=True)
         )
 
-    def for_rollouts(self, state: LearnerState) -> dict:
-        """What responses to learn from are sampled with: rounded as `sampler.weights` says."""
+    def for_rollouts(self, state: LearnerState, iteration: int) -> dict:
+        """What the responses of an iteration are sampled with: rounded as `sampler.weights` says."""
         return self._moved(self._for_rollouts, state) if self._separate else self._learner.rollout_params(state)
 
     def for_scores(self, state: LearnerState) -> dict:
         """What responses are sampled with that are only scored."""
         return self._moved(self._for_scores, state) if self._separate else self._learner.sampler_params(state)
+
+    def statistics(self) -> dict[str, int]:
+        """For a row of metrics.jsonl."""
+        return {} if self.num_bytes is None else {"weights/bytes": self.num_bytes}
 
     def _moved(self, move: "_Move", state: LearnerState) -> dict:
         # The updates before are no part of the time; nor may the next one begin to overwrite what is copied.

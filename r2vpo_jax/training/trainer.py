@@ -48,7 +48,7 @@ from r2vpo_jax.rollout import Rollout
 from r2vpo_jax.run import console, directory, files, report
 from r2vpo_jax.run.instruments import Profiler, Span, Timers
 from r2vpo_jax.run.interrupts import any_process, graceful_stop
-from r2vpo_jax.training import credit, iteration, metrics, noise_floor, overlapped, sampler_mesh
+from r2vpo_jax.training import credit, engines, iteration, metrics, noise_floor, overlapped, sampler_mesh
 from r2vpo_jax.training.collector import Collected, Collector
 from r2vpo_jax.training.learner import Learner
 from r2vpo_jax.training.lifecycle import Lifecycle, refuse_in_store
@@ -152,14 +152,17 @@ class _Run:
         """The weights, the last checkpoint, and the parts that need the run directory or the task."""
         config = self.config
         with usage_errors():
-            self.base.check_length(self.task.max_prompt_length + self.task.max_response_length)
+            longest = self.task.max_prompt_length + self.task.max_response_length
+            self.base.check_length(longest)
+            engine = engines.find(config, workdir, longest, self._say)
         with cluster.phase("reading weights"):
             self.state = self.learner.init_state(self.base.load_params(self.mesh, seed=config.seed))
         self.timers = Timers()
-        meshes = {"mesh": self.sampler_mesh, "learner_mesh": self.mesh}
-        self._collector_of = functools.partial(Collector, config, self.task, timers=self.timers, **meshes)
+        where = {"mesh": self.sampler_mesh, "learner_mesh": self.mesh, "engine": engine}
+        self._collector_of = functools.partial(Collector, config, self.task, timers=self.timers, **where)
         self.collector = self._collector_of(self.model)
-        self.weights = SamplerWeights(self.learner, self.sampler_mesh, self.timers)
+        scores = SamplerWeights(self.learner, self.sampler_mesh, self.timers)
+        self.weights = engines.weights_of(engine, scores, self.base, workdir, self.timers)
         self.rows = self.collector.learner_rows_of(config.trainer.prompts_per_rollout)
         self.life = Lifecycle(config, workdir, self.rows, chief=self.chief, say=self._say, started=self._started)
         stack.callback(self.life.close)
@@ -258,20 +261,15 @@ class _Run:
     def _check_noise_floor(self) -> None:
         """Refuses a noisy set-up, but warns only of a run that is continued: it is the run that it was."""
 
-        def sampled_and_scored(learner: Learner, collector: Collector, weights: SamplerWeights):
-            params = weights.for_rollouts(self.state)
-            index = collector.problem_index(0)[: noise_floor.num_prompts(self.config)]
-            rollout = collector.sample(params, index, iteration=self.counters.iteration, version=self._version())
-            rows = collector.learner_rows_of(len(index))
-            return rows.fetch(learner.score(self.state.params, rows.put(rollout))), rollout
+        sampled = functools.partial(noise_floor.sampled_and_scored, self.config, self.state, self.counters.iteration)
 
         def again(changes: dict[str, bool]):
             model = models.Decoder(dataclasses.replace(self.model.config, **changes))
             learner, collector = Learner(model, self.config, self.mesh), self._collector_of(model)
-            return sampled_and_scored(learner, collector, SamplerWeights(learner, self.sampler_mesh, self.timers))
+            return sampled(learner, collector, SamplerWeights(learner, self.sampler_mesh, self.timers))
 
         floor = noise_floor.check(
-            *sampled_and_scored(self.learner, self.collector, self.weights),
+            *sampled(self.learner, self.collector, self.weights),
             self.config,
             first=self.counters.noise_floor is None,
             say=self._say,
@@ -285,14 +283,15 @@ class _Run:
     # 1. to 5., called by iteration.iterate and overlapped.iterate ----------------------------------------
 
     def collect(self) -> Collected:
-        return self.counted(self.collection()())
+        with self.life.saving_if_the_engine_is_gone(self.state, self.counters):
+            return self.counted(self.collection()())
 
     def collection(self) -> Callable[[], Collected]:
         counters = self.counters
         self._kl_coef = float(sharding.to_host(self.state.kl_coef))  # for the rewards of what is sampled
         return functools.partial(
             self.collector.collect,
-            self.weights.for_rollouts(self.state),
+            self.weights.for_rollouts(self.state, counters.iteration),
             position=counters.problems,
             first_id=counters.rollouts,
             iteration=counters.iteration,
@@ -397,7 +396,7 @@ class _Run:
             learning_rate=float(self.learner.schedule(max(version - 1, 0))),
         )
         row |= metrics.of_time(float(sampled.response_length.sum()), trained_tokens if drawn else None, spent)
-        row |= {} if self.weights.num_bytes is None else {"weights/bytes": self.weights.num_bytes}
+        row |= self.collector.statistics() | self.weights.statistics()
         row |= {f"reward/{name}": value for name, value in made.collected.terms.items()}
         self.life.files.metrics(row)
         if made.collected.num_reasons:

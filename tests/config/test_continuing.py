@@ -24,8 +24,9 @@ def compared(here, there=None):
 
 
 def test_every_name_on_the_lists_is_a_field_or_a_section():
-    made = config.make(task=TEXT, model=IN_16_BITS, replay=OVERLAPPED)
-    fields = {path for path, _ in config.leaves(config.to_dict(config.from_flags(made)))}
+    shared = {"task": TEXT, "model": IN_16_BITS, "replay": OVERLAPPED}
+    made = [config.make(**shared, sampler={"engine": engine}) for engine in ("own", "endpoint")]
+    fields = {path for each in made for path, _ in config.leaves(config.to_dict(config.from_flags(each)))}
     sections = {path.partition(".")[0] for path in fields}
     assert not {*continuing.FREE, *continuing.ROUNDING} - fields - sections
 
