@@ -55,7 +55,7 @@ def test_a_run_may_sample_beside_learning_from_now_on():
         ({"evaluation": {"segment_length": 0}}, "rounding"),
         ({"trainer": {"checkpoint_every": 3}}, "free"),
         ({"trainer": {"eval_every": 3}}, "free"),
-        ({"trainer": {"tensorboard": True}}, "free"),
+        ({"trainer": {"trackers": ("tensorboard",)}}, "free"),
         ({"trainer": {"max_nonfinite_updates": 2}}, "free"),
         ({"alarms": {"stop": True}}, "free"),
         ({"trainer": {"num_iterations": 101}}, "longer"),
