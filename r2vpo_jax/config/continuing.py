@@ -11,7 +11,6 @@ from r2vpo_jax.config.flags import leaves
 FREE = (
     "alarms", "replay.overlap", "replay.wait_limit", "trainer.allow_single_update", "trainer.checkpoint_every", "trainer.eval_every", "trainer.max_checkpoints",
     "trainer.max_noise_floor", "trainer.max_nonfinite_updates", "trainer.samples_per_iteration", "trainer.trackers", "trainer.tracker_project",
-    "trainer.tensorboard",  # of runs that an earlier version has begun: now one of the trackers
     "task.text.data_dir", "task.verifier.memory_limit_mb", "task.verifier.num_workers", "task.verifier.time_limit",
 )  # fmt: skip
 
@@ -22,6 +21,8 @@ ROUNDING = (
     "model.attention", "model.attention_block_size", "model.remat", "model.scan_layers",
     "model.float32_logits", "model.float32_residual", "model.float32_scores",
 )  # fmt: skip
+
+_FORMER = ("trainer.tensorboard",)  # of runs that an earlier version has begun: it was no more than FREE
 
 _LONGER = "trainer.num_iterations"
 
@@ -60,7 +61,7 @@ def compare(there: Mapping[str, Any], here: Mapping[str, Any]) -> Changes:
 
 def _kind(path: str, before, now, values: Mapping[str, Any]) -> tuple[str, str]:
     """(field of Changes, what there is to say of a refusal)."""
-    for kind, paths in (("free", FREE), ("rounding", ROUNDING)):
+    for kind, paths in (("free", FREE + _FORMER), ("rounding", ROUNDING)):
         if any(path == allowed or path.startswith(f"{allowed}.") for allowed in paths):
             return kind, ""  # also where one of the two, of another version of this code, does not have it yet
     if "absent" in (before, now):

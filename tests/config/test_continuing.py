@@ -24,7 +24,7 @@ def compared(here, there=None):
 
 
 def test_every_name_on_the_lists_is_a_field_or_a_section():
-    made = config.make(task=TEXT, model=IN_16_BITS, replay=OVERLAPPED)
+    made = config.make(task=TEXT, model=IN_16_BITS, replay=OVERLAPPED, trainer={"trackers": ("wandb",)})
     fields = {path for path, _ in config.leaves(config.to_dict(config.from_flags(made)))}
     sections = {path.partition(".")[0] for path in fields}
     assert not {*continuing.FREE, *continuing.ROUNDING} - fields - sections
@@ -111,3 +111,9 @@ def test_a_field_that_the_run_was_started_without(section, name, kind):
     found = continuing.compare(before, now)
     assert len(getattr(found, kind)) == 1
     assert "absent there" in getattr(found, kind)[0]
+
+
+def test_a_run_of_a_version_that_had_a_switch_for_tensorboard_goes_on():
+    now = config.to_dict(config.from_flags(config.make()))
+    found = continuing.compare({**now, "trainer": {**now["trainer"], "tensorboard": False}}, now)
+    assert found == continuing.Changes(free=("trainer.tensorboard: False there, absent here",))
