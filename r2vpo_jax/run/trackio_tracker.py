@@ -49,7 +49,7 @@ class TrackioRun:
         """
         import trackio
 
-        self._table = trackio.Table
+        self._table, self._finish = trackio.Table, trackio.finish
         self._run = trackio.init(
             project=identity.project,
             name=identity.name,
@@ -85,6 +85,6 @@ class TrackioRun:
 
     def close(self, *, failed: bool = False) -> None:
         """Raises RuntimeError where rows did not arrive: Trackio itself only warns."""
-        self._run.finish()
+        self._finish()
         if lost := self._given - self._places():
             raise RuntimeError(f"{len(lost)} of {len(self._given)} rows are not in its database")
