@@ -58,6 +58,8 @@ setup(
             "reasoning-gym>=0.1.25,<0.2",
             "tensorflow-datasets>=4.9.10,<5",
         ],
+        # Weights & Biases and Trackio (docs/metrics.md)
+        "trackers": ["trackio>=0.43,<0.44", "wandb>=0.31,<0.32"],
         "libtpu": ["libtpu>=0.0.42,<0.0.43"],
         "dev": [
             "build>=1.2,<2",

@@ -19,6 +19,7 @@ from r2vpo_jax.config.sampling import SamplerConfig, ScoreSamplingConfig
 from r2vpo_jax.config.task import TASKS, TaskConfig
 
 ATTENTION = ("auto", "einsum", "blockwise", "cudnn", "splash")
+TRACKERS = ("tensorboard", "wandb", "trackio")
 FLOAT32_SWITCHES = ("float32_residual", "float32_scores", "float32_logits")  # of model, where it computes in 16 bits
 HOW_TO_COMPUTE = (  # what an evaluation takes over
     *("compute_dtype", *FLOAT32_SWITCHES, "scan_layers", "attention", "attention_block_size"),
@@ -66,7 +67,14 @@ class TrainerConfig:
         1e-6, "start-up limit on E[(r-1)^2] with unchanged weights (bfloat16: budget / 4)", derived=True
     )
     allow_single_update: bool = option(False, "allow one update per rollout, where r = 1 and all objectives agree")
-    tensorboard: bool = option(False, "also write metrics and scores as TensorBoard events")
+    trackers: tuple[str, ...] = option(
+        (), f"where metrics, scores and samples go besides the run directory's files: {', '.join(TRACKERS)}"
+    )
+    tracker_project: str | None = option(
+        None,
+        "project of wandb and trackio (default: for wandb WANDB_PROJECT, else r2vpo_jax)",
+        when=lambda s: bool(set(s.trackers) - {"tensorboard"}),
+    )
 
     def __post_init__(self):
         for item in dataclasses.fields(self):
@@ -74,6 +82,11 @@ class TrainerConfig:
             if item.type is int and item.name != "max_nonfinite_updates":
                 low = 0 if item.name == "samples_per_iteration" else 1
                 require(value >= low, f"trainer.{item.name} must be at least {low}, got {value}")
+        named = (self.trackers,) if isinstance(self.trackers, str) else self.trackers
+        trackers = [name.strip() for text in named for name in str(text).split(",") if name.strip()]
+        for name in trackers:
+            require(name in TRACKERS, f"trainer.trackers={name!r} is unknown; any of {', '.join(TRACKERS)}")
+        object.__setattr__(self, "trackers", tuple(dict.fromkeys(trackers)))
         require_range("trainer", self, "max_noise_floor", "> 0")
         require(self.max_nonfinite_updates >= 0, "trainer.max_nonfinite_updates must be at least 0")
         require(

@@ -13,7 +13,7 @@ from r2vpo_jax.config import Config
 from r2vpo_jax.errors import EngineError, UsageError, usage_errors
 from r2vpo_jax.models.identity import refuse_others
 from r2vpo_jax.rows import Rows
-from r2vpo_jax.run import directory, files, instruments, report
+from r2vpo_jax.run import directory, files, instruments, report, trackers
 from r2vpo_jax.run.alarms import Alarms
 from r2vpo_jax.run.checkpoints import Checkpointer
 from r2vpo_jax.training.learner import Learner
@@ -60,9 +60,10 @@ def refuse_in_store(config: Config, workdir, profile_steps) -> None:
     """Raises UsageError for what can be written to a disk alone, where the run directory is in a store."""
     if not storage.is_store(workdir):
         return
-    if config.trainer.tensorboard:
+    if "tensorboard" in config.trainer.trackers:
         raise UsageError(
-            f"trainer.tensorboard needs a disk, and --workdir={workdir} is none; leave it out: metrics/ has the same numbers"
+            f"trainer.trackers=tensorboard needs a disk, and --workdir={workdir} is none; leave it out: metrics/ has the "
+            "same numbers"
         )
     if profile_steps:
         raise UsageError(f"--profile_steps needs a disk, and --workdir={workdir} is none; profile a short run on one")
@@ -203,9 +204,10 @@ class Lifecycle:
     @contextlib.contextmanager
     def open(self, iteration: int):
         """Around the run: its line files are open, and closed at the end; a disk that fails is one clear line."""
+        told = trackers.Trackers(self._config, self.workdir, resumed=self.resumed, say=self._say)
         with usage_errors():  # a file may be gone, or shorter than the checkpoint says
             self.files = files.RunFiles(
-                self.workdir, self._positions, write=self._chief, tensorboard=self._config.trainer.tensorboard
+                self.workdir, self._positions, write=self._chief, trackers=told if self._chief else None
             )
         for notice in self._notices:
             self.files.event(**notice)
@@ -214,7 +216,7 @@ class Lifecycle:
         with (
             files.disk_errors(self.workdir, "the last checkpoint"),
             contextlib.closing(self._checkpointer),
-            contextlib.closing(self.files),
+            self.files,
         ):
             self._go_on_with_changes(iteration)
             yield

@@ -45,7 +45,7 @@ from r2vpo_jax.evaluation import subsets, validation
 from r2vpo_jax.models import attention
 from r2vpo_jax.models.base import open_base_model
 from r2vpo_jax.rollout import Rollout
-from r2vpo_jax.run import console, directory, files, report
+from r2vpo_jax.run import console, directory, files, report, trackers
 from r2vpo_jax.run.instruments import Profiler, Span, Timers
 from r2vpo_jax.run.interrupts import any_process, graceful_stop
 from r2vpo_jax.training import credit, engines, iteration, metrics, noise_floor, overlapped, sampler_mesh
@@ -132,6 +132,7 @@ class _Run:
         directory.claim(workdir, config, write=False)
         if self.chief:
             directory.refuse_if_in_use(workdir)
+            trackers.check(config.trainer.trackers)
         with usage_errors(), cluster.phase("reading model and data"):
             self.mesh, self.sampler_mesh = sampler_mesh.make_meshes(config.mesh)
             overlapped.check(config, self.mesh, self.sampler_mesh)
@@ -398,12 +399,11 @@ class _Run:
         row |= metrics.of_time(float(sampled.response_length.sum()), trained_tokens if drawn else None, spent)
         row |= self.collector.statistics() | self.weights.statistics()
         row |= {f"reward/{name}": value for name, value in made.collected.terms.items()}
-        self.life.files.metrics(row)
+        samples = metrics.samples(made.batch, self.task, config.trainer.samples_per_iteration, self.rows)
+        self.life.files.record(row, [{"iteration": counters.iteration, **sample} for sample in samples])
         if made.collected.num_reasons:
             self._event("unjudged", responses=made.collected.num_reasons, first=made.collected.first_reason)
         self._say_unjudged(row["outcome/judged"], made.collected)
-        for sample in metrics.samples(made.batch, self.task, config.trainer.samples_per_iteration, self.rows):
-            self.life.files.sample({"iteration": counters.iteration, **sample})
         return row
 
     def _say_unjudged(self, judged: float, collected: Collected) -> None:
@@ -467,7 +467,7 @@ class _Run:
         if line := result.without_verdicts():
             self._say(line)
         counts = {"iteration": self.counters.iteration, "rollouts": self.counters.rollouts}
-        self.life.files.metrics({"kind": "evaluation", **counts, **result.row(scores)})
+        self.life.files.record({"kind": "evaluation", **counts, **result.row(scores)})
 
     # After the loop --------------------------------------------------------------------------------------
 

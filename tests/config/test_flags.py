@@ -193,6 +193,7 @@ CONDITIONAL = [
         },
     ),
     ({"mesh.sampler_devices": 4}, {"mesh.sampler_tensor": 2}),
+    ({"trainer.trackers": ("tensorboard", "wandb")}, {"trainer.tracker_project": "mine"}),
     ({"replay.lag": 1, "replay.overlap": True}, {"replay.wait_limit": 60.0}),
     ({"objective.groups.zero_variance": "resample"}, {"objective.groups.max_resamples": 3}),
     ({"objective.groups.overlong_penalty": 0.5}, {"objective.groups.overlong_buffer": 0.5}),
