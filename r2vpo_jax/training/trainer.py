@@ -118,7 +118,7 @@ def train(
         say(f"{workdir} holds a finished run; its result:\n")
         say(report.table(summary))
         return summary
-    with contextlib.closing(_Run(config, workdir, profile_steps, say, started)) as run:
+    with directory.resolving(workdir), contextlib.closing(_Run(config, workdir, profile_steps, say, started)) as run:
         return run.go(stop_after_iteration, on_iteration or (lambda _: None))
 
 
