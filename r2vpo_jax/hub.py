@@ -86,22 +86,19 @@ class Resolved:
         self._share = share or (outer._share if outer else lambda question, value: value)
         self.found: dict[str, dict] = {}
 
-    def _known(self, key: str) -> Mapping | None:
-        """What this was begun with, else what the part of the program around it has found."""
-        if key in self._begun:
-            return self._begun[key]
-        return self._outer and (self._outer.found.get(key) or self._outer._known(key))
-
     def commit(self, name: Name) -> str:
-        """The commit of a name's repository: as known, else what the Hub says now, and without one its cache.
+        """The commit of a name's repository: what this was begun with, else what the part of the program around it finds,
+        else what the Hub says now, and without one its cache.
 
         Raises:
           UsageError: there is none, or the Hub cannot be asked.
         """
         key = name.repository
         if key not in self.found:
-            before = self._known(key)
-            commit = before["commit"] if before else _ask_for_commit(name)
+            if key in self._begun:
+                commit = self._begun[key]["commit"]
+            else:
+                commit = self._outer.commit(name) if self._outer else _ask_for_commit(name)
             self.found[key] = {"commit": self._share(f"the commit of {key}", commit), "files": {}}
         return self.found[key]["commit"]
 

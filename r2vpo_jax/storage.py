@@ -20,6 +20,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 
+from r2vpo_jax import waits
 from r2vpo_jax.errors import UsageError
 
 SCHEMES = ("gs", "s3", "az")  # of those of etils.epath; hf:// is hub.py's
@@ -279,14 +280,17 @@ def local_copy(path, names: Sequence[str] = ("*",)) -> pathlib.Path:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the processes of one machine fetch it once
         if not folder.exists():
             fresh = pathlib.Path(tempfile.mkdtemp(dir=cache(), prefix="part."))
+            total = sum(info["size"] for info in wanted.values())
             try:
-                for n in wanted:
-                    target = fresh / n if whole else fresh / path.name / n
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    with spoken(path):
-                        system.get_file(name if whole else f"{name}/{n}", str(target))
-                    if target.stat().st_size != wanted[n]["size"]:
-                        raise OSError(f"{path}: {n} has changed while it was fetched; try again")
+                with waits.told(f"downloading {path}", total, "B") as wait:
+                    for n in wanted:
+                        target = fresh / n if whole else fresh / path.name / n
+                        target.parent.mkdir(parents=True, exist_ok=True)
+                        with spoken(path):
+                            system.get_file(name if whole else f"{name}/{n}", str(target))
+                        if target.stat().st_size != wanted[n]["size"]:
+                            raise OSError(f"{path}: {n} has changed while it was fetched; try again")
+                        wait.add(wanted[n]["size"])
                 fresh.rename(folder)
             finally:
                 shutil.rmtree(fresh, ignore_errors=True)

@@ -90,13 +90,13 @@ def start(wait: Wait) -> Callable[[bool], None]:
     """Begin to tell a wait that does not begin and end in one place. What is returned ends it; False: in vain."""
     if _silent:
         return lambda done=True: None
-    ended, rewritten, told_of = threading.Event(), sys.stderr.isatty(), threading.Event()
+    ended, rewritten, told_of = threading.Event(), _screen().isatty(), threading.Event()
 
     def tick():
         pause = FIRST
         while not ended.wait(pause):
             told_of.set()
-            pause = _REWRITTEN if rewritten else min(wait.seconds, LONGEST)
+            pause = _REWRITTEN if rewritten else min(max(wait.seconds, FIRST), LONGEST)
             _write(f"\r\033[K{wait.text()}" if rewritten else f"{wait.text()}\n")
 
     ticker = threading.Thread(target=tick, name="waits", daemon=True)
@@ -111,9 +111,13 @@ def start(wait: Wait) -> Callable[[bool], None]:
     return end
 
 
+def _screen():
+    return sys.stderr
+
+
 def _write(text: str) -> None:
-    sys.stderr.write(text)
-    sys.stderr.flush()
+    _screen().write(text)
+    _screen().flush()
 
 
 def _amount(done: float, total: float | None, unit: str) -> str:

@@ -184,7 +184,10 @@ def record_names(workdir, say: Callable[[str], None]) -> None:
     found = hub.resolved()
     if found.found:
         path = folder(workdir)
-        _write(path / _HUB, _read_names(path) | found.found)
+        before = _read_names(path)
+        files_before = {name: before[name]["files"] for name in found.found.keys() & before.keys()}
+        now = {name: {**one, "files": files_before.get(name, {}) | one["files"]} for name, one in found.found.items()}
+        _write(path / _HUB, before | now)
         for line in found.lines():
             say(line)
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from r2vpo_jax import cluster, verifiers
+from r2vpo_jax import cluster, verifiers, waits
 from r2vpo_jax.config.task import TaskConfig
 from r2vpo_jax.data import Example, digest, disjoint, load
 from r2vpo_jax.models.stops import stop_table
@@ -140,7 +140,8 @@ class TextTask:
         )
 
     def _only_short(self, split, data):
-        finite = [self._template.tokens(example.question) for example in data.examples()]
+        told = f"tokenizing the prompts of task.text.{split}", data.num_examples, "prompts"
+        finite = [self._template.tokens(example.question) for example in waits.each(data.examples(), *told)]
         endless = range(_LOOKED_AT) if data.num_examples is None else ()
         rows = finite + [self._template.tokens(data.example(i).question) for i in endless]
         short = np.array([len(row) <= self.max_prompt_length for row in rows], bool)

@@ -45,7 +45,7 @@ from r2vpo_jax.evaluation import subsets, validation
 from r2vpo_jax.models import attention
 from r2vpo_jax.models.base import open_base_model
 from r2vpo_jax.rollout import Rollout
-from r2vpo_jax.run import console, directory, files, report
+from r2vpo_jax.run import compiling, console, directory, files, report
 from r2vpo_jax.run.instruments import Profiler, Span, Timers
 from r2vpo_jax.run.interrupts import any_process, graceful_stop
 from r2vpo_jax.training import credit, iteration, metrics, noise_floor, overlapped, sampler_mesh
@@ -155,7 +155,7 @@ class _Run:
             self.base.check_length(self.task.max_prompt_length + self.task.max_response_length)
         with cluster.phase("reading weights"):
             self.state = self.learner.init_state(self.base.load_params(self.mesh))
-        self.timers = Timers()
+        self.timers = Timers(compiling.TRAINING)
         meshes = {"mesh": self.sampler_mesh, "learner_mesh": self.mesh}
         self._collector_of = functools.partial(Collector, config, self.task, timers=self.timers, **meshes)
         self.collector = self._collector_of(self.model)

@@ -39,11 +39,12 @@ class Hub:
 
     Attributes:
       url: at the loopback.
-      asked: (method, path) of each request, in order.
+      asked: (method, path) of each request for something of a repository, in order.
+      others: the same of all other requests.
     """
 
     def __init__(self, url: str):
-        self.url, self.asked, self._repositories = url, [], {}
+        self.url, self.asked, self.others, self._repositories = url, [], [], {}
 
     def repository(self, name: str) -> Repository:
         """OWNER/NAME of a model, datasets/OWNER/NAME of a data set; made if needed."""
@@ -55,16 +56,17 @@ class Hub:
 
     def answer(self, handler, method: str) -> None:
         path = urllib.parse.urlsplit(handler.path).path
-        self.asked.append((method, path))
         kind, api = "", re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+).*)?", path)
         if api:
             kind, name, what, revision = api.groups()
         else:
             file = re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
             if not file:
+                self.others.append((method, path))
                 return _send(handler, 404, {}, b"")
             kind, name, revision, inside = file.groups()
             kind, what = ("datasets" if kind else "models"), "resolve"
+        self.asked.append((method, path))
         name = f"datasets/{name}" if kind == "datasets" else name
         if name not in self._repositories:
             return _send(handler, 401, {"X-Error-Code": "RepoNotFound"}, b"")
