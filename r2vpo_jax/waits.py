@@ -83,7 +83,7 @@ def each(items: Iterable, what: str, total: int | None, unit: str) -> Iterator:
     with told(what, total, unit) as wait:
         for item in items:
             yield item
-            wait.add(1)
+            wait._done += 1  # by this thread alone
 
 
 def start(wait: Wait) -> Callable[[bool], None]:
