@@ -29,6 +29,7 @@ setup(
         "etils>=1.15,<2",
         "flax>=0.12.8,<0.13",
         "fsspec>=2026.7,<2027",
+        "huggingface_hub>=2.4,<3",
         "jax>=0.10,<0.13",
         "jaxtyping>=0.3,<0.4",
         "jinja2>=3.1,<4",

@@ -246,7 +246,9 @@ class ComputeConfig:
     """Which model, and how its forward pass is computed."""
 
     path: str = option(
-        "arithmetic_base", "Hugging Face directory, or a shipped model, such as arithmetic_base or word_problems_base"
+        "arithmetic_base",
+        "Hugging Face directory, its name on the Hub (hf://OWNER/NAME@REVISION), or a shipped model, such as arithmetic_base or "
+        "word_problems_base",
     )
     compute_dtype: str = option("float32", "dtype of activations and matrix products: float32 or bfloat16")
     float32_residual: bool = option(

@@ -30,7 +30,7 @@ def export(run: str, checkpoint: str, output, *, dtype: str | None = None, adapt
     """
     chief = jax.process_index() == 0
     output = directory.folder(output, "--output")
-    with usage_errors():
+    with usage_errors(), directory.resolving(run):
         source = model_source.find(run, checkpoint)
         if output.exists() and any(output.iterdir()):
             raise ValueError(f"--output={output} is not empty; choose another directory")

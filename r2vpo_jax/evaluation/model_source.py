@@ -7,7 +7,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from r2vpo_jax import config as config_lib
-from r2vpo_jax import models, sharding, storage
+from r2vpo_jax import hub, models, sharding, storage
 from r2vpo_jax.config import Config
 from r2vpo_jax.config.lora import LoraConfig
 from r2vpo_jax.errors import UsageError
@@ -23,7 +23,7 @@ class ModelSource:
     """Where architecture and tokenizer are, and where the weights."""
 
     name: str  # as the user said it: `find` finds the same again
-    directory: Any  # path; Hugging Face: architecture, tokenizer, and weights unless there is a checkpoint
+    directory: Any  # path, or name on the Hub; architecture, tokenizer, and weights unless there is a checkpoint
     checkpoint: Any = None  # folder of one step of a run
     iteration: int | None = None  # that step
     run: Config | None = None  # what it was trained with
@@ -76,7 +76,8 @@ def find(path: str | None, checkpoint: str | None = None) -> ModelSource:
     """What `path` means.
 
     Args:
-      path: a Hugging Face directory, a run directory, or the name of a shipped model; None: the arithmetic one.
+      path: a Hugging Face directory or its name on the Hub, a run directory, or the name of a shipped model; None: the
+        arithmetic one.
       checkpoint: of a run directory, an iteration, "last" (also "latest") or "best" (on the validation split). Default: the exported
         model if the run has finished, else the latest.
 
@@ -93,7 +94,7 @@ def find(path: str | None, checkpoint: str | None = None) -> ModelSource:
     config = read_object(directory / "config.json")
     if not {"model", "trainer"} <= config.keys():
         _refuse_checkpoint(checkpoint, str(directory))
-        return ModelSource(path, directory)
+        return ModelSource(path, path if hub.is_name(path) else directory)
     try:
         run = config_lib.from_dict(config)
     except ValueError as error:

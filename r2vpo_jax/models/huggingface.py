@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from r2vpo_jax import sharding
+from r2vpo_jax import sharding, waits
 from r2vpo_jax.models import families, lora, tensor_files, tokenizer_files
 from r2vpo_jax.models.config import DecoderConfig
 from r2vpo_jax.models.decoder import Decoder, abstract_params, logical_axes
@@ -119,20 +119,24 @@ def load_params(path, model: Decoder, mesh: Mesh | None = None) -> dict:
     def read(names, leaf, weight):
         shape = _layer_shape(names, leaf)
         if names[0] != "layers":
-            return weight.from_stored(tensors.get(weight.name), shape).astype(leaf.dtype, copy=False)
+            array = weight.from_stored(tensors.get(weight.name), shape).astype(leaf.dtype, copy=False)
+            wait.add(array.nbytes)
+            return array
         stacked = np.empty(leaf.shape, leaf.dtype)
         for i in range(len(stacked)):
             stacked[i] = weight.from_stored(tensors.get(weight.name.format(layer=i)), shape)
+            wait.add(stacked[i].nbytes)
         return stacked
 
-    if mesh is None:
-        return jax.tree.unflatten(jax.tree.structure(abstract), [read(*entry) for entry in leaves])
-    axes = lora.without_adapters(logical_axes(model))
-    shardings = jax.tree.leaves(sharding.tree_shardings(axes, abstract, mesh))
-    placed: list[Any] = [None] * len(leaves)
-    for i in sorted(range(len(leaves)), key=lambda i: -leaves[i][1].size):
-        placed[i] = _place(read(*leaves[i]), shardings[i])
-    return jax.tree.unflatten(jax.tree.structure(abstract), placed)
+    with waits.told("reading weights", sum(leaf.size * leaf.dtype.itemsize for _, leaf, _ in leaves), "B") as wait:
+        if mesh is None:
+            return jax.tree.unflatten(jax.tree.structure(abstract), [read(*entry) for entry in leaves])
+        axes = lora.without_adapters(logical_axes(model))
+        shardings = jax.tree.leaves(sharding.tree_shardings(axes, abstract, mesh))
+        placed: list[Any] = [None] * len(leaves)
+        for i in sorted(range(len(leaves)), key=lambda i: -leaves[i][1].size):
+            placed[i] = _place(read(*leaves[i]), shardings[i])
+        return jax.tree.unflatten(jax.tree.structure(abstract), placed)
 
 
 def from_pretrained(

@@ -6,26 +6,13 @@ import os
 import pathlib
 import threading
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 
 from r2vpo_jax import cluster
-
-
-class _Compiling(threading.local):
-    seconds = 0.0  # of each thread: one may compile while another computes
-
-
-_compiling = _Compiling()
-
-
-def _on_duration(event: str, seconds: float, **_) -> None:
-    if event.startswith("/jax/core/compile/"):  # tracing, lowering and the backend compiler
-        _compiling.seconds += seconds
-
-
-jax.monitoring.register_event_duration_secs_listener(_on_duration)
+from r2vpo_jax.run import compiling
 
 
 class Span(NamedTuple):
@@ -40,25 +27,30 @@ class Timers:
     """Seconds by phase, which is also what this process is doing. Compilation inside a phase is moved to the phase "compile".
 
     Threads may share it.
+
+    Args:
+      programs: what will be compiled, for people (run/compiling.py).
     """
 
-    def __init__(self):
+    def __init__(self, programs: Sequence[str] = ()):
+        compiling.expect(programs)
         self.seconds = {"compile": 0.0}
         self._lock, self._spans = threading.Lock(), []
         self._current: dict[int, str] = {}  # by thread
 
     @contextlib.contextmanager
     def __call__(self, phase: str):
-        thread, start, compiled = threading.get_ident(), time.perf_counter(), _compiling.seconds
+        thread, start, compiled = threading.get_ident(), time.perf_counter(), compiling.seconds()
         outside, self._current[thread] = self._current.get(thread), phase
         try:
             with cluster.phase(phase):
                 yield
         finally:
-            end, compiling = time.perf_counter(), _compiling.seconds - compiled
+            end, spent = time.perf_counter(), compiling.seconds() - compiled
+            compiling.done()
             with self._lock:
-                self.seconds[phase] = self.seconds.get(phase, 0.0) + max(end - start - compiling, 0.0)
-                self.seconds["compile"] += compiling
+                self.seconds[phase] = self.seconds.get(phase, 0.0) + max(end - start - spent, 0.0)
+                self.seconds["compile"] += spent
                 self._spans.append(Span(phase, start, end))
             self._current[thread] = outside
 

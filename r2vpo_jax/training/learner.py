@@ -152,6 +152,7 @@ class Learner:
             with sharding.activate(self.mesh):
                 return function(*args, **fixed)
 
+        traced.__name__ = function.__name__  # what is said to be compiled
         return traced
 
     def init_state(self, params) -> LearnerState:

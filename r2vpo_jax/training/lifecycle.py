@@ -99,6 +99,8 @@ class Lifecycle:
             if chief:
                 self._check_held = stack.enter_context(directory.lock(workdir, say=say))
             self._changes = directory.claim(workdir, config, write=chief)
+            if chief:
+                directory.record_names(workdir, say)
             self._checkpointer = Checkpointer(
                 self.workdir / "checkpoints", max_to_keep=config.trainer.max_checkpoints, write=chief
             )

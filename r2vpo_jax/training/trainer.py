@@ -45,7 +45,7 @@ from r2vpo_jax.evaluation import subsets, validation
 from r2vpo_jax.models import attention
 from r2vpo_jax.models.base import open_base_model
 from r2vpo_jax.rollout import Rollout
-from r2vpo_jax.run import console, directory, files, report, trackers
+from r2vpo_jax.run import compiling, console, directory, files, report, trackers
 from r2vpo_jax.run.instruments import Profiler, Span, Timers
 from r2vpo_jax.run.interrupts import any_process, graceful_stop
 from r2vpo_jax.training import credit, engines, iteration, metrics, noise_floor, overlapped, sampler_mesh
@@ -118,7 +118,7 @@ def train(
         say(f"{workdir} holds a finished run; its result:\n")
         say(report.table(summary))
         return summary
-    with contextlib.closing(_Run(config, workdir, profile_steps, say, started)) as run:
+    with directory.resolving(workdir), contextlib.closing(_Run(config, workdir, profile_steps, say, started)) as run:
         return run.go(stop_after_iteration, on_iteration or (lambda _: None))
 
 
@@ -158,7 +158,7 @@ class _Run:
             engine = engines.find(config, workdir, longest, self._say)
         with cluster.phase("reading weights"):
             self.state = self.learner.init_state(self.base.load_params(self.mesh, seed=config.seed))
-        self.timers = Timers()
+        self.timers = Timers(compiling.TRAINING)
         where = {"mesh": self.sampler_mesh, "learner_mesh": self.mesh, "engine": engine}
         self._collector_of = functools.partial(Collector, config, self.task, timers=self.timers, **where)
         self.collector = self._collector_of(self.model)
