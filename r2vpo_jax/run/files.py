@@ -16,6 +16,7 @@ import numpy as np
 from r2vpo_jax import storage
 from r2vpo_jax.errors import UsageError
 from r2vpo_jax.run import parts
+from r2vpo_jax.run.pages.history import History
 from r2vpo_jax.run.tensorboard import TensorBoard
 
 # Fields that measure the machine and not the run; everything else is reproducible bit for bit.
@@ -235,23 +236,32 @@ class RunFiles:
             self._files = files | {"events": JsonlWriter(workdir / "events.jsonl")}
         else:
             self._files = {n: NullWriter() for n in (*self._NAMES, "events")}
+        self._history = History()
         self._tensorboard = None
         if write and tensorboard:
             self._tensorboard = TensorBoard(workdir / "tensorboard", read_jsonl(workdir / "metrics.jsonl"))
 
     def metrics(self, row: dict) -> None:
         """One iteration or one evaluation."""
-        self._files["metrics"].write(row)
+        self._write("metrics", row)
         if self._tensorboard:
             self._tensorboard.write(row)
 
     def sample(self, row: dict) -> None:
         """One response."""
-        self._files["samples"].write(row)
+        self._write("samples", row)
 
     def event(self, name: str, iteration: int, **details) -> None:
         """Something that is no number: a start, a resume, an alarm."""
-        self._files["events"].write({"event": name, "iteration": iteration, **details})
+        self._write("events", {"event": name, "iteration": iteration, **details})
+
+    def _write(self, file: str, row: dict) -> None:
+        self._files[file].write(row)
+        self._history.add(file, row)
+
+    def follow(self, history: History) -> None:
+        """Every line that is written from now on is also added to what the pages of the run show."""
+        self._history = history
 
     def positions(self) -> dict[str, int]:
         """Bytes written so far, on disk, for a checkpoint."""
