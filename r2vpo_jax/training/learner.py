@@ -44,7 +44,7 @@ class Learner:
       move_baseline: (params, rollout) -> the rollout with advantages from the baseline of least variance.
       variance: (state, rollout) -> V of the rollout under the state's parameters.
       step_multipliers: (dual state, kl coefficient, statistics of each update) -> (dual state, kl coefficient, report).
-      token_gradients: (state, rows of `watch`) -> `TokenGradients` of the first of them, as many as there are samples.
+      token_gradients: (state, what `watch` gave, numbers of rows in it) -> `TokenGradients` of these.
       state_shardings: where each part of a LearnerState lives.
     """
 
@@ -108,14 +108,10 @@ class Learner:
         self.correct = jax.jit(self._on_mesh(update.correct, **run), out_shardings=rows)
         self.move_baseline = jax.jit(self._on_mesh(update.move_baseline, **run), out_shardings=rows)
         self.minibatch = jax.jit(functools.partial(update.take_minibatch, settings=self.settings), out_shardings=rows)
-        minibatch = config.trainer.prompts_per_rollout // config.trainer.num_minibatches * config.sampler.group_size
-        number = min(config.trainer.samples_per_iteration, minibatch)
         self._first_minibatch = jax.jit(
             functools.partial(token_gradients.first_minibatch, settings=self.settings), out_shardings=rows
         )
-        self.token_gradients = jax.jit(
-            self._on_mesh(token_gradients.of_first_rows, number=number, **run), out_shardings=replicated
-        )
+        self.token_gradients = jax.jit(self._on_mesh(token_gradients.of_rows, **run), out_shardings=replicated)
         self.step_multipliers = jax.jit(functools.partial(update.step_multipliers, settings=self.settings))
         self._sampling_weights = config.sampler.weights
         self.cast_params = jax.jit(self.as_compute, out_shardings=self.param_shardings)

@@ -17,7 +17,7 @@ _LONGEST = 8  # tokens waited for; a character has four bytes at most, and what 
 def of_batch(
     rollout: Rollout, number: int, task: Task, rows: Rows, *, version: int = 0, tokens: TokenGradients | None = None
 ) -> list[dict]:
-    """The first responses of a batch: the same on all processes.
+    """Responses of a batch, the first or those of `tokens`: the same on all processes.
 
     Args:
       rollout: verified, with advantages, this process's rows.
@@ -29,14 +29,15 @@ def of_batch(
     """
     if number == 0:
         return []
-    mine = []
-    for i, row in enumerate(rows.index):
-        if row < number:
-            sample = _sample(rollout, task, i)
-            if tokens is not None and row < len(tokens.kept):
-                sample |= {"age": version - sample["version"], "learned": bool(rollout.keep[i])}
-                sample |= _tokens(rollout, task, i, tokens.log_ratio[row], tokens.kept[row])
-            mine.append((int(row), sample))
+    here, mine = {row: i for i, row in enumerate(rows.index.tolist())}, []
+    for place, row in enumerate(range(number) if tokens is None else tokens.rows.tolist()):
+        if (i := here.get(row)) is None:
+            continue
+        sample = _sample(rollout, task, i)
+        if tokens is not None:
+            sample |= {"age": version - sample["version"], "learned": bool(rollout.keep[i])}
+            sample |= _tokens(rollout, task, i, tokens.log_ratio[place], tokens.kept[place])
+        mine.append((place, sample))
     return [sample for _, sample in sorted(itertools.chain(*rows.exchange(mine)), key=lambda pair: pair[0])]
 
 

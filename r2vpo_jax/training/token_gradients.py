@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from r2vpo_jax.losses.arrays import clamp, spread, unmasked
 from r2vpo_jax.rollout import Rollout
@@ -30,10 +31,32 @@ from r2vpo_jax.training.update import LearnerState
 
 
 class TokenGradients(NamedTuple):
-    """Of the first rows of a batch."""
+    """Of some rows of a batch."""
 
-    log_ratio: jax.Array  # f32 [rows, T], 0 beyond the response
-    kept: jax.Array  # f32 [rows, T]; NaN where nothing is at stake (A = 0), and beyond the response
+    rows: jax.Array  # int32 [n], their numbers in the batch
+    log_ratio: jax.Array  # f32 [n, T], 0 beyond the response
+    kept: jax.Array  # f32 [n, T]; NaN where nothing is at stake (A = 0), and beyond the response
+
+
+def worth_a_look(outline: Rollout, number: int, settings: UpdateSettings) -> np.ndarray:
+    """Rows of the first minibatch: of each problem a good response and a bad one, where there are, and then any others.
+
+    Args:
+      outline: of the batch, with advantages, on the host (`rows.Rows.outline`).
+      number: of rows.
+      settings: of the run.
+
+    Returns:
+      int32 [number], or fewer where a minibatch has fewer.
+    """
+    size, group = len(outline.keep) // settings.num_minibatches, settings.group_size
+    found = []
+    if outline.advantage.ndim == 1:  # where it is of each token, no process knows that of all rows
+        advantage = np.where(outline.keep, outline.advantage, 0.0)[:size]
+        for first in range(0, size, group):
+            for sign in (1, -1):
+                found += (first + np.flatnonzero(sign * advantage[first : first + group] > 0)[:1]).tolist()
+    return np.array([*found, *(row for row in range(size) if row not in found)][:number], np.int32)
 
 
 def first_minibatch(rollout: Rollout, settings: UpdateSettings) -> Rollout:
@@ -42,21 +65,20 @@ def first_minibatch(rollout: Rollout, settings: UpdateSettings) -> Rollout:
     return jax.tree.map(lambda x: x[:size], rollout)
 
 
-def of_first_rows(
-    state: LearnerState, minibatch: Rollout, number: int, model, settings: UpdateSettings
-) -> TokenGradients:
-    """What the objective gives the tokens of the first `number` responses. Can be traced.
+def of_rows(state: LearnerState, minibatch: Rollout, rows, model, settings: UpdateSettings) -> TokenGradients:
+    """What the objective gives the tokens of some responses. Can be traced.
 
     Args:
       state: after the updates on the batch.
       minibatch: `first_minibatch` of it, as `update.before_updates` leaves it.
-      number: of responses, at most those of the minibatch.
+      rows: int32 [n], numbers of rows in it.
       model, settings: of the run.
     """
     objective = settings.objective
     computed = update.computed_arguments(state, minibatch, model, settings)
-    micro = settings.micro_batch_size or len(minibatch.keep)
-    batch = jax.tree.map(lambda x: x[: -(-number // micro) * micro], minibatch)
+    # Whole micro-batches, as scoring takes them: the last row is there several times.
+    filled = jnp.pad(rows, (0, -len(rows) % (settings.micro_batch_size or len(minibatch.keep))), mode="edge")
+    batch = jax.tree.map(lambda x: x[filled], minibatch)
     logp = update.score(state.params, batch, model, settings)
     weights, _ = terms.update_weights(batch, logp, objective)
     batch = batch.replace(weights=weights)
@@ -69,4 +91,4 @@ def of_first_rows(
     unclipped = jnp.exp(clamp(log_ratio)) * spread(batch.advantage, mask)
     there = mask & (unclipped != 0) & jnp.isfinite(unclipped)
     kept = jnp.where(there, unmasked(coefficient, batch.learning_mask) / jnp.where(there, unclipped, 1.0), jnp.nan)
-    return jax.tree.map(lambda x: x[:number], TokenGradients(log_ratio, kept))
+    return TokenGradients(rows, log_ratio[: len(rows)], kept[: len(rows)])

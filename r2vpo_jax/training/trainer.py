@@ -48,7 +48,7 @@ from r2vpo_jax.run import console, directory, files, report
 from r2vpo_jax.run import summary as run_summary
 from r2vpo_jax.run.instruments import Profiler, Span, Timers
 from r2vpo_jax.run.interrupts import any_process, graceful_stop
-from r2vpo_jax.training import credit, iteration, metrics, noise_floor, overlapped, sampler_mesh
+from r2vpo_jax.training import credit, iteration, metrics, noise_floor, overlapped, sampler_mesh, token_gradients
 from r2vpo_jax.training.collector import Collected, Collector
 from r2vpo_jax.training.learner import Learner
 from r2vpo_jax.training.lifecycle import Lifecycle, refuse_in_store
@@ -356,24 +356,25 @@ class _Run:
         with self.timers("update"):
             batch = self.rows.put(rollout)
             key = iteration.learning_key(self.key, self.counters.iteration, number)
-            watched = self._watched(batch) if number == 0 else None
+            watched = self._watched(rollout, batch) if number == 0 else None
             self.state, result = self.learner.train_on_rollout(self.state, batch, key)
             result = sharding.to_host(result)
         if watched is not None:
             with self.timers("report"):
-                tokens = sharding.to_host(self.learner.token_gradients(self.state, watched))
+                tokens = sharding.to_host(self.learner.token_gradients(self.state, *watched))
             self._tokens = tokens if self.life.live.is_due(self.counters.iteration + 1) else None
         self._check_finite(batch, key, result.skipped)
         return result
 
-    def _watched(self, batch: Rollout) -> Rollout | None:
+    def _watched(self, rollout: Rollout, batch: Rollout) -> tuple[Rollout, np.ndarray] | None:
         """The rows whose tokens are looked at after the updates, if they are; also in the first iteration of a process, so
         that nothing is compiled later."""
-        due = self.life.live.is_due(self.counters.iteration + 1)
-        if not self.config.trainer.looks_at_tokens or not (due or self._first):
+        trainer, due = self.config.trainer, self.life.live.is_due(self.counters.iteration + 1)
+        if not trainer.looks_at_tokens or not (due or self._first):
             return None
-        self._first = False
-        return self.learner.watch(self.state.params, batch)
+        self._first, number, outline = False, trainer.samples_per_iteration, self.rows.outline(rollout)
+        rows = token_gradients.worth_a_look(outline, number, self.learner.settings)
+        return self.learner.watch(self.state.params, batch), rows
 
     def _check_finite(self, batch: Rollout, key, skipped) -> None:
         for number, was_skipped in enumerate(np.asarray(skipped)):

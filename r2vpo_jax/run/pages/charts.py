@@ -5,6 +5,7 @@ Matplotlib takes seconds for as much, too long for a page that is written while 
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Sequence
 
 from r2vpo_jax.run.pages.markup import escaped
@@ -13,6 +14,7 @@ _WIDTH, _HEIGHT = 340, 190  # units of the drawing
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 8, 8, 22  # margins
 _POINTS = 200  # of a line: more cannot be seen
 _MARKED = 60  # points of a line at most that have a value to hover over
+_FAR = 3.0  # times the median
 _DASHES = ("", "5 3", "2 2", "7 2 2 2")
 
 STYLE = """
@@ -64,14 +66,24 @@ def line_chart(
         share = (math.log(y / low) / math.log(high / low)) if log else (y - low) / (high - low)
         return _TOP + (1 - share) * (_HEIGHT - _TOP - _BOTTOM)
 
+    def short(y: float) -> str:
+        if percent:
+            return f"{100 * y:.3g} %"
+        for unit, sign in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+            if y >= 10 * unit:
+                return f"{y / unit:g}{sign}"
+        return f"{y:.4g}"
+
     def said(y: float) -> str:
+        if not percent and abs(y) >= 1e4:
+            return f"{y:,.0f}"
         return f"{100 * y:.3g} %" if percent else f"{y:.4g}"
 
     parts = []
     for tick in ticks:
         y = at_y(tick)
         parts.append(f"<line class='grid' x1='{_LEFT}' x2='{_WIDTH - _RIGHT}' y1='{y:.1f}' y2='{y:.1f}'/>")
-        parts.append(f"<text x='{_LEFT - 5}' y='{y + 4:.1f}' text-anchor='end'>{said(tick)}</text>")
+        parts.append(f"<text x='{_LEFT - 5}' y='{y + 4:.1f}' text-anchor='end'>{short(tick)}</text>")
     for x, anchor in {first: "start", last: "end"}.items():
         parts.append(f"<text x='{at_x(x):.1f}' y='{_HEIGHT - 6}' text-anchor='{anchor}'>{x:g}</text>")
     parts.append(f"<text x='{(_LEFT + _WIDTH) / 2:.0f}' y='{_HEIGHT - 6}' text-anchor='middle'>{x_name}</text>")
@@ -114,19 +126,23 @@ def _key(color: int, text: str, dash: str = "", block: bool = False) -> str:
     return f"<span class='key'><svg viewBox='0 0 26 10' aria-hidden='true'>{drawn}</svg>{escaped(text)}</span>"
 
 
-def stacked_chart(title: str, bars: Sequence[tuple[str, Sequence[float]]], names: Sequence[str], *, unit: str) -> str:
+def stacked_chart(
+    title: str, bars: Sequence[tuple[str, Sequence[float]]], names: Sequence[tuple[str, int]], *, unit: str
+) -> str:
     """A figure of bars side by side, each a stack of as many parts as there are names.
 
     Args:
       title: what is drawn.
       bars: what each is of, and its parts, from below; not negative.
-      names: of the parts; their colors are those of the page, in this order.
+      names: of the parts, each with the number of a color of the page.
       unit: of the parts.
     """
-    width, height, top = 720, 200, max((sum(parts) for _, parts in bars), default=0.0)
-    if not top > 0:
+    width, height, sums = 720, 200, [sum(parts) for _, parts in bars]
+    if not any(sums):
         return ""
-    _, high, ticks = _axis([0.0, top])
+    # One that is far above the others (an iteration that compiled) would flatten them: it is cut off, and says how high it is.
+    usual = [total for total in sums if total <= _FAR * statistics.median(sums)] or sums
+    _, high, ticks = _axis([0.0, max(usual)])
     per_unit, each = (height - _TOP - _BOTTOM) / high, (width - _LEFT - _RIGHT) / len(bars)
     drawn = []
     for tick in ticks:
@@ -134,16 +150,20 @@ def stacked_chart(title: str, bars: Sequence[tuple[str, Sequence[float]]], names
         drawn.append(f"<line class='grid' x1='{_LEFT}' x2='{width - _RIGHT}' y1='{y:.1f}' y2='{y:.1f}'/>")
         drawn.append(f"<text x='{_LEFT - 5}' y='{y + 4:.1f}' text-anchor='end'>{tick:g}</text>")
     for place, (of, parts) in enumerate(bars):
-        x, y = _LEFT + place * each + 0.08 * each, height - _BOTTOM
-        for color, (name, part) in enumerate(zip(names, parts, strict=True)):
-            if part <= 0:
+        x, y, room = _LEFT + place * each + 0.08 * each, height - _BOTTOM, high
+        for (name, color), part in zip(names, parts, strict=True):
+            shown = min(part, room)
+            if shown <= 0:
                 continue
-            y -= part * per_unit
+            room -= shown
+            y -= shown * per_unit
             drawn.append(
-                f"<rect x='{x:.1f}' y='{y:.2f}' width='{0.84 * each:.2f}' height='{part * per_unit:.2f}' "
+                f"<rect x='{x:.1f}' y='{y:.2f}' width='{0.84 * each:.2f}' height='{shown * per_unit:.2f}' "
                 f"style='fill:var(--c{color})'><title>{escaped(of)}: {escaped(name)} {part:.3g} {unit} of "
                 f"{sum(parts):.3g}</title></rect>"
             )
+        if sum(parts) > high:
+            drawn.append(f"<text x='{x + 0.84 * each + 4:.1f}' y='{_TOP + 10}'>← {sum(parts):.3g} {unit}</text>")
     ends = {_LEFT: (bars[0][0], "start"), width - _RIGHT: (bars[-1][0], "end")}
     if len(bars) == 1:
         ends.popitem()
@@ -151,7 +171,7 @@ def stacked_chart(title: str, bars: Sequence[tuple[str, Sequence[float]]], names
         f"<text x='{x}' y='{height - 6}' text-anchor='{anchor}'>{escaped(of)}</text>"
         for x, (of, anchor) in ends.items()
     ]
-    keys = "".join(_key(color, name, block=True) for color, name in enumerate(names))
+    keys = "".join(_key(color, name, block=True) for name, color in names)
     return (
         f"<figure><figcaption><b>{escaped(title)}</b></figcaption><svg viewBox='0 0 {width} {height}' role='img' "
         f"aria-label='{escaped(title)}; the table below has the sums'>{''.join(drawn)}</svg>"

@@ -21,16 +21,9 @@ PHASES = {  # column of metrics.jsonl -> (name, what it is)
     "report": ("report", "this page, and the tokens that it shows"),
 }
 OTHER = "other"
-_IN_CHART = (
-    "rollout",
-    "verify",
-    "score",
-    "update",
-    "wait",
-    "sync",
-    "compile",
-    "evaluation",
-)  # the others are "other" there
+_COLORS = {  # of the page; phases that are not here are "other" in the drawing
+    "rollout": 0, "verify": 7, "score": 4, "update": 1, "wait": 3, "sync": 8, "compile": 5, "evaluation": 2, OTHER: 9,
+}  # fmt: skip
 _IN_THREAD = ("rollout", "verify", "compile", "sync")  # what may happen beside the loop, in the order of being assumed
 
 
@@ -88,17 +81,17 @@ def _chart(rows: Sequence[Mapping[str, Any]], spent: Sequence[Mapping[str, float
     """A bar for each iteration; for several of them, their mean, where there are many."""
     there = [
         phase
-        for phase in _IN_CHART
-        if any(row[phase] > 0.002 * rows[i]["time/iteration"] for i, row in enumerate(spent))
+        for phase in PHASES
+        if phase in _COLORS and any(row[phase] > 0.002 * rows[i]["time/iteration"] for i, row in enumerate(spent))
     ]
     number, bars = min(len(rows), _BARS), []
     for place in range(number):
         first, last = place * len(rows) // number, (place + 1) * len(rows) // number
-        part, mean = spent[first:last], lambda phase, part=spent[first:last]: sum(x[phase] for x in part) / len(part)
-        parts = [mean(phase) for phase in there]
-        whole = sum(sum(row.values()) for row in part) / len(part)
+        part = spent[first:last]
+        mean = [sum(row[phase] for row in part) / len(part) for phase in there]
+        rest = sum(sum(row.values()) for row in part) / len(part) - sum(mean)
         ends = dict.fromkeys((rows[first]["iteration"], rows[last - 1]["iteration"]))
-        bars.append((f"iteration {' to '.join(map(str, ends))}", [*parts, max(whole - sum(parts), 0.0)]))
-    names = [PHASES[phase][0] for phase in there] + [OTHER]
+        bars.append((f"iteration {' to '.join(map(str, ends))}", [*mean, max(rest, 0.0)]))
+    names = [(PHASES[phase][0], _COLORS[phase]) for phase in there] + [(OTHER, _COLORS[OTHER])]
     many = ", means of several" if number < len(rows) else ""
     return charts.stacked_chart(f"Seconds of each iteration{many}", bars, names, unit="s")
