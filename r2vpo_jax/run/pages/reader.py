@@ -36,6 +36,13 @@ class Reader:
                 self.history.add(name, row)
         return self.history
 
+    def wrote(self) -> float | None:
+        """When a line was last written, seconds of the epoch; None: not known (in a store), or never."""
+        if storage.is_store(self._workdir):
+            return None
+        pieces = [piece for name in _FILES for piece in parts.files_of(self._workdir / f"{name}.jsonl")]
+        return max((piece.stat().st_mtime for piece in pieces), default=None)
+
 
 class _Lines:
     """A line file, of which each call gives what is new."""

@@ -163,7 +163,8 @@ def _folded(title: str, content: str) -> str:
 # Numbers and curves -----------------------------------------------------------------------------------------------
 
 
-def _last(values) -> float:
+def last(values) -> float:
+    """The last that is a number; nan if none is."""
     finite = [value for value in values if math.isfinite(value)]
     return finite[-1] if finite else math.nan
 
@@ -172,14 +173,14 @@ def _cards(config: Mapping[str, Any], history: History) -> str:
     budget = _budget(config)
     bound = f" of {budget:g}" if budget is not None else ""
     shown = [
-        ("validation pass@1", _last(history.scores("validation")[1]), "{:.3f}", ""),
-        ("mean reward", _last(history.series("reward/mean", kind="any")[1]), "{:.3f}", ""),
-        ("ratio variance V", _last(held(history)[1]), "{:.3g}", bound),
-        ("multiplier λ", _last(history.series("dual/variance_coef")[1]), "{:.3g}", ""),
-        ("entropy, nats", _last(history.series("policy/entropy")[1]), "{:.3g}", ""),
+        ("validation pass@1", last(history.scores("validation")[1]), "{:.3f}", ""),
+        ("mean reward", last(history.series("reward/mean", kind="any")[1]), "{:.3f}", ""),
+        ("ratio variance V", last(held(history)[1]), "{:.3g}", bound),
+        ("multiplier λ", last(history.series("dual/variance_coef")[1]), "{:.3g}", ""),
+        ("entropy, nats", last(history.series("policy/entropy")[1]), "{:.3g}", ""),
         (
             "tokens/s sampled",
-            _last(history.series("throughput/rollout_tokens_per_second", kind="any")[1]),
+            last(history.series("throughput/rollout_tokens_per_second", kind="any")[1]),
             "{:,.0f}",
             "",
         ),
