@@ -73,13 +73,22 @@ class _Browser:
     def size(self, width, height):
         self._view.resize(width, height)
 
+    def _painted(self, height):
+        """Until the page has been drawn at this height of its window."""
+        drawn = "requestAnimationFrame(() => requestAnimationFrame(() => { window.drawn = innerHeight }))"
+        for _ in range(100):
+            self.page.runJavaScript(drawn)
+            self.pause(100)
+            self._view.grab()
+            if int(self.evaluate("window.drawn || 0")) == height:
+                break
+        self.pause(500)
+
     def picture(self, file):
         width, height = self._view.width(), int(self.evaluate("document.documentElement.scrollHeight"))
         before = self._view.height()
         self.size(width, height)
-        self.pause(500)
-        self._view.grab()  # the first may be of the size before
-        self.pause(500)
+        self._painted(height)
         if not self._view.grab().save(file):
             sys.exit(f"{file} cannot be written")
         self.size(width, before)

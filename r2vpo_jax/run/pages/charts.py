@@ -22,6 +22,7 @@ STYLE = """
 figure{margin:0;border:1px solid var(--line);border-radius:6px;padding:.6em .7em}figcaption{font-size:13px}
 svg{width:100%;height:auto;display:block}svg text{font:11px system-ui,sans-serif;fill:var(--soft)}
 svg .grid{stroke:var(--line);stroke-width:1}svg .line{fill:none;stroke-width:1.8;stroke-linejoin:round}
+svg.stack{min-width:600px}svg.stack text{font-size:9px}svg .over{fill:var(--ink);paint-order:stroke;stroke:var(--ground);stroke-width:3px}
 svg .dot{stroke:none}svg .hover{fill:transparent}svg .hover:hover{fill:var(--ink);fill-opacity:.35}
 .key{display:inline-flex;align-items:center;gap:.4em;margin-right:1em}.key svg{width:26px;height:10px}
 """
@@ -137,7 +138,7 @@ def stacked_chart(
       names: of the parts, each with the number of a color of the page.
       unit: of the parts.
     """
-    width, height, sums = 720, 200, [sum(parts) for _, parts in bars]
+    width, height, sums = 760, 190, [sum(parts) for _, parts in bars]
     if not any(sums):
         return ""
     # One that is far above the others (an iteration that compiled) would flatten them: it is cut off, and says how high it is.
@@ -149,6 +150,7 @@ def stacked_chart(
         y = height - _BOTTOM - tick * per_unit
         drawn.append(f"<line class='grid' x1='{_LEFT}' x2='{width - _RIGHT}' y1='{y:.1f}' y2='{y:.1f}'/>")
         drawn.append(f"<text x='{_LEFT - 5}' y='{y + 4:.1f}' text-anchor='end'>{tick:g}</text>")
+    cut_off = []
     for place, (of, parts) in enumerate(bars):
         x, y, room = _LEFT + place * each + 0.08 * each, height - _BOTTOM, high
         for (name, color), part in zip(names, parts, strict=True):
@@ -163,7 +165,11 @@ def stacked_chart(
                 f"{sum(parts):.3g}</title></rect>"
             )
         if sum(parts) > high:
-            drawn.append(f"<text x='{x + 0.84 * each + 4:.1f}' y='{_TOP + 10}'>← {sum(parts):.3g} {unit}</text>")
+            at_end = place > len(bars) / 2
+            where = f"x='{x - 3:.1f}' text-anchor='end'" if at_end else f"x='{x + 0.84 * each + 3:.1f}'"
+            said = f"{sum(parts):.3g} {unit} →" if at_end else f"← {sum(parts):.3g} {unit}"
+            cut_off.append(f"<text class='over' {where} y='{_TOP + 9 * (1 + len(cut_off) % 3)}'>{said}</text>")
+    drawn += cut_off  # over the bars
     ends = {_LEFT: (bars[0][0], "start"), width - _RIGHT: (bars[-1][0], "end")}
     if len(bars) == 1:
         ends.popitem()
@@ -173,8 +179,8 @@ def stacked_chart(
     ]
     keys = "".join(_key(color, name, block=True) for name, color in names)
     return (
-        f"<figure><figcaption><b>{escaped(title)}</b></figcaption><svg viewBox='0 0 {width} {height}' role='img' "
-        f"aria-label='{escaped(title)}; the table below has the sums'>{''.join(drawn)}</svg>"
+        f"<figure><figcaption><b>{escaped(title)}</b></figcaption><div class='wide'><svg class='stack' viewBox='0 0 {width} {height}' role='img' "
+        f"aria-label='{escaped(title)}; the table below has the sums'>{''.join(drawn)}</svg></div>"
         f"<figcaption class='soft'>{keys}</figcaption></figure>"
     )
 

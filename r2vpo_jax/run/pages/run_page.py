@@ -186,7 +186,7 @@ def _cards(config: Mapping[str, Any], history: History) -> str:
         ),
     ]
     cards = [
-        f"<div class='card'><span class='small soft'>{name}</span><b>{form.format(value)}{more}</b></div>"
+        f"<div class='card'><span class='small soft'>{name}</span><b>{form.format(value)}<span class='small soft'>{more}</span></b></div>"
         for name, value, form, more in shown
         if math.isfinite(value)
     ]

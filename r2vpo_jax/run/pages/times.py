@@ -22,7 +22,7 @@ PHASES = {  # column of metrics.jsonl -> (name, what it is)
 }
 OTHER = "other"
 _COLORS = {  # of the page; phases that are not here are "other" in the drawing
-    "rollout": 0, "verify": 7, "score": 4, "update": 1, "wait": 3, "sync": 8, "compile": 5, "evaluation": 2, OTHER: 9,
+    "rollout": 0, "verify": 8, "score": 4, "update": 1, "wait": 3, "sync": 6, "compile": 5, "evaluation": 2, OTHER: 9,
 }  # fmt: skip
 _IN_THREAD = ("rollout", "verify", "compile", "sync")  # what may happen beside the loop, in the order of being assumed
 

@@ -13,7 +13,8 @@ from typing import Any
 from r2vpo_jax.run.pages.markup import escaped, visible
 
 FULL_COLOR = 0.5  # |log r| of the strongest color
-_UNTOUCHED = 0.005  # kept within so much of 1, or of 0
+_UNTOUCHED = 0.05  # kept within so much of 1 needs no line
+_CUT = 0.005  # kept within so much of 0
 _THICKEST = 4.0  # pixels
 _TOKENS = 1500  # of a response that are shown at most, half of them from its end
 
@@ -21,7 +22,7 @@ STYLE = """
 .sample{border:1px solid var(--line);border-radius:6px;padding:.6em .8em;margin:.7em 0}
 .text{white-space:pre-wrap;overflow-wrap:anywhere;font:14px/2 ui-monospace,monospace;margin:.4em 0}
 .prompt{color:var(--soft);line-height:1.5}.right{color:var(--right)}.wrong{color:var(--wrong)}
-.t{padding:.1em 0;border-radius:2px;text-decoration-color:var(--ink);text-underline-offset:3px;text-decoration-skip-ink:none}
+.t{padding:.1em 0;margin-right:1px;border-radius:2px;text-decoration-color:var(--ink);text-underline-offset:3px;text-decoration-skip-ink:none}
 .u{background:rgb(var(--up)/var(--a))}.d{background:rgb(var(--down)/var(--a))}
 .less{text-decoration-line:underline}.back{text-decoration:underline wavy var(--ink) 1.5px}.more{text-decoration-line:overline}
 .t:hover{outline:2px solid var(--ink)}.gap{color:var(--soft);font-style:italic}
@@ -62,7 +63,7 @@ def legend() -> str:
     lines = "".join(
         f"<span><span class='{_line(kept)[0]}' style='{_line(kept)[1]}'>token</span> {text}</span>"
         for kept, text in (
-            (1.0, "1: untouched"), (0.5, "0.5: half is kept"), (0.0, "0: cut"), (-0.5, "below 0: pulled back"),
+            (1.0, "1: untouched (within 5 %)"), (0.5, "0.5: half is kept"), (0.0, "0: cut"), (-0.5, "below 0: pulled back"),
             (2.0, "above 1: enlarged"),
         )
     )  # fmt: skip
@@ -105,9 +106,9 @@ def _ground(log_ratio: float) -> str:
 
 def _line(kept: float) -> tuple[str, str]:
     """(classes, style) of what is kept."""
-    if math.isnan(kept) or abs(kept - 1) < _UNTOUCHED:
+    if math.isnan(kept) or abs(kept - 1) <= _UNTOUCHED:
         return "t", ""
-    if kept < -_UNTOUCHED:
+    if kept < -_CUT:
         return "t back", ""
     if kept > 1:
         return "t more", f"text-decoration-thickness:{min(1 + 2 * (kept - 1), _THICKEST):.1f}px;"
@@ -120,10 +121,10 @@ def _counts(row: Mapping[str, Any]) -> str:
     if not kept:
         return f"{len(row['kept'])} tokens, no gradient at stake"
     kinds = {
-        "cut": sum(abs(x) <= _UNTOUCHED for x in kept),
-        "pulled back": sum(x < -_UNTOUCHED for x in kept),
-        "damped": sum(_UNTOUCHED < x <= 1 - _UNTOUCHED for x in kept),
-        "enlarged": sum(x >= 1 + _UNTOUCHED for x in kept),
+        "cut": sum(abs(x) <= _CUT for x in kept),
+        "pulled back": sum(x < -_CUT for x in kept),
+        "damped": sum(_CUT < x < 1 - _UNTOUCHED for x in kept),
+        "enlarged": sum(x > 1 + _UNTOUCHED for x in kept),
     }
     parts = [f"{number} {name}" for name, number in kinds.items() if number]
     return f"{len(row['kept'])} tokens: {', '.join(parts) or 'all untouched'}"
