@@ -10,7 +10,7 @@ from typing import Any
 from r2vpo_jax.run.pages import charts, times, tokens
 from r2vpo_jax.run.pages.charts import Line
 from r2vpo_jax.run.pages.history import History
-from r2vpo_jax.run.pages.markup import duration, escaped, page, picture
+from r2vpo_jax.run.pages.markup import duration, escaped, page, picture, visible
 
 _STYLE = (
     charts.STYLE
@@ -73,7 +73,7 @@ def render(
     again = min(max(round(pace or 10.0), 5), 120) if refresh and not status.over else None
     head = f"{_percent(history, total)} {name}" if not status.finished else name
     sections = {
-        "Result": f"<pre>{escaped(result)}</pre>" if result else "",
+        "Result": f"<pre>{_lines(result)}</pre>" if result else "",
         "Curves": _curves(config, history),
         "Samples": tokens.sections(history.samples),
         "Where the time goes": times.section(history.iterations),
@@ -132,11 +132,11 @@ def silence(status: Status, pace: float | None) -> float | None:
 
 def _alarms(history: History, status: Status, pace: float | None) -> str:
     found = [
-        f"<b>ALARM {escaped(event['alarm'])}</b>, iteration {event['iteration']}: {escaped(event['message'])}"
+        f"<b>ALARM {escaped(event['alarm'])}</b>, iteration {event['iteration']}: {escaped(visible(event['message']))}"
         for event in history.alarms
     ]
     if status.failed is not None:
-        found.insert(0, f"<b>The run has failed</b>: {escaped(status.failed)}")
+        found.insert(0, f"<b>The run has failed</b>: {escaped(visible(status.failed))}")
     if (quiet := silence(status, pace)) is not None:
         usual = f"; an iteration takes {duration(pace)}" if pace else ""
         found.insert(0, f"<b>No line for {duration(quiet)}</b>{usual}: has the process ended?")
@@ -153,7 +153,11 @@ def _events(history: History) -> str:
         + json.dumps({k: v for k, v in event.items() if k not in ("event", "iteration")}, ensure_ascii=False)
         for event in reversed(history.events)
     ]
-    return _folded(f"the last {len(lines)}", f"<pre>{escaped(chr(10).join(lines))}</pre>") if lines else ""
+    return _folded(f"the last {len(lines)}", f"<pre>{_lines(chr(10).join(lines))}</pre>") if lines else ""
+
+
+def _lines(text: str) -> str:
+    return "\n".join(escaped(visible(line)) for line in text.split("\n"))
 
 
 def _folded(title: str, content: str) -> str:
