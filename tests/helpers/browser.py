@@ -1,11 +1,22 @@
-"""A real browser for tests of pages: Chromium as QtWebEngine has it, which comes by pip (extra [dev])."""
+"""A real browser for tests of pages: Chromium as QtWebEngine has it, which comes by pip (extra [browser])."""
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 
 from tests.helpers.paths import ROOT
+
+
+def missing() -> str | None:
+    """Why there is no browser here; None: there is one."""
+    if importlib.util.find_spec("PySide6") is None:
+        return "no browser: pip install -e '.[browser]'"
+    opened = subprocess.run([sys.executable, "-c", "import PySide6.QtWebEngineWidgets"], capture_output=True, text=True)
+    if opened.returncode == 0:
+        return None
+    return f"the browser of the extra [browser] misses a library of the system: {opened.stderr.strip().splitlines()[-1]}"
 
 
 def browse(steps, scheme="light") -> tuple[list, list[str]]:

@@ -198,6 +198,8 @@ WIDE = "document.documentElement.scrollWidth - document.documentElement.clientWi
 @pytest.mark.slow
 def test_in_a_browser(run, tmp_path):
     """Chromium finds nothing to complain of, shows colors and words, light and dark, narrow and wide, and later more."""
+    if why := browser.missing():
+        pytest.skip(why)
     evil = "<script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\">"
     add(run, "samples", sample(12, told=True) | {"prompt": evil})
     look = [{"evaluate": code} for code in (HEADINGS, TOKEN, OPEN, GROUND, WIDE, "document.title")]
