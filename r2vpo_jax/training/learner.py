@@ -12,7 +12,7 @@ from r2vpo_jax.config import Config
 from r2vpo_jax.models import attention, lora
 from r2vpo_jax.rollout import Rollout
 from r2vpo_jax.sampler import rounded_weights
-from r2vpo_jax.training import critic, update
+from r2vpo_jax.training import critic, token_gradients, update
 from r2vpo_jax.training.learner_state import LearnerState, Optimizers, frozen_of, with_frozen, without_frozen
 from r2vpo_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from r2vpo_jax.training.update import RolloutReport, UpdateSettings
@@ -71,6 +71,7 @@ class Learner:
       move_baseline: (params, rollout) -> the rollout with advantages from the baseline of least variance.
       variance: (state, rollout) -> V of the rollout under the state's parameters.
       step_multipliers: (dual state, kl coefficient, statistics of each update) -> (dual state, kl coefficient, report).
+      token_gradients: (state, what `watch` gave, numbers of rows in it) -> `TokenGradients` of these.
       state_shardings: where each part of a LearnerState lives.
     """
 
@@ -137,6 +138,10 @@ class Learner:
         self.correct = jax.jit(self._on_mesh(update.correct, **run), out_shardings=rows)
         self.move_baseline = jax.jit(self._on_mesh(update.move_baseline, **run), out_shardings=rows)
         self.minibatch = jax.jit(functools.partial(update.take_minibatch, settings=self.settings), out_shardings=rows)
+        self._first_minibatch = jax.jit(
+            functools.partial(token_gradients.first_minibatch, settings=self.settings), out_shardings=rows
+        )
+        self.token_gradients = jax.jit(self._on_mesh(token_gradients.of_rows, **run), out_shardings=replicated)
         self.step_multipliers = jax.jit(functools.partial(update.step_multipliers, settings=self.settings))
         self._sampling_weights = config.sampler.weights
         # Frozen weights that have the compute dtype are not copied: the update leaves them where they are.
@@ -209,6 +214,15 @@ class Learner:
           key: decides the shuffle.
         """
         return update.train_on_rollout(state, rollout, key, self)
+
+    def watch(self, params, rollout: Rollout) -> Rollout:
+        """The first rows of a batch, ready for `token_gradients` after its updates.
+
+        Args:
+          params: before the first update.
+          rollout: as for `train_on_rollout`.
+        """
+        return update.before_updates(params, self._first_minibatch(rollout), self)
 
     def each_update(self, step, state: LearnerState):
         """(state, list of results) of `step(state, number)` for each update of a rollout batch."""

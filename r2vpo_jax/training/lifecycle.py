@@ -9,6 +9,7 @@ import jax
 
 import r2vpo_jax
 from r2vpo_jax import cluster, storage
+from r2vpo_jax import config as config_lib
 from r2vpo_jax.config import Config
 from r2vpo_jax.errors import EngineError, UsageError, usage_errors
 from r2vpo_jax.models.identity import refuse_others
@@ -16,6 +17,9 @@ from r2vpo_jax.rows import Rows
 from r2vpo_jax.run import directory, files, instruments, report, trackers
 from r2vpo_jax.run.alarms import Alarms
 from r2vpo_jax.run.checkpoints import Checkpointer
+from r2vpo_jax.run.pages.history import History
+from r2vpo_jax.run.pages.live import LivePage
+from r2vpo_jax.run.pages.reader import Reader
 from r2vpo_jax.training.learner import Learner
 from r2vpo_jax.training.learner_state import LearnerState, frozen_of, with_frozen, without_frozen
 from r2vpo_jax.training.replay import ReplayBuffer, ReplayError
@@ -74,7 +78,8 @@ class Lifecycle:
 
     Attributes:
       workdir: the directory.
-      files: metrics, samples and events; there after `open`.
+      files: metrics, samples and events; there after `open`, as is
+      live: the page that shows the run.
       replay, alarms: whose state goes into checkpoints.
     """
 
@@ -211,6 +216,10 @@ class Lifecycle:
             self.files = files.RunFiles(
                 self.workdir, self._positions, write=self._chief, trackers=told if self._chief else None
             )
+        history = Reader(self.workdir).read() if self._chief else History()
+        self.files.follow(history)
+        every = self._config.trainer.report_every
+        self.live = LivePage(self.workdir, config_lib.to_dict(self._config), history, every=every, write=self._chief)
         for notice in self._notices:
             self.files.event(**notice)
         details = {"version": r2vpo_jax.__version__, "machine": instruments.machine()}

@@ -18,7 +18,6 @@ import optax
 from flax import struct
 
 from r2vpo_jax import advantages, corrections, dual, kl, losses, scoring
-from r2vpo_jax.config.objective import ObjectiveConfig
 from r2vpo_jax.models import lora
 from r2vpo_jax.rollout import Rollout
 from r2vpo_jax.train_stats import TrainStats
@@ -194,7 +193,8 @@ def loss_of_scores(
     reduction = {"reduction": objective.loss.reduction, "normalizer": normalizer}
     weights, weight_stats = terms.update_weights(batch, scores.logp, objective)
     weighed = batch.replace(weights=weights)
-    loss_of = functools.partial(_policy_loss, batch=weighed, state=state, objective=objective, **reduction, **computed)
+    shared = {"batch": weighed, "kl_coef": state.kl_coef, "objective": objective}
+    loss_of = functools.partial(terms.policy_loss, **shared, **reduction, **computed)
     loss, stats = loss_of(scores.logp)
     merged = terms.gradient_stats(lambda logp: loss_of(logp)[0], scores.logp, weighed, state.version, reduction)
 
@@ -213,23 +213,6 @@ def loss_of_scores(
         loss = loss + objective.advantage.value_coef * value_loss
         stats |= value_stats
     return loss, merged.replace(sums=merged.sums | jax.lax.stop_gradient(stats))
-
-
-def _policy_loss(
-    logp, *, batch: Rollout, state: LearnerState, objective: ObjectiveConfig, reduction, normalizer, **given
-):
-    """(loss, stats) of the objective and its KL divergence, as a function of the log-probabilities."""
-    mask = batch.learning_mask
-    shared = {"reduction": reduction, "normalizer": normalizer}
-    loss, stats = losses.get(objective.loss.name)(
-        logp, anchor(batch), batch.advantage, mask, weights=batch.weights, **shared, **objective.loss.options, **given
-    )
-    if objective.has_kl:
-        divergence = terms.divergence(batch, logp, objective)
-        stats["kl"] = mean_over_tokens(divergence, mask)
-        if objective.kl.where == "loss":
-            loss = loss + state.kl_coef * losses.reduce(divergence, mask, **shared)
-    return loss, stats
 
 
 # Scoring ----------------------------------------------------------------------------------------------------
@@ -445,6 +428,22 @@ class UpdateFunctions:
         return jax.lax.scan(step, state, jnp.arange(self.settings.num_updates))
 
 
+def before_updates(params, rollout: Rollout, functions) -> Rollout:
+    """The rollout with what is taken once, before its first update: importance weights, and advantages of another baseline.
+
+    Args:
+      params: of the policy before the first update.
+      rollout: with advantages.
+      functions: `UpdateFunctions`, or a `Learner`.
+    """
+    objective = functions.settings.objective
+    if objective.correction.weighs:
+        rollout = functions.correct(params, rollout)
+    if objective.advantage.minimum_variance:
+        rollout = functions.move_baseline(params, rollout)
+    return rollout
+
+
 def train_on_rollout(state: LearnerState, rollout: Rollout, key, functions) -> tuple[LearnerState, RolloutReport]:
     """N minibatch updates, then one step of the multipliers: the order of things, for every way to compute them.
 
@@ -454,11 +453,7 @@ def train_on_rollout(state: LearnerState, rollout: Rollout, key, functions) -> t
       key: decides the shuffle.
       functions: `UpdateFunctions`, or a `Learner`.
     """
-    objective = functions.settings.objective
-    if objective.correction.weighs:
-        rollout = functions.correct(state.params, rollout)
-    if objective.advantage.minimum_variance:
-        rollout = functions.move_baseline(state.params, rollout)
+    rollout = before_updates(state.params, rollout, functions)
 
     def step(state, number):
         return functions.update(state, functions.minibatch(rollout, key, number))
