@@ -16,10 +16,10 @@ def get_config():
     base = config.named("arithmetic")
     base.trainer.update(
         num_iterations=16,
-        prompts_per_rollout=16,
+        prompts_per_rollout=8,
         eval_every=16,
-        eval_problems=64,
-        test_problems=256,
+        eval_problems=32,
+        test_problems=128,
         test_samples=8,
         checkpoint_every=16,
     )

@@ -97,11 +97,11 @@ class BaseModel:
                 compare=compare,
             )
 
-    def export_adapters(self, path, params, *, write: bool = True) -> None:
+    def export_adapters(self, path, params, *, base: str, revision: str | None = None, write: bool = True) -> None:
         """Write the adapters alone, as a PEFT directory (`peft.save_adapters`). Arguments and errors are its."""
         path = storage.path(path)
         with storage.staged(path, last=peft.CONFIG) if write else contextlib.nullcontext(path) as folder:
-            peft.save_adapters(folder, self.model, params, base=str(self.path), write=write)
+            peft.save_adapters(folder, self.model, params, base=base, revision=revision, write=write)
 
 
 def open_base_model(config: ModelConfig, *, weights: bool = True) -> BaseModel:
