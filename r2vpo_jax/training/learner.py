@@ -43,6 +43,7 @@ class _Update:
             state, stats = step(with_frozen(state, frozen), batch)
             return without_frozen(state), stats
 
+        of_parts.__name__ = step.__name__  # what is said to be compiled
         trained, frozen = without_frozen(shardings), frozen_of(shardings)
         self._jitted = jax.jit(
             of_parts, in_shardings=(trained, frozen, rows), out_shardings=(trained, replicated), donate_argnums=0
