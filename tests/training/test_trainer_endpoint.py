@@ -10,6 +10,7 @@ import pytest
 from r2vpo_jax.errors import EngineError, UsageError
 from r2vpo_jax.training import overlapped
 from r2vpo_jax.training.trainer import train
+from tests.helpers import processes
 from tests.helpers.engines import MODELS, served, stub
 from tests.helpers.runs import rows, train_rows, undocumented
 
@@ -178,6 +179,29 @@ def test_the_mismatch_of_a_server_is_measured_refused_and_corrected(tiny_checkpo
         assert row["correction/weight_mean"] != 1.0
         assert 0 < row["correction/effective_sample_size"] <= 1.0
         assert "correction/left_out" in row
+
+
+@pytest.mark.slow
+def test_processes_ask_for_their_own_rows(own, server, config_file, tmp_path):
+    """Two processes: each response is asked for once, by one of them, and is the one that it is on one process."""
+    fields = {f"trainer.{name}": value for name, value in QUICK.items()} | {"optimizer.epsilon": CALM["epsilon"]}
+    fields |= {"evaluation.batch_size": 64, "mesh.data": 2, "sampler.engine": "endpoint"}
+    asked, submit = [], server._engine.submit
+    server._engine.submit = lambda request: (asked.append(request.seed), submit(request))[1]
+    flags = [f"--config.{name}={value}" for name, value in fields.items()]
+    ended = processes.run(
+        config_file, tmp_path / "run", 2, *flags, f"--config.sampler.endpoint.url={server.url}", heartbeat=60
+    )
+    assert "rollouts: sampled by policy" in ended[0].output
+    assert "rollouts: sampled by policy" not in ended[1].output
+    # The noise floor is measured on the responses of the first iteration.
+    assert sorted(asked) == sorted([*asked[:16], *set(asked)]), "once each"
+    assert len(asked) == 16 * 4
+    trained, expected = train_rows(tmp_path / "run"), train_rows(own[0])
+    assert [row["engine/requests"] for row in trained] == [16] * 3
+    for name in ("rollout_tokens", "reward/mean", "response/length", "response/length_max"):
+        assert [row[name] for row in trained] == [row[name] for row in expected], name
+    assert [path.name for path in (tmp_path / "run" / "published").iterdir()] == ["version_00000008"]
 
 
 def test_what_cannot_work_is_refused_before_weights_are_read(configure, tmp_path, monkeypatch):
