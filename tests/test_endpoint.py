@@ -174,7 +174,7 @@ WIRES = {
     "deep JSON": ((200, b"[" * 100_000, {}), "answers what is no JSON"),
     "too much": ((200, b" " * (2 << 20), {}), "answers with more than 1,0"),
     "too much, in parts": (
-        (200, b"3\r\nabc\r\n" * (1 << 19), {"Transfer-Encoding": "chunked", "Content-Length": ""}),
+        (200, (b"1000\r\n" + b" " * 4096 + b"\r\n") * 512, {"Transfer-Encoding": "chunked", "Content-Length": ""}),
         "answers with more than 1,0",
     ),
     "elsewhere": ((302, b"", {"Location": "http://127.0.0.1:1/"}), "is redirected (status 302), which is not followed"),
