@@ -68,7 +68,7 @@ def sample(with_sampler, weights, batch, mesh):
 def through(server, batch, model, mesh, **settings):
     endpoint = Endpoint(EndpointConfig(url=server.url, **settings))
     endpoint.check(20)
-    return sample(EndpointSampler(endpoint, model), Published(0), batch, mesh)
+    return sample(EndpointSampler(endpoint, model), Published(0, "default"), batch, mesh)
 
 
 def test_it_gives_the_tokens_that_a_run_would_have_drawn_itself(server, batch, rollout, tiny_model, mesh):

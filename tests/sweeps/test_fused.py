@@ -331,6 +331,7 @@ def test_a_kill_while_results_are_written_is_made_good(whole, configs, tmp_path,
         ({"replay": {"lag": 1, "capacity_bytes": 10**9}}, "replay.capacity_bytes limits replay on the host only"),
         ({"mesh": {"fsdp": 2}}, "mesh.fsdp and mesh.tensor split a model"),
         ({"mesh": {"tensor": 2}}, "mesh.fsdp and mesh.tensor split a model"),
+        ({"sampler": {"engine": "endpoint"}}, "sampler.engine=endpoint samples elsewhere"),
         ({"seed": 2**31}, "seed=2147483648: "),
     ],
 )

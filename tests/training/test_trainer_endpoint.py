@@ -147,7 +147,7 @@ def test_a_server_may_sample_beside_learning(server, configure, tmp_path):
 def test_old_weights_are_stamped_as_such(server, configure, tmp_path):
     """Every second iteration: what is sampled between is as old as it says, and the multiplier sees what updates add."""
     config = configure(server, publish_every=2, trainer={"num_iterations": 4}, publish_dir=str(tmp_path / "shared"))
-    (tmp_path / "shared" / "version_of_someone").mkdir(parents=True)
+    (tmp_path / "shared" / "run_of_someone" / "version_00000004").mkdir(parents=True)
     found, _ = watched(config, tmp_path / "run")
     assert [set(batch.version.tolist()) for batch in found.batches] == [{0}, {0}, {8}, {8}]
     trained = train_rows(tmp_path / "run")
@@ -155,7 +155,9 @@ def test_old_weights_are_stamped_as_such(server, configure, tmp_path):
     assert [row["version"] for row in trained] == [4, 8, 12, 16]
     first = [row["ratio/variance_first"] for row in trained]
     assert max(first[0], first[2]) < 1e-9 < 1e-6 < min(first[1], first[3])
-    assert {path.name for path in (tmp_path / "shared").iterdir()} == {"version_of_someone", "version_00000008"}
+    ours, other = sorted((tmp_path / "shared").iterdir(), key=lambda path: path.name == "run_of_someone")
+    assert [path.name for path in ours.iterdir()] == ["version_00000008"]
+    assert [path.name for path in other.iterdir()] == ["version_00000004"], "what is another's is left alone"
     assert not (tmp_path / "run" / "published").exists()
 
 
