@@ -14,6 +14,7 @@ from r2vpo_jax.config.flags import (
     to_open_config_dict,
     without_effect,
 )
+from r2vpo_jax.config.lora import LoraConfig
 from r2vpo_jax.config.objective import (
     AdvantageConfig,
     CorrectionConfig,
@@ -54,6 +55,7 @@ __all__ = [
     "EvaluationConfig",
     "GroupsConfig",
     "KLConfig",
+    "LoraConfig",
     "LossConfig",
     "MeshConfig",
     "ModelConfig",

@@ -13,11 +13,13 @@ from r2vpo_jax.config.fields import (
     require_range,
     section,
 )
+from r2vpo_jax.config.lora import LoraConfig
 from r2vpo_jax.config.objective import ObjectiveConfig
 from r2vpo_jax.config.sampling import SamplerConfig, ScoreSamplingConfig
 from r2vpo_jax.config.task import TASKS, TaskConfig
 
 ATTENTION = ("auto", "einsum", "blockwise", "cudnn", "splash")
+TRACKERS = ("tensorboard", "wandb", "trackio")
 FLOAT32_SWITCHES = ("float32_residual", "float32_scores", "float32_logits")  # of model, where it computes in 16 bits
 HOW_TO_COMPUTE = (  # what an evaluation takes over
     *("compute_dtype", *FLOAT32_SWITCHES, "scan_layers", "attention", "attention_block_size"),
@@ -60,19 +62,36 @@ class TrainerConfig:
     )
     max_checkpoints: int = option(2, "checkpoints kept, besides the one with the best validation score of its own")
     samples_per_iteration: int = option(2, "responses written to samples.jsonl per iteration")
+    report_every: int = option(
+        10,
+        "iterations between two writings of report/report.html while the run goes on, and between samples that say what was "
+        "done to each token; the first iteration has both (0 = only the page at the end)",
+    )
     max_nonfinite_updates: int = option(0, "updates in a row with NaN or inf that are skipped before the run stops")
     max_noise_floor: float = option(
         1e-6, "start-up limit on E[(r-1)^2] with unchanged weights (bfloat16: budget / 4)", derived=True
     )
     allow_single_update: bool = option(False, "allow one update per rollout, where r = 1 and all objectives agree")
-    tensorboard: bool = option(False, "also write metrics and scores as TensorBoard events")
+    trackers: tuple[str, ...] = option(
+        (), f"where metrics, scores and samples go besides the run directory's files: {', '.join(TRACKERS)}"
+    )
+    tracker_project: str | None = option(
+        None,
+        "project of wandb and trackio (default: for wandb WANDB_PROJECT, else r2vpo_jax)",
+        when=lambda s: bool(set(s.trackers) - {"tensorboard"}),
+    )
 
     def __post_init__(self):
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
             if item.type is int and item.name != "max_nonfinite_updates":
-                low = 0 if item.name == "samples_per_iteration" else 1
+                low = 0 if item.name in ("samples_per_iteration", "report_every") else 1
                 require(value >= low, f"trainer.{item.name} must be at least {low}, got {value}")
+        named = (self.trackers,) if isinstance(self.trackers, str) else self.trackers
+        trackers = [name.strip() for text in named for name in str(text).split(",") if name.strip()]
+        for name in trackers:
+            require(name in TRACKERS, f"trainer.trackers={name!r} is unknown; any of {', '.join(TRACKERS)}")
+        object.__setattr__(self, "trackers", tuple(dict.fromkeys(trackers)))
         require_range("trainer", self, "max_noise_floor", "> 0")
         require(self.max_nonfinite_updates >= 0, "trainer.max_nonfinite_updates must be at least 0")
         require(
@@ -84,6 +103,11 @@ class TrainerConfig:
     @property
     def updates_per_rollout(self) -> int:
         return self.num_minibatches * self.num_epochs
+
+    @property
+    def looks_at_tokens(self) -> bool:
+        """Whether some samples say what was done to each of their tokens."""
+        return self.report_every > 0 and self.samples_per_iteration > 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,7 +256,9 @@ class ComputeConfig:
     """Which model, and how its forward pass is computed."""
 
     path: str = option(
-        "arithmetic_base", "Hugging Face directory, or a shipped model, such as arithmetic_base or word_problems_base"
+        "arithmetic_base",
+        "Hugging Face directory, its name on the Hub (hf://OWNER/NAME@REVISION), or a shipped model, such as arithmetic_base or "
+        "word_problems_base",
     )
     compute_dtype: str = option("float32", "dtype of activations and matrix products: float32 or bfloat16")
     float32_residual: bool = option(
@@ -276,6 +302,8 @@ class ModelConfig(ComputeConfig):
         "stored",
         "dtype of the weights in hf/: float32, bfloat16 or float16; stored: the base model's, to which small updates round away",
     )
+    # Without adapters a configuration is what it was before there were any: --config.model.lora.rank brings them.
+    lora: LoraConfig = section(LoraConfig, when=lambda s: s.lora.rank > 0)
 
     def __post_init__(self):
         super().__post_init__()

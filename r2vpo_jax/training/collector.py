@@ -58,7 +58,7 @@ class Collector:
       config: the run's.
       task, model: the run's.
       mesh: that samples.
-      timers: "rollout" and "verify" are timed.
+      timers: "rollout", "verify" and "sync" are timed.
       learner_mesh: where rollouts go then; default the same.
       engine: that samples in place of this program.
     """
@@ -144,7 +144,8 @@ class Collector:
                 rollout, said = self.verify(index, rollout)
             parts.append(rollout)
             verdicts.append(said)
-            outlines.append(self.rows.outline(rollout))
+            with self._timers("sync"):  # where the processes meet
+                outlines.append(self.rows.outline(rollout))
             differing += credit.groups_differ(outlines[-1], objective, self.sampling.group_size).sum()
             if differing >= wanted:
                 break
