@@ -29,15 +29,15 @@ CALM = {"epsilon": 1e-2}
 
 @pytest.fixture(scope="module")
 def configure(tiny_config):
-    def make(server=None, *, trainer=None, objective=None, replay=None, **endpoint):
+    def make(server=None, *, trainer=None, optimizer=None, objective=None, replay=None, model=None, **endpoint):
         there = (
             {}
             if server is None
             else {"engine": "endpoint", "endpoint": {"url": server.url, "patience": 2.0} | endpoint}
         )
         return tiny_config(
-            trainer=QUICK | (trainer or {}), optimizer=CALM, evaluation={"batch_size": 64}, sampler=there,
-            objective=objective or {}, replay=replay or {},
+            trainer=QUICK | (trainer or {}), optimizer=CALM | (optimizer or {}), evaluation={"batch_size": 64},
+            sampler=there, objective=objective or {}, replay=replay or {}, model=model or {},
         )  # fmt: skip
 
     return make
@@ -91,7 +91,9 @@ def test_a_run_through_a_server_samples_what_it_would_sample_itself(own, server,
     trained = train_rows(tmp_path / "run")
     assert [row["engine/requests"] for row in trained] == [16] * 3
     assert [row["engine/weights_age"] for row in trained] == [0] * 3
-    assert not undocumented(name for row in trained for name in row)
+    new = set(trained[0]) - set(train_rows(own[0])[0])
+    assert {name.partition("/")[0] for name in new} == {"engine", "time", "throughput"}
+    assert not undocumented(new)
     scores = [[row["pass_at_1"] for row in rows(path) if "pass_at_1" in row] for path in (tmp_path / "run", own[0])]
     assert scores[0] == scores[1]
     (published,) = (tmp_path / "run" / "published").iterdir()
@@ -145,8 +147,9 @@ def test_a_server_may_sample_beside_learning(server, configure, tmp_path):
 
 @pytest.mark.slow
 def test_old_weights_are_stamped_as_such(server, configure, tmp_path):
-    """Every second iteration: what is sampled between is as old as it says, and the multiplier sees what updates add."""
-    config = configure(server, publish_every=2, trainer={"num_iterations": 4}, publish_dir=str(tmp_path / "shared"))
+    """Every second iteration: what is sampled between is as old as it says. Adapters are published merged."""
+    settings = {"trainer": {"num_iterations": 4}, "optimizer": {"learning_rate": 0.03}, "model": {"lora": {"rank": 2}}}
+    config = configure(server, publish_every=2, publish_dir=str(tmp_path / "shared"), **settings)
     (tmp_path / "shared" / "run_of_someone" / "version_00000004").mkdir(parents=True)
     found, _ = watched(config, tmp_path / "run")
     assert [set(batch.version.tolist()) for batch in found.batches] == [{0}, {0}, {8}, {8}]
