@@ -16,7 +16,9 @@ def missing() -> str | None:
     opened = subprocess.run([sys.executable, "-c", "import PySide6.QtWebEngineWidgets"], capture_output=True, text=True)
     if opened.returncode == 0:
         return None
-    return f"the browser of the extra [browser] misses a library of the system: {opened.stderr.strip().splitlines()[-1]}"
+    return (
+        f"the browser of the extra [browser] misses a library of the system: {opened.stderr.strip().splitlines()[-1]}"
+    )
 
 
 def browse(steps, scheme="light") -> tuple[list, list[str]]:
