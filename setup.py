@@ -5,7 +5,7 @@ import runpy
 
 from setuptools import find_packages, setup
 
-COMMANDS = ("train", "evaluate", "sweep", "report", "export", "pretrain")
+COMMANDS = ("train", "evaluate", "sweep", "report", "export", "pretrain", "serve")
 
 setup(
     name="r2vpo_jax",
@@ -29,6 +29,7 @@ setup(
         "etils>=1.15,<2",
         "flax>=0.12.8,<0.13",
         "fsspec>=2026.7,<2027",
+        "huggingface_hub>=2.4,<3",
         "jax>=0.10,<0.13",
         "jaxtyping>=0.3,<0.4",
         "jinja2>=3.1,<4",
@@ -58,6 +59,8 @@ setup(
             "reasoning-gym>=0.1.25,<0.2",
             "tensorflow-datasets>=4.9.10,<5",
         ],
+        # Weights & Biases and Trackio (docs/metrics.md)
+        "trackers": ["trackio>=0.43,<0.44", "wandb>=0.31,<0.32"],
         "libtpu": ["libtpu>=0.0.42,<0.0.43"],
         "dev": [
             "build>=1.2,<2",

@@ -6,26 +6,13 @@ import os
 import pathlib
 import threading
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 
 from r2vpo_jax import cluster
-
-
-class _Compiling(threading.local):
-    seconds = 0.0  # of each thread: one may compile while another computes
-
-
-_compiling = _Compiling()
-
-
-def _on_duration(event: str, seconds: float, **_) -> None:
-    if event.startswith("/jax/core/compile/"):  # tracing, lowering and the backend compiler
-        _compiling.seconds += seconds
-
-
-jax.monitoring.register_event_duration_secs_listener(_on_duration)
+from r2vpo_jax.run import compiling
 
 
 class Span(NamedTuple):
@@ -47,10 +34,14 @@ class Timers:
     """Seconds by phase, which is also what this process is doing. Compilation inside a phase is moved to the phase "compile".
 
     Threads may share it. A phase inside of another is taken out of it, so the phases of one thread add up.
+
+    Args:
+      programs: what will be compiled, for people (run/compiling.py).
     """
 
-    def __init__(self):
+    def __init__(self, programs: Sequence[str] = ()):
         """Nothing is timed yet; the thread that makes it is the one that others are beside of (`lap`)."""
+        compiling.expect(programs)
         self.seconds = {"compile": 0.0}
         self._lock, self._spans = threading.Lock(), []
         self._running: dict[int, list[_Running]] = {}  # by thread, the innermost last
@@ -60,19 +51,20 @@ class Timers:
 
     @contextlib.contextmanager
     def __call__(self, phase: str):
-        thread, start, compiled = threading.get_ident(), time.perf_counter(), _compiling.seconds
+        thread, start, compiled = threading.get_ident(), time.perf_counter(), compiling.seconds()
         mine, stack = _Running(phase), self._running.setdefault(thread, [])
         stack.append(mine)
         try:
             with cluster.phase(phase):
                 yield
         finally:
+            end, spent = time.perf_counter(), compiling.seconds() - compiled
+            compiling.done()
             stack.pop()
-            end, compiling = time.perf_counter(), _compiling.seconds - compiled
             if stack:
                 stack[-1].inner += end - start
-                stack[-1].inner_compiling += compiling
-            own, own_compiling = end - start - mine.inner, compiling - mine.inner_compiling
+                stack[-1].inner_compiling += spent
+            own, own_compiling = end - start - mine.inner, spent - mine.inner_compiling
             with self._lock:
                 self.seconds[phase] = self.seconds.get(phase, 0.0) + max(own - own_compiling, 0.0)
                 self.seconds["compile"] += own_compiling

@@ -5,22 +5,24 @@ import dataclasses
 import math
 import time
 
+import jax
+
 import r2vpo_jax
 from r2vpo_jax import cluster, storage
 from r2vpo_jax import config as config_lib
 from r2vpo_jax.config import Config
-from r2vpo_jax.errors import UsageError, usage_errors
+from r2vpo_jax.errors import EngineError, UsageError, usage_errors
 from r2vpo_jax.models.identity import refuse_others
 from r2vpo_jax.rows import Rows
-from r2vpo_jax.run import directory, files, instruments, report
+from r2vpo_jax.run import directory, files, instruments, report, trackers
 from r2vpo_jax.run.alarms import Alarms
 from r2vpo_jax.run.checkpoints import Checkpointer
 from r2vpo_jax.run.pages.history import History
 from r2vpo_jax.run.pages.live import LivePage
 from r2vpo_jax.run.pages.reader import Reader
 from r2vpo_jax.training.learner import Learner
+from r2vpo_jax.training.learner_state import LearnerState, frozen_of, with_frozen, without_frozen
 from r2vpo_jax.training.replay import ReplayBuffer, ReplayError
-from r2vpo_jax.training.update import LearnerState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +64,10 @@ def refuse_in_store(config: Config, workdir, profile_steps) -> None:
     """Raises UsageError for what can be written to a disk alone, where the run directory is in a store."""
     if not storage.is_store(workdir):
         return
-    if config.trainer.tensorboard:
+    if "tensorboard" in config.trainer.trackers:
         raise UsageError(
-            f"trainer.tensorboard needs a disk, and --workdir={workdir} is none; leave it out: metrics/ has the same numbers"
+            f"trainer.trackers=tensorboard needs a disk, and --workdir={workdir} is none; leave it out: metrics/ has the "
+            "same numbers"
         )
     if profile_steps:
         raise UsageError(f"--profile_steps needs a disk, and --workdir={workdir} is none; profile a short run on one")
@@ -101,6 +104,8 @@ class Lifecycle:
             if chief:
                 self._check_held = stack.enter_context(directory.lock(workdir, say=say))
             self._changes = directory.claim(workdir, config, write=chief)
+            if chief:
+                directory.record_names(workdir, say)
             self._checkpointer = Checkpointer(
                 self.workdir / "checkpoints", max_to_keep=config.trainer.max_checkpoints, write=chief
             )
@@ -141,10 +146,12 @@ class Lifecycle:
             restored = (
                 None
                 if problem
-                else self._checkpointer.restore(iteration, learner.abstract_state, learner.state_shardings)
+                else self._checkpointer.restore(
+                    iteration, *map(without_frozen, (learner.abstract_state, learner.state_shardings))
+                )
             )
             if restored is not None:
-                state, saved = restored
+                state, saved = with_frozen(restored[0], frozen_of(state)), restored[1]
                 try:
                     self.replay.restore(saved.pop("replay"))
                 except ReplayError as error:
@@ -204,9 +211,10 @@ class Lifecycle:
     @contextlib.contextmanager
     def open(self, iteration: int):
         """Around the run: its line files are open, and closed at the end; a disk that fails is one clear line."""
+        told = trackers.Trackers(self._config, self.workdir, resumed=self.resumed, say=self._say)
         with usage_errors():  # a file may be gone, or shorter than the checkpoint says
             self.files = files.RunFiles(
-                self.workdir, self._positions, write=self._chief, tensorboard=self._config.trainer.tensorboard
+                self.workdir, self._positions, write=self._chief, trackers=told if self._chief else None
             )
         history = Reader(self.workdir).read() if self._chief else History()
         self.files.follow(history)
@@ -219,7 +227,7 @@ class Lifecycle:
         with (
             files.disk_errors(self.workdir, "the last checkpoint"),
             contextlib.closing(self._checkpointer),
-            contextlib.closing(self.files),
+            self.files,
         ):
             self._go_on_with_changes(iteration)
             yield
@@ -242,7 +250,21 @@ class Lifecycle:
             "alarms": self.alarms.state,
         }
         with cluster.phase("saving"):
-            self._checkpointer.save(counters.iteration, state, saved, score=counters.own_score)
+            self._checkpointer.save(counters.iteration, without_frozen(state), saved, score=counters.own_score)
+
+    @contextlib.contextmanager
+    def saving_if_the_engine_is_gone(self, state: LearnerState, counters: Counters):
+        """Around what takes nothing from the state: if the engine that samples does not answer, the run is saved as it is.
+
+        On several processes others may not know of it, and saving takes all of them.
+        """
+        try:
+            yield
+        except EngineError:
+            if jax.process_count() == 1:
+                self.save(state, counters)
+                self.wait()
+            raise
 
     def seconds(self, counters: Counters) -> float:
         """Seconds that the run has taken, over all processes that worked on it one after the other."""

@@ -26,14 +26,14 @@ class Record:
       learner: for the learning rate.
       task: decodes tokens.
       rows: how batches are spread over processes.
-      weights: the sampler's.
+      collector, weights: the sampler's; each row has their statistics.
       timers: of the run.
       say: where lines for people go.
     """
 
-    def __init__(self, config: Config, life: Lifecycle, learner, task, rows, weights, timers: Timers, say):
+    def __init__(self, config: Config, life: Lifecycle, learner, task, rows, collector, weights, timers: Timers, say):
         self._config, self._life, self._learner, self._task = config, life, learner, task
-        self._rows, self._weights, self._timers, self._say = rows, weights, timers, say
+        self._rows, self._collector, self._weights, self._timers, self._say = rows, collector, weights, timers, say
         self._said_reason: str | None = None  # why most responses have no verdict
 
     def write(
@@ -80,15 +80,13 @@ class Record:
             self._timers.lap(),
             self._life.seconds(counters),
         )
-        row |= {} if self._weights.num_bytes is None else {"weights/bytes": self._weights.num_bytes}
+        row |= self._collector.statistics() | self._weights.statistics()
         row |= {f"reward/{name}": value for name, value in collected.terms.items()}
-        self._life.files.metrics(row)
+        self._life.files.record(row, [{"iteration": counters.iteration, **sample} for sample in lines])
         if collected.num_reasons:
             details = {"responses": collected.num_reasons, "first": collected.first_reason}
             self._life.files.event("unjudged", counters.iteration, **details)
         self._say_unjudged(row["outcome/judged"], collected, counters.iteration)
-        for sample in lines:
-            self._life.files.sample({"iteration": counters.iteration, **sample})
         return row
 
     def _samples(self, made: Made, version: int, tokens: TokenGradients | None) -> list[dict]:

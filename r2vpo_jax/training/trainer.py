@@ -44,11 +44,20 @@ from r2vpo_jax.evaluation import subsets, validation
 from r2vpo_jax.models import attention
 from r2vpo_jax.models.base import open_base_model
 from r2vpo_jax.rollout import Rollout
-from r2vpo_jax.run import console, directory, files, report
+from r2vpo_jax.run import compiling, console, directory, files, report, trackers
 from r2vpo_jax.run import summary as run_summary
 from r2vpo_jax.run.instruments import Profiler, Span, Timers
 from r2vpo_jax.run.interrupts import any_process, graceful_stop
-from r2vpo_jax.training import credit, iteration, metrics, noise_floor, overlapped, sampler_mesh, token_gradients
+from r2vpo_jax.training import (
+    credit,
+    engines,
+    iteration,
+    metrics,
+    noise_floor,
+    overlapped,
+    sampler_mesh,
+    token_gradients,
+)
 from r2vpo_jax.training.collector import Collected, Collector
 from r2vpo_jax.training.learner import Learner
 from r2vpo_jax.training.lifecycle import Lifecycle, refuse_in_store
@@ -117,7 +126,7 @@ def train(
         say(f"{workdir} holds a finished run; its result:\n")
         say(run_summary.table(summary))
         return summary
-    with contextlib.closing(_Run(config, workdir, profile_steps, say, started)) as run:
+    with directory.resolving(workdir), contextlib.closing(_Run(config, workdir, profile_steps, say, started)) as run:
         return run.go(stop_after_iteration, on_iteration or (lambda _: None))
 
 
@@ -131,6 +140,7 @@ class _Run:
         directory.claim(workdir, config, write=False)
         if self.chief:
             directory.refuse_if_in_use(workdir)
+            trackers.check(config.trainer.trackers)
         with usage_errors(), cluster.phase("reading model and data"):
             self.mesh, self.sampler_mesh = sampler_mesh.make_meshes(config.mesh)
             overlapped.check(config, self.mesh, self.sampler_mesh)
@@ -151,14 +161,17 @@ class _Run:
         """The weights, the last checkpoint, and the parts that need the run directory or the task."""
         config = self.config
         with usage_errors():
-            self.base.check_length(self.task.max_prompt_length + self.task.max_response_length)
+            longest = self.task.max_prompt_length + self.task.max_response_length
+            self.base.check_length(longest)
+            engine = engines.find(config, workdir, longest, self._say)
         with cluster.phase("reading weights"):
-            self.state = self.learner.init_state(self.base.load_params(self.mesh))
-        self.timers = Timers()
-        meshes = {"mesh": self.sampler_mesh, "learner_mesh": self.mesh}
-        self._collector_of = functools.partial(Collector, config, self.task, timers=self.timers, **meshes)
+            self.state = self.learner.init_state(self.base.load_params(self.mesh, seed=config.seed))
+        self.timers = Timers(compiling.TRAINING)
+        where = {"mesh": self.sampler_mesh, "learner_mesh": self.mesh, "engine": engine}
+        self._collector_of = functools.partial(Collector, config, self.task, timers=self.timers, **where)
         self.collector = self._collector_of(self.model)
-        self.weights = SamplerWeights(self.learner, self.sampler_mesh, self.timers)
+        scores = SamplerWeights(self.learner, self.sampler_mesh, self.timers)
+        self.weights = engines.weights_of(engine, scores, self.base, workdir, self.timers)
         self.rows = self.collector.learner_rows_of(config.trainer.prompts_per_rollout)
         self.life = Lifecycle(config, workdir, self.rows, chief=self.chief, say=self._say, started=self._started)
         stack.callback(self.life.close)
@@ -166,7 +179,7 @@ class _Run:
         self.profiler = Profiler(self.workdir, profile_steps)
         self.key = jax.random.key(config.seed)
         # The reference is the base model itself: it is taken before a checkpoint replaces the state.
-        self.reference = self.learner.sampler_params(self.state) if config.objective.needs_reference else None
+        self.reference = self.learner.reference_params(self.state) if config.objective.needs_reference else None
         with cluster.phase("reading the last checkpoint"):
             self.state, self.counters = self.life.resume(self.state, self.learner, self.task.digest, self.identity)
 
@@ -189,8 +202,8 @@ class _Run:
             graceful_stop() as stop,
             self.beside,
         ):
-            weights = (self.weights, self.timers, self._say)
-            self.record = Record(self.config, self.life, self.learner, self.task, self.rows, *weights)
+            sampling = (self.collector, self.weights, self.timers, self._say)
+            self.record = Record(self.config, self.life, self.learner, self.task, self.rows, *sampling)
             self._introduce()
             with cluster.phase("noise floor"):
                 self._check_noise_floor()
@@ -264,20 +277,15 @@ class _Run:
     def _check_noise_floor(self) -> None:
         """Refuses a noisy set-up, but warns only of a run that is continued: it is the run that it was."""
 
-        def sampled_and_scored(learner: Learner, collector: Collector, weights: SamplerWeights):
-            params = weights.for_rollouts(self.state)
-            index = collector.problem_index(0)[: noise_floor.num_prompts(self.config)]
-            rollout = collector.sample(params, index, iteration=self.counters.iteration, version=self._version())
-            rows = collector.learner_rows_of(len(index))
-            return rows.fetch(learner.score(self.state.params, rows.put(rollout))), rollout
+        sampled = functools.partial(noise_floor.sampled_and_scored, self.config, self.state, self.counters.iteration)
 
         def again(changes: dict[str, bool]):
             model = models.Decoder(dataclasses.replace(self.model.config, **changes))
             learner, collector = Learner(model, self.config, self.mesh), self._collector_of(model)
-            return sampled_and_scored(learner, collector, SamplerWeights(learner, self.sampler_mesh, self.timers))
+            return sampled(learner, collector, SamplerWeights(learner, self.sampler_mesh, self.timers))
 
         floor = noise_floor.check(
-            *sampled_and_scored(self.learner, self.collector, self.weights),
+            *sampled(self.learner, self.collector, self.weights),
             self.config,
             first=self.counters.noise_floor is None,
             say=self._say,
@@ -291,14 +299,15 @@ class _Run:
     # 1. to 5., called by iteration.iterate and overlapped.iterate ----------------------------------------
 
     def collect(self) -> Collected:
-        return self.counted(self.collection()())
+        with self.life.saving_if_the_engine_is_gone(self.state, self.counters):
+            return self.counted(self.collection()())
 
     def collection(self) -> Callable[[], Collected]:
         counters = self.counters
         self._kl_coef = float(sharding.to_host(self.state.kl_coef))  # for the rewards of what is sampled
         return functools.partial(
             self.collector.collect,
-            self.weights.for_rollouts(self.state),
+            self.weights.for_rollouts(self.state, counters.iteration),
             position=counters.problems,
             first_id=counters.rollouts,
             iteration=counters.iteration,
@@ -445,7 +454,7 @@ class _Run:
         if line := result.without_verdicts():
             self._say(line)
         counts = {"iteration": self.counters.iteration, "rollouts": self.counters.rollouts}
-        self.life.files.metrics({"kind": "evaluation", **counts, **result.row(scores)})
+        self.life.files.record({"kind": "evaluation", **counts, **result.row(scores)})
 
     # After the loop --------------------------------------------------------------------------------------
 
