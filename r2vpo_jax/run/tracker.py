@@ -49,5 +49,6 @@ def scalars(row: Row) -> dict[str, float]:
 
 def columns(samples: Sequence[Row]) -> tuple[list[str], list[list]]:
     """(names, rows of values) of a table."""
-    names = list(dict.fromkeys(name for sample in samples for name in sample))
+    told = (name for sample in samples for name, value in sample.items() if not isinstance(value, list))
+    names = list(dict.fromkeys(told))
     return names, [[sample.get(name) for name in names] for sample in samples]
