@@ -7,16 +7,17 @@ import pytest
 
 from r2vpo_jax import data
 from r2vpo_jax.data import prepared
-from tests.data.test_datasets_gsm8k import FIXTURES, prepare
+from tests.data.test_datasets_gsm8k import prepare
 
+HERE = pathlib.Path(__file__).parent
 GSM8K = "answer_style=hash&kind=numeric"
 
 
 def test_what_save_to_disk_of_datasets_5_wrote():
-    """fixtures/saved_by_datasets: 9 and 3 rows, `DatasetDict.save_to_disk(num_shards={"train": 2, "test": 1})`, datasets 5.2.0."""
+    """saved_by_datasets/: 9 and 3 rows, `DatasetDict.save_to_disk(num_shards={"train": 2, "test": 1})`, datasets 5.2.0."""
     for how in ("", "?stream=true", "?question=prompt.user.content&stream=true"):
         train, test = (
-            data.load(f"saved_by_datasets/{how}", split, FIXTURES, ("level",)) for split in ("train", "test")
+            data.load(f"saved_by_datasets/{how}", split, HERE, ("level",)) for split in ("train", "test")
         )
         assert [example.answer for example in train.examples()] == [str(2 * i) for i in range(9)]
         assert [example.question for example in test.examples()] == [f"What is {i} + {i}?" for i in range(9, 12)]
@@ -42,7 +43,7 @@ def test_a_prepared_data_set_is_found_by_name_and_by_path_and_streamed(folder):
     assert data.load(f"gsm8k/?{GSM8K}&split=train&rows=20:", "validation", folder).num_examples == 4
     with pytest.raises(ValueError, match="has no split 'validation' but train, test"):
         data.load(f"gsm8k/?{GSM8K}", "validation", folder)
-    assert prepared.find(FIXTURES / "saved_by_datasets") is None
+    assert prepared.find(HERE / "saved_by_datasets") is None
 
 
 def test_rows_are_those_of_the_data_source_that_grain_wraps(folder):
