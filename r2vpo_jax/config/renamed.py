@@ -38,6 +38,7 @@ _RENAMED = {
     "trainer.eval_temperature": "evaluation.temperature",
     "trainer.eval_top_p": "evaluation.top_p",
     "trainer.eval_batch_size": "evaluation.batch_size",
+    "trainer.tensorboard": "trainer.trackers",
     "alarms.max_second_moment": "alarms.max_ratio_variance",
 }
 NEW_NAMES = _RENAMED | {

@@ -222,7 +222,7 @@ def run(config: EvaluationConfig, output, *, say=console.say) -> dict:
             stack.enter_context(resolving(output, config.model.path))
             mesh = sharding.make_mesh((config.mesh.data, config.mesh.fsdp, config.mesh.tensor))
             source = model_source.find(config.model.path, config.checkpoint)
-            base = open_base_model(config.model_config(source.directory))
+            base = open_base_model(config.model_config(source.directory, source.lora))
             attention.check(base.model.config, mesh.devices.flat[0])
             benchmarks = []
             for spec in config.tasks:  # 1

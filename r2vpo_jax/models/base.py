@@ -11,7 +11,7 @@ from r2vpo_jax import hub, models, storage
 from r2vpo_jax.config import ModelConfig
 from r2vpo_jax.config.run import FLOAT32_SWITCHES
 from r2vpo_jax.errors import UsageError
-from r2vpo_jax.models import tensor_files, tokenizer_files
+from r2vpo_jax.models import lora, peft, tensor_files, tokenizer_files
 from r2vpo_jax.models.identity import identity
 from r2vpo_jax.models.tokenizer import end_of_text_ids, load_tokenizer
 
@@ -50,18 +50,23 @@ class BaseModel:
         except (OSError, ValueError) as error:
             raise UsageError(f"cannot read the base model: {error}") from error
 
-    def load_params(self, mesh=None):
-        """The parameters, placed on the mesh as they are read.
+    def load_params(self, mesh=None, *, seed: int = 0):
+        """The parameters, placed on the mesh as they are read; adapters are as before training.
+
+        Args:
+          mesh: None: NumPy arrays.
+          seed: of the run, for the adapters.
 
         Raises:
           UsageError: a tensor is missing or does not fit.
         """
         try:
-            return models.load_params(self.path, self.model, mesh=mesh)
+            weights = models.load_params(self.path, self.model, mesh=mesh)
+            return weights if self.model.config.lora is None else lora.join(weights, lora.init(self.model, seed, mesh))
         except (OSError, ValueError) as error:
             raise UsageError(f"cannot load the base model: {error}") from error
 
-    def export(self, path, params, *, dtype: str = "stored", write: bool = True) -> float | None:
+    def export(self, path, params, *, dtype: str = "stored", write: bool = True, compare: bool = True) -> float | None:
         """Write what this model has become as a Hugging Face directory, with tokenizer and generation settings of its own.
 
         Args:
@@ -69,9 +74,11 @@ class BaseModel:
           params: the parameters now.
           dtype: of the written weights, or "stored": that of the weights on disk here.
           write: False on all processes of a pod but one.
+          compare: whether the weights are compared with this model's.
 
         Returns:
-          The share of the written weights that are still those of this model, bit for bit; None where `write` is False.
+          The share of the written weights that are still those of this model, bit for bit; None where `write` or `compare`
+          is False.
 
         Raises:
           ValueError, FileNotFoundError: as `models.save_pretrained`.
@@ -87,7 +94,14 @@ class BaseModel:
                 dtype=models.stored_dtype(self.path) if dtype == "stored" else dtype,
                 eos_ids=self.eos_ids,
                 write=write,
+                compare=compare,
             )
+
+    def export_adapters(self, path, params, *, write: bool = True) -> None:
+        """Write the adapters alone, as a PEFT directory (`peft.save_adapters`). Arguments and errors are its."""
+        path = storage.path(path)
+        with storage.staged(path, last=peft.CONFIG) if write else contextlib.nullcontext(path) as folder:
+            peft.save_adapters(folder, self.model, params, base=str(self.path), write=write)
 
 
 def open_base_model(config: ModelConfig, *, weights: bool = True) -> BaseModel:
@@ -118,6 +132,7 @@ def open_base_model(config: ModelConfig, *, weights: bool = True) -> BaseModel:
             attention=config.attention,
             attention_block_size=config.attention_block_size,
             matmul_precision=config.matmul_precision,
+            lora=config.lora if config.lora.rank else None,
             num_tokens=1 + max(tokenizer.get_vocab().values()),
         )
         eos_ids = end_of_text_ids(path, tokenizer)
@@ -126,6 +141,8 @@ def open_base_model(config: ModelConfig, *, weights: bool = True) -> BaseModel:
         if len(eos_ids) > 1:
             ends = ", ".join(f"{tokenizer.convert_ids_to_tokens(i)} ({i})" for i in eos_ids)
             notices = (*notices, f"responses end at any of {ends}")
+        if model.config.lora is not None:
+            notices = (*notices, lora.notice(model))
         return BaseModel(path, model, tokenizer, eos_ids, notices)
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot load the base model: {error}") from error

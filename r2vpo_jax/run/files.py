@@ -1,5 +1,6 @@
-"""Files that a kill cannot tear, and the line files of a run directory: metrics, samples, events, TensorBoard."""
+"""Files that a kill cannot tear, and the line files of a run directory: metrics, samples, events."""
 
+import collections
 import contextlib
 import errno
 import hashlib
@@ -8,15 +9,15 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TextIO
 
 import numpy as np
 
 from r2vpo_jax import storage
-from r2vpo_jax.errors import UsageError
+from r2vpo_jax.errors import Stopped, UsageError
 from r2vpo_jax.run import parts
-from r2vpo_jax.run.tensorboard import TensorBoard
+from r2vpo_jax.run.pages.history import History
 
 # Fields that measure the machine and not the run; everything else is reproducible bit for bit.
 TIME_PREFIXES = ("time/", "throughput/")
@@ -212,22 +213,23 @@ def _opened(pieces) -> Iterator[TextIO]:
 
 
 class RunFiles:
-    """The line files of a run directory: metrics, samples, events; and TensorBoard if asked for."""
+    """The line files of a run directory: metrics, samples, events; and the trackers that have the same rows."""
 
     _NAMES = ("metrics", "samples")  # what a checkpoint knows the length of
 
-    def __init__(self, workdir, positions: dict, *, write: bool, tensorboard: bool):
+    def __init__(self, workdir, positions: dict, *, write: bool, trackers=None):
         """Open them for appending, cut back to where the checkpoint was written.
 
         Args:
           workdir: the run directory.
           positions: from `positions()` of the checkpoint; empty for a new run.
           write: False on processes other than 0.
-          tensorboard: also write TensorBoard events.
+          trackers: `trackers.Trackers` that are not open yet, or None.
 
         Raises:
           ValueError: a file is gone or shorter than its position.
           OSError: a file cannot be opened.
+          UsageError: a tracker cannot be had.
         """
         workdir = storage.path(workdir)
         if write:
@@ -235,23 +237,43 @@ class RunFiles:
             self._files = files | {"events": JsonlWriter(workdir / "events.jsonl")}
         else:
             self._files = {n: NullWriter() for n in (*self._NAMES, "events")}
-        self._tensorboard = None
-        if write and tensorboard:
-            self._tensorboard = TensorBoard(workdir / "tensorboard", read_jsonl(workdir / "metrics.jsonl"))
+        self._history, self._trackers = History(), trackers
+        if trackers:
+            trackers.open(_rows_so_far(workdir), self.event)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        self.close(failed=kind is not None and not issubclass(kind, Stopped))
+
+    def record(self, row: dict, samples: Sequence[dict] = ()) -> None:
+        """One iteration with its samples, or one evaluation: in the files, and in the trackers."""
+        self.metrics(row)
+        for sample in samples:
+            self.sample(sample)
+        if self._trackers:
+            self._trackers.write({name: _plain(value) for name, value in row.items()}, samples)
 
     def metrics(self, row: dict) -> None:
         """One iteration or one evaluation."""
-        self._files["metrics"].write(row)
-        if self._tensorboard:
-            self._tensorboard.write(row)
+        self._write("metrics", row)
 
     def sample(self, row: dict) -> None:
         """One response."""
-        self._files["samples"].write(row)
+        self._write("samples", row)
 
     def event(self, name: str, iteration: int, **details) -> None:
         """Something that is no number: a start, a resume, an alarm."""
-        self._files["events"].write({"event": name, "iteration": iteration, **details})
+        self._write("events", {"event": name, "iteration": iteration, **details})
+
+    def _write(self, file: str, row: dict) -> None:
+        self._files[file].write(row)
+        self._history.add(file, row)
+
+    def follow(self, history: History) -> None:
+        """Every line that is written from now on is also added to what the pages of the run show."""
+        self._history = history
 
     def positions(self) -> dict[str, int]:
         """Bytes written so far, on disk, for a checkpoint."""
@@ -263,7 +285,25 @@ class RunFiles:
         for writer in self._files.values():
             writer.flush()
 
-    def close(self) -> None:
-        for writer in (*self._files.values(), self._tensorboard):
-            if writer is not None:
-                writer.close()
+    def close(self, *, failed: bool = False) -> None:
+        """Everything is written; `failed`: whether the run ended by an error, which trackers show."""
+        if self._trackers:
+            self._trackers.close(failed=failed)
+        for writer in self._files.values():
+            writer.close()
+
+
+def _rows_so_far(workdir) -> list[tuple[dict, list[dict]]]:
+    """The rows of metrics.jsonl, those of iterations with their samples."""
+    samples = collections.defaultdict(list)
+    for sample in _rows_of(workdir / "samples.jsonl"):
+        samples[sample["iteration"]].append(sample)
+    return [
+        (row, [] if row["kind"] == "evaluation" else samples[row["iteration"]])
+        for row in _rows_of(workdir / "metrics.jsonl")
+    ]
+
+
+def _rows_of(path) -> list[dict]:
+    """Of a line file, which in a store is not there before its first rows are."""
+    return read_jsonl(path) if parts.files_of(storage.path(path)) else []

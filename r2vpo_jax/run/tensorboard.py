@@ -1,10 +1,11 @@
 """The TensorBoard of a run: what metrics.jsonl says, as scalars, by tensorboardX, which needs no TensorFlow."""
 
-import math
+import html
 import pathlib
 import struct
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Sequence
+
+from r2vpo_jax.run.tracker import SAMPLES, History, Row, columns, scalars
 
 _EVENT_FILES = "events.out.tfevents.*"
 _LENGTH = struct.Struct("<Q")
@@ -12,14 +13,17 @@ _CHECKSUM_BYTES = 4  # behind the length of a record, and behind the record
 
 
 class TensorBoard:
-    """Writes the rows of metrics.jsonl to event files: those of evaluations as split/name, all at their iteration."""
+    """Writes the rows of metrics.jsonl to event files: those of evaluations as split/name, all at their iteration.
 
-    def __init__(self, directory, rows: Iterable[Mapping[str, Any]] = ()):
+    A tracker (`tracker.Tracker`).
+    """
+
+    def __init__(self, directory, history: History = ()):
         """Begin anew with the rows that there are: what an earlier process wrote beyond them must not be seen.
 
         Args:
           directory: for the event files; those there are replaced, their points keep their times.
-          rows: of metrics.jsonl, as a run that goes on finds it.
+          history: of a run that goes on.
         """
         from tensorboardX import FileWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -33,25 +37,29 @@ class TensorBoard:
         self._writer = FileWriter(str(directory))
         if earlier:  # a TensorBoard that has read them forgets what it has read
             self._writer.add_event(Event(session_log=SessionLog(status=SessionLog.START)), step=0)
-        for row in rows:
-            self.write(row, times.get(row["iteration"]))
+        for row, samples in history:
+            self.write(row, samples, times.get(row["iteration"]))
 
-    def write(self, row: Mapping[str, Any], time: float | None = None) -> None:
-        """The numbers of a row that are finite; `time` in seconds of the epoch, default: now."""
+    def write(self, row: Row, samples: Sequence[Row] = (), time: float | None = None) -> None:
+        """The numbers of a row, and a table; `time` in seconds of the epoch, default: now."""
         from tensorboardX.proto.summary_pb2 import Summary
+        from tensorboardX.summary import text
 
-        prefix = f"{row['split']}/" if row["kind"] == "evaluation" else ""
-        # A NaN (nothing was cut, say) would be drawn as nothing, and complained of on the terminal each time.
-        values = [
-            Summary.Value(tag=prefix + name, simple_value=value)
-            for name, value in row.items()
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        ]
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars(row).items()]
+        if samples:
+            values.extend(text(SAMPLES, _markdown(samples)).value)
         self._writer.add_summary(Summary(value=values), row["iteration"], time)
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         """Everything is on disk."""
         self._writer.close()
+
+
+def _markdown(samples: Sequence[Row]) -> str:
+    """A table; texts stand as they are, whatever they hold."""
+    names, data = columns(samples)
+    cells = [[html.escape(str(value)).replace("|", "&#124;").replace("\n", "<br>") for value in row] for row in data]
+    return "\n".join("|" + "|".join(row) + "|" for row in [names, ["---"] * len(names), *cells])
 
 
 def _events(file: pathlib.Path) -> Iterator:

@@ -5,18 +5,24 @@ import dataclasses
 import math
 import time
 
+import jax
+
 import r2vpo_jax
 from r2vpo_jax import cluster, storage
+from r2vpo_jax import config as config_lib
 from r2vpo_jax.config import Config
-from r2vpo_jax.errors import UsageError, usage_errors
+from r2vpo_jax.errors import EngineError, UsageError, usage_errors
 from r2vpo_jax.models.identity import refuse_others
 from r2vpo_jax.rows import Rows
-from r2vpo_jax.run import directory, files, instruments, report
+from r2vpo_jax.run import directory, files, instruments, report, trackers
 from r2vpo_jax.run.alarms import Alarms
 from r2vpo_jax.run.checkpoints import Checkpointer
+from r2vpo_jax.run.pages.history import History
+from r2vpo_jax.run.pages.live import LivePage
+from r2vpo_jax.run.pages.reader import Reader
 from r2vpo_jax.training.learner import Learner
+from r2vpo_jax.training.learner_state import LearnerState, frozen_of, with_frozen, without_frozen
 from r2vpo_jax.training.replay import ReplayBuffer, ReplayError
-from r2vpo_jax.training.update import LearnerState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +64,10 @@ def refuse_in_store(config: Config, workdir, profile_steps) -> None:
     """Raises UsageError for what can be written to a disk alone, where the run directory is in a store."""
     if not storage.is_store(workdir):
         return
-    if config.trainer.tensorboard:
+    if "tensorboard" in config.trainer.trackers:
         raise UsageError(
-            f"trainer.tensorboard needs a disk, and --workdir={workdir} is none; leave it out: metrics/ has the same numbers"
+            f"trainer.trackers=tensorboard needs a disk, and --workdir={workdir} is none; leave it out: metrics/ has the "
+            "same numbers"
         )
     if profile_steps:
         raise UsageError(f"--profile_steps needs a disk, and --workdir={workdir} is none; profile a short run on one")
@@ -71,7 +78,8 @@ class Lifecycle:
 
     Attributes:
       workdir: the directory.
-      files: metrics, samples and events; there after `open`.
+      files: metrics, samples and events; there after `open`, as is
+      live: the page that shows the run.
       replay, alarms: whose state goes into checkpoints.
     """
 
@@ -138,10 +146,12 @@ class Lifecycle:
             restored = (
                 None
                 if problem
-                else self._checkpointer.restore(iteration, learner.abstract_state, learner.state_shardings)
+                else self._checkpointer.restore(
+                    iteration, *map(without_frozen, (learner.abstract_state, learner.state_shardings))
+                )
             )
             if restored is not None:
-                state, saved = restored
+                state, saved = with_frozen(restored[0], frozen_of(state)), restored[1]
                 try:
                     self.replay.restore(saved.pop("replay"))
                 except ReplayError as error:
@@ -201,10 +211,15 @@ class Lifecycle:
     @contextlib.contextmanager
     def open(self, iteration: int):
         """Around the run: its line files are open, and closed at the end; a disk that fails is one clear line."""
+        told = trackers.Trackers(self._config, self.workdir, resumed=self.resumed, say=self._say)
         with usage_errors():  # a file may be gone, or shorter than the checkpoint says
             self.files = files.RunFiles(
-                self.workdir, self._positions, write=self._chief, tensorboard=self._config.trainer.tensorboard
+                self.workdir, self._positions, write=self._chief, trackers=told if self._chief else None
             )
+        history = Reader(self.workdir).read() if self._chief else History()
+        self.files.follow(history)
+        every = self._config.trainer.report_every
+        self.live = LivePage(self.workdir, config_lib.to_dict(self._config), history, every=every, write=self._chief)
         for notice in self._notices:
             self.files.event(**notice)
         details = {"version": r2vpo_jax.__version__, "machine": instruments.machine()}
@@ -212,7 +227,7 @@ class Lifecycle:
         with (
             files.disk_errors(self.workdir, "the last checkpoint"),
             contextlib.closing(self._checkpointer),
-            contextlib.closing(self.files),
+            self.files,
         ):
             self._go_on_with_changes(iteration)
             yield
@@ -235,7 +250,21 @@ class Lifecycle:
             "alarms": self.alarms.state,
         }
         with cluster.phase("saving"):
-            self._checkpointer.save(counters.iteration, state, saved, score=counters.own_score)
+            self._checkpointer.save(counters.iteration, without_frozen(state), saved, score=counters.own_score)
+
+    @contextlib.contextmanager
+    def saving_if_the_engine_is_gone(self, state: LearnerState, counters: Counters):
+        """Around what takes nothing from the state: if the engine that samples does not answer, the run is saved as it is.
+
+        On several processes others may not know of it, and saving takes all of them.
+        """
+        try:
+            yield
+        except EngineError:
+            if jax.process_count() == 1:
+                self.save(state, counters)
+                self.wait()
+            raise
 
     def seconds(self, counters: Counters) -> float:
         """Seconds that the run has taken, over all processes that worked on it one after the other."""

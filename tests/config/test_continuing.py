@@ -24,8 +24,9 @@ def compared(here, there=None):
 
 
 def test_every_name_on_the_lists_is_a_field_or_a_section():
-    made = config.make(task=TEXT, model=IN_16_BITS, replay=OVERLAPPED)
-    fields = {path for path, _ in config.leaves(config.to_dict(config.from_flags(made)))}
+    shared = {"task": TEXT, "model": IN_16_BITS, "replay": OVERLAPPED, "trainer": {"trackers": ("wandb",)}}
+    made = [config.make(**shared, sampler={"engine": engine}) for engine in ("own", "endpoint")]
+    fields = {path for each in made for path, _ in config.leaves(config.to_dict(config.from_flags(each)))}
     sections = {path.partition(".")[0] for path in fields}
     assert not {*continuing.FREE, *continuing.ROUNDING} - fields - sections
 
@@ -55,7 +56,7 @@ def test_a_run_may_sample_beside_learning_from_now_on():
         ({"evaluation": {"segment_length": 0}}, "rounding"),
         ({"trainer": {"checkpoint_every": 3}}, "free"),
         ({"trainer": {"eval_every": 3}}, "free"),
-        ({"trainer": {"tensorboard": True}}, "free"),
+        ({"trainer": {"trackers": ("tensorboard",)}}, "free"),
         ({"trainer": {"max_nonfinite_updates": 2}}, "free"),
         ({"alarms": {"stop": True}}, "free"),
         ({"trainer": {"num_iterations": 101}}, "longer"),
@@ -67,6 +68,7 @@ def test_a_run_may_sample_beside_learning_from_now_on():
         ({"model": {"compute_dtype": "bfloat16"}, "trainer": {"max_noise_floor": 1e-6}}, "refused"),
         ({"objective": {"name": "grpo"}}, "refused"),
         ({"sampler": {"temperature": 0.9}}, "refused"),
+        ({"model": {"lora": {"rank": 2}}}, "refused"),
     ],
 )  # fmt: skip
 def test_a_change_of_one_field(changed, kind):
@@ -111,3 +113,9 @@ def test_a_field_that_the_run_was_started_without(section, name, kind):
     found = continuing.compare(before, now)
     assert len(getattr(found, kind)) == 1
     assert "absent there" in getattr(found, kind)[0]
+
+
+def test_a_run_of_a_version_that_had_a_switch_for_tensorboard_goes_on():
+    now = config.to_dict(config.from_flags(config.make()))
+    found = continuing.compare({**now, "trainer": {**now["trainer"], "tensorboard": False}}, now)
+    assert found == continuing.Changes(free=("trainer.tensorboard: False there, absent here",))

@@ -193,6 +193,7 @@ CONDITIONAL = [
         },
     ),
     ({"mesh.sampler_devices": 4}, {"mesh.sampler_tensor": 2}),
+    ({"trainer.trackers": ("tensorboard", "wandb")}, {"trainer.tracker_project": "mine"}),
     ({"replay.lag": 1, "replay.overlap": True}, {"replay.wait_limit": 60.0}),
     ({"objective.groups.zero_variance": "resample"}, {"objective.groups.max_resamples": 3}),
     ({"objective.groups.overlong_penalty": 0.5}, {"objective.groups.overlong_buffer": 0.5}),
@@ -214,6 +215,15 @@ CONDITIONAL = [
     ({"objective.correction.step_scaling": "sqrt"}, {"objective.correction.step_reference": 0.5}),
     ({"replay.draw": "mixed", "replay.capacity": 2}, {"replay.stale_fraction": 0.25}),
     ({"model.compute_dtype": "bfloat16"}, {f"model.{name}": True for name in FLOAT32_SWITCHES}),
+    (
+        {"model.lora.rank": 4},
+        {
+            "model.lora.alpha": 8.0,
+            "model.lora.target_modules": ("q_proj", "down_proj"),
+            "model.lora.use_rslora": True,
+            "model.lora.base_dtype": "bfloat16",
+        },
+    ),
     ({"task.name": "arithmetic"}, {"task.arithmetic.max_operands": 3}),
     (
         {"task.name": "text", **{f"task.text.{split}": "gsm8k" for split in ("train", "validation", "test")}},

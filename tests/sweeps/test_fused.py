@@ -327,11 +327,12 @@ def test_a_kill_while_results_are_written_is_made_good(whole, configs, tmp_path,
         ({"task": {"name": "text", "text": SPLITS}}, "problems and verdicts of task text are not JAX"),
         ({"objective": {"name": "dapo"}}, "objective.groups.zero_variance=resample samples until the host says"),
         ({"alarms": {"stop": True}}, "alarms.stop is the host's, which sees a run only between chunks"),
-        ({"trainer": {"tensorboard": True}}, "trainer.tensorboard is the host's"),
+        ({"trainer": {"trackers": ("tensorboard",)}}, "trainer.trackers is the host's"),
         ({"replay": {"lag": 1, "capacity_bytes": 10**9}}, "replay.capacity_bytes limits replay on the host only"),
         ({"mesh": {"fsdp": 2}}, "mesh.fsdp and mesh.tensor split a model"),
         ({"mesh": {"tensor": 2}}, "mesh.fsdp and mesh.tensor split a model"),
         ({"seed": 2**31}, "seed=2147483648: "),
+        ({"model": {"lora": {"rank": 2}}}, "model.lora has frozen weights, which each run would hold a copy of"),
     ],
 )
 def test_what_only_a_host_can_do_is_refused(make, sections, reason):

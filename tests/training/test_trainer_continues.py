@@ -82,7 +82,7 @@ def test_a_run_goes_on_with_settings_that_change_nothing(finished_run, tiny_conf
         with pytest.raises(UsageError, match=named):
             train(tiny_config(**changed), run)
         assert snapshot(run) == before
-    changed = {"checkpoint_every": 1, "max_nonfinite_updates": 3, "tensorboard": True}
+    changed = {"checkpoint_every": 1, "max_nonfinite_updates": 3, "trackers": ("tensorboard",)}
     config = tiny_config(trainer=changed, alarms={"patience": 3})
     train(config, run, say=said.append)
     assert rows(run) == rows(finished_run[0])
@@ -90,7 +90,7 @@ def test_a_run_goes_on_with_settings_that_change_nothing(finished_run, tiny_conf
     assert event["iteration"] == 2
     assert event["settings"] == [
         "alarms.patience: 10 there, 3 here", "trainer.checkpoint_every: 2 there, 1 here",
-        "trainer.max_nonfinite_updates: 0 there, 3 here", "trainer.tensorboard: False there, True here",
+        "trainer.max_nonfinite_updates: 0 there, 3 here", "trainer.trackers: [] there, ['tensorboard'] here",
     ]  # fmt: skip
     assert f"going on with other settings: {'; '.join(event['settings'])}" in said
     assert not any("last digits" in line for line in said)

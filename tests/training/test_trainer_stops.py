@@ -74,7 +74,7 @@ def test_a_run_that_is_interrupted_ends_like_one_that_is_not(
 def test_a_run_with_a_reference_goes_on_with_the_same_one(tiny_config, tiny_model, mesh, tmp_path):
     """The KL is measured against the base model, not against what was being trained when the run stopped."""
     config = tiny_config(
-        objective={"kl": {"coef": 0.5}, "loss": {"reduction": "sequence_mean"}}, trainer={"tensorboard": True}
+        objective={"kl": {"coef": 0.5}, "loss": {"reduction": "sequence_mean"}}, trainer={"trackers": ("tensorboard",)}
     )
     train(config, tmp_path / "whole")
     stop(config, tmp_path / "parts", 3)
