@@ -6,12 +6,13 @@ import pathlib
 import pytest
 
 from r2vpo_jax import data, hub, waits
-from r2vpo_jax.config import ModelConfig
+from r2vpo_jax.config import ModelConfig, SweepConfig
 from r2vpo_jax.config.lora import LoraConfig
 from r2vpo_jax.errors import UsageError
 from r2vpo_jax.evaluation import model_source
 from r2vpo_jax.models import base as base_model
 from r2vpo_jax.run import directory
+from r2vpo_jax.sweeps import runs, sweep
 from tests.helpers import hub as hubs
 from tests.helpers.paths import TINY_BASE
 
@@ -250,6 +251,21 @@ def test_the_bytes_of_a_download_are_counted(there, monkeypatch):
     size = len(TINY["model.safetensors"])
     assert weights.total == weights._done == size
     assert settings.total == settings._done == sum(map(len, TINY.values())) - size
+
+
+def test_the_runs_of_a_sweep_begin_at_one_commit(there, tmp_path):
+    base = {"model": {"path": "hf://me/tiny"}}
+    cells = ({"optimizer.learning_rate": 1e-3}, {"model.path": "hf://me/tiny@v1"})
+    plan = runs.plan(base, SweepConfig(cells=cells))
+    first = there.repository("me/tiny").refs["main"]
+    there.repository("me/tiny").refs["v1"] = first
+    with directory.resolving(tmp_path):
+        sweep._resolve_names(plan)
+        directory.record_names(tmp_path, lambda _: None)
+    there.repository("me/tiny").commit(TINY | {"README.md": b"newer"})
+    (tmp_path / "runs" / "a_seed=0").mkdir(parents=True)
+    with directory.resolving(tmp_path), directory.resolving(tmp_path / "runs" / "a_seed=0"):
+        assert opened("hf://me/tiny").path.name == opened("hf://me/tiny@v1").path.name == first
 
 
 def test_process_0_says_the_commit(there):

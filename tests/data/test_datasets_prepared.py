@@ -16,9 +16,7 @@ GSM8K = "answer_style=hash&kind=numeric"
 def test_what_save_to_disk_of_datasets_5_wrote():
     """saved_by_datasets/: 9 and 3 rows, `DatasetDict.save_to_disk(num_shards={"train": 2, "test": 1})`, datasets 5.2.0."""
     for how in ("", "?stream=true", "?question=prompt.user.content&stream=true"):
-        train, test = (
-            data.load(f"saved_by_datasets/{how}", split, HERE, ("level",)) for split in ("train", "test")
-        )
+        train, test = (data.load(f"saved_by_datasets/{how}", split, HERE, ("level",)) for split in ("train", "test"))
         assert [example.answer for example in train.examples()] == [str(2 * i) for i in range(9)]
         assert [example.question for example in test.examples()] == [f"What is {i} + {i}?" for i in range(9, 12)]
         assert train.example(3).columns == {"level": int(train.example(3).answer) // 2 % 3}
