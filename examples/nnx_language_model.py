@@ -84,7 +84,8 @@ def response_mask(responses):
 def reward(prompts, responses):
     """f32[B]: right places / places of the answer, or of the response if it is longer."""
     counted = prompts[:, -1:] + jnp.arange(1, RESPONSE + 1)
-    answer, mask = jnp.where(counted <= DIGITS, counted, 0), response_mask(responses)
+    answer = jnp.select([counted <= DIGITS, counted == DIGITS + 1], [counted, 0], -1)  # nothing is right after its end
+    mask = response_mask(responses)
     length = jnp.maximum(jnp.sum(mask, axis=1), 1 + DIGITS - prompts[:, -1])
     return jnp.sum(mask & (responses == answer), axis=1) / length
 

@@ -26,7 +26,7 @@ from examples.nnx_language_model import LanguageModel, log_probs, rollout
 from r2vpo_jax import losses
 
 MICRO_BATCHES, UPDATES = 4, 4
-ALGORITHM = types.SimpleNamespace(policy_loss="r2vpo", variance_coef=0.5, reduction="sequence_mean")
+ALGORITHM = types.SimpleNamespace(policy_loss="r2vpo", variance_coef=1.0, reduction="sequence_mean")
 PAD = EOS = 0
 
 
