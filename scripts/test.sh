@@ -7,7 +7,7 @@ extras="[dev,reasoning]"
 if [ "${1:-}" = --all ]; then
   shift
   marker=(-m "slow or not slow")
-  extras="[control,dev,docs,reasoning,libtpu]"
+  extras="[browser,control,dev,docs,reasoning,libtpu]"
 fi
 install "$extras"
 echo "ruff"

@@ -4,7 +4,8 @@
 
 A run that nothing happens to is made first. Then, for each moment, a run is begun, one process is killed at a time drawn
 evenly from the whole length of the first, the others must end with the line, and the run, given again, must end bit for
-bit like the first. Prints one line of JSON for each moment, and ends with exit code 1 if one went wrong. The tests do a few.
+bit like the first; to rounding, if --restart says that another number of processes goes on. Prints one line of JSON for
+each moment, and ends with exit code 1 if one went wrong. The tests do a few.
 """
 
 import json
@@ -18,10 +19,12 @@ from absl import app, flags
 
 from tests.helpers import processes
 from tests.helpers.paths import TASK, TINY_BASE
+from tests.helpers.records import assert_same_lines
 
 _PROCESSES = flags.DEFINE_integer("processes", 2, "how many")
 _MOMENTS = flags.DEFINE_integer("moments", 10, "how many")
 _SEED = flags.DEFINE_integer("seed", 0, "of moments and victims")
+_RESTART = flags.DEFINE_integer("restart", None, "how many go on (default: as many)")
 _SIGNAL = flags.DEFINE_enum("signal", "KILL", ["KILL", "STOP"], "what is sent")
 _FOLDER = flags.DEFINE_string("folder", None, "for the runs; emptied first", required=True)
 
@@ -43,7 +46,9 @@ LIMIT = 30  # seconds until all have come
 SLACK = 10  # seconds: of a machine with few cores
 
 
-def try_one(config_file, folder, whole, count, *, moment: float, victim: int, number: signal.Signals) -> dict:
+def try_one(
+    config_file, folder, whole, count, *, restart: int, moment: float, victim: int, number: signal.Signals
+) -> dict:
     """What happened, as JSON values; what should not have raises AssertionError."""
     environment = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
     limit = f"--initialization_timeout_seconds={LIMIT}"
@@ -62,8 +67,11 @@ def try_one(config_file, folder, whole, count, *, moment: float, victim: int, nu
         for process in ended.values():
             assert process.last_line.startswith("error: "), process.output[-3000:]
             assert f"process {victim}" in process.last_line or "process 0" in process.last_line, process.last_line
-    processes.run(config_file, folder / "run", count, **environment)
-    processes.assert_same_outcome(folder / "run", whole)
+    processes.run(config_file, folder / "run", restart, **environment)
+    if restart == count:
+        processes.assert_same_outcome(folder / "run", whole)
+    else:
+        assert_same_lines(folder / "run" / "metrics.jsonl", whole / "metrics.jsonl")
     return result
 
 
@@ -83,9 +91,15 @@ def main(_):
         moment, victim = drawn.uniform(0, length), drawn.randrange(_PROCESSES.value)
         try:
             said = try_one(
-                config_file, folder, folder / "whole", _PROCESSES.value,
-                moment=moment, victim=victim, number=signal.Signals[f"SIG{_SIGNAL.value}"],
-            )  # fmt: skip
+                config_file,
+                folder,
+                folder / "whole",
+                _PROCESSES.value,
+                restart=_RESTART.value or _PROCESSES.value,
+                moment=moment,
+                victim=victim,
+                number=signal.Signals[f"SIG{_SIGNAL.value}"],
+            )
         except AssertionError as error:
             wrong += 1
             said = {"moment": round(moment, 2), "victim": victim, "wrong": str(error)[-6000:]}

@@ -18,8 +18,8 @@ import optax
 import pytest
 
 from r2vpo_jax import config, models, sampler, sharding
-from r2vpo_jax.config import RunMeshConfig
-from r2vpo_jax.models import attention, flash
+from r2vpo_jax.config import LoraConfig, RunMeshConfig
+from r2vpo_jax.models import attention, flash, lora
 from r2vpo_jax.rollout import Rollout
 from r2vpo_jax.run.instruments import Timers
 from r2vpo_jax.training import sampler_mesh
@@ -32,9 +32,10 @@ from tests.helpers.params import random_params
 RATE = 2.0**20  # swamps the parameters: the new ones are -RATE * gradient
 ROWS, MICRO, PROMPT, RESPONSE = 16, 8, 6, 5
 LENGTHS = np.array([6, 3, 1, 5, 2, 4, 6, 2], np.int32)
+LORA = LoraConfig(rank=4, alpha=8.0)
 
 
-def make_model(num_kv_heads):
+def make_model(num_kv_heads, adapters=None):
     """Eight heads; its output matrix is its own when there are two key-value heads."""
     return models.Decoder(
         models.DecoderConfig(
@@ -47,6 +48,7 @@ def make_model(num_kv_heads):
             head_dim=2,
             num_tokens=17,
             tie_word_embeddings=num_kv_heads == 8,
+            lora=adapters,
         )
     )
 
@@ -86,8 +88,8 @@ def make_rollout():
 class Subject:
     """One model on one mesh, and what comes out of it."""
 
-    def __init__(self, num_kv_heads, mesh):
-        self.model, self.mesh = make_model(num_kv_heads), mesh
+    def __init__(self, num_kv_heads, mesh, adapters=None):
+        self.model, self.mesh = make_model(num_kv_heads, adapters), mesh
         self.params = random_params(self.model)
         self.rollout = make_rollout()
 
@@ -201,6 +203,8 @@ def compare():
                 results[f"packed {name} on {case}"] = attempt(
                     lambda: same(compute(subject, packing=True), expected[name, num_kv_heads])  # noqa: B023
                 )
+    adapted = [Subject(8, mesh, LORA) for mesh in (sharding.make_mesh((2, 2, 2)), one)]
+    results["update of adapters on 2,2,2"] = attempt(lambda: same_update(*(subject.update() for subject in adapted)))
     for way in WAYS:
         results |= {f"{way} on {case}": attempt(attention_in_parts, way, case) for case in HEADS}
     return results
@@ -288,6 +292,49 @@ def parameters_are_sharded():
     jax.tree.map(np.testing.assert_array_equal, sharding.to_host(state.params), random_params(model))
 
 
+def adapters_are_sharded():
+    """As the kernels that they are added to; the rank is whole everywhere. So are their moments, and the frozen have none."""
+    model, mesh = make_model(8, LORA), sharding.make_mesh((2, 2, 2))
+    learner = Learner(model, make_config(), mesh)
+    state = learner.init_state(random_params(model))
+    layers = state.params["layers"]
+    shapes = {
+        name: tuple(shard_shape(layers[module][name][factor]) for factor in lora.FACTORS)
+        for module, name in (("attention", "q_proj"), ("attention", "o_proj"), ("mlp", "down_proj"))
+    }
+    assert shapes == {
+        "q_proj": ((1, 8, 4), (1, 4, 4, 2)),
+        "o_proj": ((1, 4, 2, 4), (1, 4, 8)),
+        "down_proj": ((1, 16, 4), (1, 4, 8)),
+    }, shapes
+    trained = lora.split(state.params)[0]
+    for moments in ("mu", "nu"):
+        tree = optax.tree_utils.tree_get(state.opt_state, moments)
+        for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(trained), strict=True):
+            assert a.sharding.is_equivalent_to(b.sharding, a.ndim), (a.sharding, b.sharding)
+    begun = lora.init(model, 3, mesh)
+    jax.tree.map(np.testing.assert_array_equal, sharding.to_host(begun), lora.init(model, 3))
+    for a, b in zip(jax.tree.leaves(begun), jax.tree.leaves(trained), strict=True):
+        assert a.sharding.is_equivalent_to(b.sharding, a.ndim), (a.sharding, b.sharding)
+
+
+def frozen_weights_go_to_a_mesh_of_the_sampler_once():
+    model = make_model(2, LORA)
+    mesh, other = sampler_mesh.make_meshes(RunMeshConfig(fsdp=2, tensor=2, sampler_devices=4, sampler_tensor=2))
+    learner = Learner(model, make_config(), mesh)
+    weights = sampler_mesh.SamplerWeights(learner, other, Timers())
+    state = learner.init_state(random_params(model))
+    moved, again = weights.for_rollouts(state), weights.for_rollouts(state)
+    jax.tree.map(np.testing.assert_array_equal, sharding.to_host(again), sharding.to_host(state.params))
+    (trained, frozen), (trained_again, frozen_again) = lora.split(moved), lora.split(again)
+    for x, y in zip(jax.tree.leaves(frozen), jax.tree.leaves(frozen_again), strict=True):
+        assert x is y
+    assert not any(x is y for x, y in zip(jax.tree.leaves(trained), jax.tree.leaves(trained_again), strict=True))
+    assert weights.num_bytes == sum(
+        shard.data.nbytes for x in jax.tree.leaves(trained) for shard in x.addressable_shards
+    )
+
+
 def heads_that_do_not_divide_are_replicated():
     model, mesh = make_model(2), sharding.make_mesh((1, 1, 8))
     learner = Learner(model, make_config(), mesh)
@@ -354,7 +401,7 @@ def weights_go_to_a_mesh_of_the_sampler():
         state = learner.init_state(random_params(model))
         expected = sharding.tree_shardings(learner.logical_axes, learner.abstract_params, other)
         for moved, reference in (
-            (weights.for_rollouts(state), jax.jit(learner.as_sampled)(state.params)),
+            (weights.for_rollouts(state, 0), jax.jit(learner.as_sampled)(state.params)),
             (weights.for_scores(state), state.params),
         ):
             jax.tree.map(np.testing.assert_array_equal, sharding.to_host(moved), sharding.to_host(reference))
@@ -388,6 +435,8 @@ def devices_that_cannot_be_divided_are_refused():
 
 PLACEMENT = (
     parameters_are_sharded,
+    adapters_are_sharded,
+    frozen_weights_go_to_a_mesh_of_the_sampler_once,
     heads_that_do_not_divide_are_replicated,
     batches_are_sharded,
     activations_are_constrained,

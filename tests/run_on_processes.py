@@ -18,7 +18,7 @@ import numpy as np
 from r2vpo_jax import config, rows, sharding
 from r2vpo_jax.errors import Stopped
 from r2vpo_jax.rollout import Rollout
-from r2vpo_jax.training.trainer import train
+from r2vpo_jax.training import trainer
 from tests.helpers.attempts import attempt
 from tests.helpers.paths import TASK
 from tests.helpers.trees import merged
@@ -89,7 +89,7 @@ def configure(base, **changes):
 
 def run(case, base, output):
     seen = Seen()
-    train(configure(base, **CASES[case]), output / case, say=lambda _: None, on_iteration=seen)
+    trainer.train(configure(base, **CASES[case]), output / case, say=lambda _: None, on_iteration=seen)
     np.savez(output / f"{case}.{jax.process_index()}.npz", **seen.arrays)
 
 
@@ -97,11 +97,11 @@ def stopped_and_continued(base, output):
     """Bit for bit what the run without a stop was."""
     settings, seen = configure(base, **CASES["mixed"]), Seen()
     try:
-        train(settings, output / "again", say=lambda _: None, on_iteration=seen, stop_after_iteration=2)
+        trainer.train(settings, output / "again", say=lambda _: None, on_iteration=seen, stop_after_iteration=2)
     except Stopped:
         if jax.process_index() == 0:
             shutil.copytree(output / "again", output / "stopped")  # for others to go on with
-        train(settings, output / "again", say=lambda _: None, on_iteration=seen)
+        trainer.train(settings, output / "again", say=lambda _: None, on_iteration=seen)
     with np.load(output / f"mixed.{jax.process_index()}.npz") as expected:
         assert seen.arrays.keys() == set(expected.files)
         for name, value in seen.arrays.items():
@@ -112,7 +112,7 @@ def begun_elsewhere(base, output):
     """Goes on with the runs of other processes, and says so."""
     for workdir in sorted((output / "elastic").glob("*")):
         said, seen = [], Seen()
-        train(configure(base, **merged(CASES["mixed"], PLAIN)), workdir, say=said.append, on_iteration=seen)
+        trainer.train(configure(base, **merged(CASES["mixed"], PLAIN)), workdir, say=said.append, on_iteration=seen)
         np.savez(output / f"elastic.{workdir.name}.{jax.process_index()}.npz", **seen.arrays)
         if jax.process_index() == 0:
             text = "\n".join(said)
@@ -199,6 +199,7 @@ def main():
     if number != "1":
         jax.distributed.initialize(f"127.0.0.1:{port}", int(number), int(process))
     assert jax.device_count() == 4, jax.devices()
+    trainer.Learner = functools.cache(trainer.Learner)  # runs of one configuration compile once
     checks = {check.__name__: functools.partial(check, base, output) for check in CHECKS}
     checks |= {case: functools.partial(run, case, base, output) for case in CASES}
     checks |= {check.__name__: functools.partial(check, base, output) for check in AFTERWARDS}

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 
@@ -12,14 +11,9 @@ import pytest
 from r2vpo_jax import models
 from r2vpo_jax.run import files
 from tests.helpers.paths import ROOT
+from tests.helpers.processes import free_port
 
 pytestmark = pytest.mark.slow
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def start(config_file, workdir, *args, **environment):
@@ -39,7 +33,7 @@ def start(config_file, workdir, *args, **environment):
 def finish(*processes):
     """What they printed; all must have ended well."""
     try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
+        outputs = [process.communicate(timeout=900)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -126,7 +120,7 @@ def test_processes_that_read_different_data_are_told(text_config_file, tmp_path)
         )
         for i in range(2)
     ]
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    outputs = [process.communicate(timeout=900)[0] for process in processes]
     for process, output in zip(processes, outputs, strict=True):
         assert "the processes of this run read different data" in output
         assert process.returncode == 2

@@ -5,8 +5,9 @@ import pytest
 
 from r2vpo_jax.run import files
 from tests import test_distributed
+from tests.helpers.processes import free_port
 from tests.helpers.runs import rows
-from tests.test_distributed import finish, free_port, start
+from tests.test_distributed import finish, start
 
 pytestmark = pytest.mark.slow
 text_config_file = test_distributed.text_config_file  # a fixture

@@ -62,10 +62,11 @@ def test_the_mathematics_imports_nothing_of_ours_outside_itself(module):
 LAYERS = (
     ("losses", "train_stats"),
     ("advantages", "corrections", "dual", "kl", "ratio_stats"),
-    ("errors", "rollout", "sharding"),
+    ("errors", "rollout", "sharding", "waits"),
     ("rows", "scoring"),
     ("cluster",),
     ("storage",),
+    ("hub",),
     ("config",),
     ("models", "verifiers"),
     ("sampler", "data"),

@@ -18,7 +18,7 @@ from tests.helpers.trees import leaves
 
 pytestmark = pytest.mark.slow
 
-COMMANDS = ("train", "evaluate", "sweep", "report", "export", "pretrain")
+COMMANDS = ("train", "evaluate", "sweep", "report", "export", "pretrain", "serve")
 # What a packager or a checkout leaves there.
 LEFT_OUT = (".*", "__pycache__", "*.egg-info", "build", "dist", "runs", "site", "tests")
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"JAX_PLATFORMS": "cpu"}
@@ -103,7 +103,7 @@ def test_each_command_says_what_it_is_and_of_which_version(commands, tmp_path):
         }
         version = pool.submit(call, commands / "r2vpo-train", "--version", cwd=tmp_path)
     own = {"train": "stop_after_iteration", "evaluate": "greedy", "sweep": "runs_at_once", "report": "reference",
-           "export": "checkpoint", "pretrain": "num_steps"}  # fmt: skip
+           "export": "checkpoint", "pretrain": "num_steps", "serve": "batch_size"}  # fmt: skip
     for name, answer in helps.items():
         shown = " ".join(answer.result()[0].split())
         assert f"r2vpo-{name} --" in shown, name

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from r2vpo_jax import models
+from r2vpo_jax.config import LoraConfig
 from r2vpo_jax.sharding import MESH_AXES
 from tests.helpers.paths import ROOT
 
@@ -36,6 +37,20 @@ WORK = Workload(
 
 def arithmetic(*mesh, work=WORK, attention="einsum", **changes):
     return Arithmetic(dataclasses.replace(DECODER, **changes), AbstractMesh(mesh, MESH_AXES), work, attention)
+
+
+def test_adapters_leave_little_to_train():
+    """Frozen weights are there once, in two bytes, and have no gradients; the products of these are not made."""
+    whole, adapted = arithmetic(1, 1, 1), arithmetic(1, 1, 1, lora=LoraConfig(rank=2, target_modules=("q_proj",)))
+    trained = 3 * 2 * (64 + 4 * 16)
+    assert (whole.trained(), adapted.trained()) == (whole.parameters(), trained)
+    assert adapted.parameters() == whole.parameters() + trained
+    cache = whole.cache_bytes(WORK.columns[-1])
+    assert whole.least_memory() == {"sampler": 14 * whole.parameters() + cache, "update": 16 * whole.parameters()}
+    frozen = 2 * whole.parameters()
+    assert adapted.least_memory() == {"sampler": frozen + 14 * trained + cache, "update": frozen + 16 * trained}
+    assert adapted.flops()["update"] == 3 / 4 * whole.flops()["update"]
+    assert adapted.flops()["scoring"] == whole.flops()["scoring"]
 
 
 def test_slices_by_name():

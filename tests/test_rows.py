@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from r2vpo_jax import rows, sharding
-from r2vpo_jax.run import files
 from tests.helpers.paths import ROOT, TINY_BASE
+from tests.helpers.processes import free_port
+from tests.helpers.records import assert_same, assert_same_lines
 from tests.run_on_processes import CASES, GROUP, GROUPS
-from tests.test_distributed import free_port
 
 
 def test_one_process_has_everything(mesh):
@@ -86,24 +86,6 @@ def fleets(tmp_path_factory):
         assert not wrong, "\n\n".join(f"{name} of {number}: {text}" for name, text in wrong.items())
         made[number] = fleet
     return made
-
-
-def assert_same(actual, expected, what):
-    assert actual.keys() == expected.keys(), what
-    for name, value in expected.items():
-        if np.asarray(value).dtype.kind in "fc":
-            np.testing.assert_allclose(actual[name], value, rtol=1e-5, atol=1e-6, err_msg=f"{what} {name}")
-        else:
-            np.testing.assert_array_equal(actual[name], value, f"{what} {name}")
-
-
-def assert_same_lines(path, other):
-    """Numbers to rounding, everything else as it is."""
-    assert len(files.read_jsonl(path)) == len(files.read_jsonl(other))
-    for line, expected in zip(files.read_jsonl(path), files.read_jsonl(other), strict=True):
-        assert line.keys() == expected.keys()
-        untimed = {name for name in line if not name.startswith(files.TIME_PREFIXES)}
-        assert_same({n: line[n] for n in untimed}, {n: expected[n] for n in untimed}, path)
 
 
 @pytest.mark.slow  # seven processes, each of which compiles what it runs

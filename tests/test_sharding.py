@@ -50,6 +50,11 @@ def test_prompts_that_do_not_divide_draw_the_same(comparison):
 
 
 @pytest.mark.slow
+def test_adapters_get_the_same_update(comparison):
+    assert comparison["update of adapters on 2,2,2"] is None, comparison["update of adapters on 2,2,2"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("case", run_on_eight_devices.HEADS)
 @pytest.mark.parametrize("way", run_on_eight_devices.WAYS)
 def test_attention_is_computed_where_rows_and_heads_are(way, case, comparison):

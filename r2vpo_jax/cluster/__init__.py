@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import jax
 
+from r2vpo_jax import waits
 from r2vpo_jax.cluster import watch as watch_lib
 from r2vpo_jax.cluster.agreement import agree, agree_on_folder, of_first
 from r2vpo_jax.cluster.checkin import check_in
@@ -50,6 +51,8 @@ def start(
     global _watch
     if place is None:
         return
+    if place.process_id > 0:
+        waits.silence()
     began = time.monotonic()
     say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
     hosts = check_in(place, {**facts, **versions()}, timeout=initialization_timeout, say=say)

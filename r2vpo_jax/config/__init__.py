@@ -14,6 +14,7 @@ from r2vpo_jax.config.flags import (
     to_open_config_dict,
     without_effect,
 )
+from r2vpo_jax.config.lora import LoraConfig
 from r2vpo_jax.config.objective import (
     AdvantageConfig,
     CorrectionConfig,
@@ -33,12 +34,11 @@ from r2vpo_jax.config.run import (
     OptimizerConfig,
     ReplayConfig,
     RunMeshConfig,
-    SamplerConfig,
-    ScoreSamplingConfig,
     SweepConfig,
     TrainerConfig,
     make_objective,
 )
+from r2vpo_jax.config.sampling import EndpointConfig, SamplerConfig, ScoreSamplingConfig
 from r2vpo_jax.config.shipped import named
 from r2vpo_jax.config.task import ArithmeticConfig, PromptConfig, RewardConfig, TaskConfig, TextConfig, VerifierConfig
 from r2vpo_jax.config.traced import numbers, structure, with_numbers
@@ -51,9 +51,11 @@ __all__ = [
     "Config",
     "CorrectionConfig",
     "DualConfig",
+    "EndpointConfig",
     "EvaluationConfig",
     "GroupsConfig",
     "KLConfig",
+    "LoraConfig",
     "LossConfig",
     "MeshConfig",
     "ModelConfig",

@@ -6,12 +6,14 @@ from typing import Any
 
 from r2vpo_jax.config.flags import leaves
 
-# What is computed does not depend on these: how often something is written or looked at, limits, and who judges. A time
-# or memory limit decides about a response that reaches it, as the speed of the machine does.
+# What is computed does not depend on these: how often something is written or looked at, limits, who judges, and where the
+# server is that samples. A time or memory limit decides about a response that reaches it, as the speed of the machine does.
 FREE = (
     "alarms", "replay.overlap", "replay.wait_limit", "trainer.allow_single_update", "trainer.checkpoint_every", "trainer.eval_every", "trainer.max_checkpoints",
-    "trainer.max_noise_floor", "trainer.max_nonfinite_updates", "trainer.samples_per_iteration", "trainer.trackers", "trainer.tracker_project",
-    "task.text.data_dir", "task.verifier.memory_limit_mb", "task.verifier.num_workers", "task.verifier.time_limit",
+    "trainer.max_noise_floor", "trainer.max_nonfinite_updates", "trainer.report_every", "trainer.samples_per_iteration", "trainer.trackers", "trainer.tracker_project",
+    "sampler.endpoint.concurrency", "sampler.endpoint.key_variable", "sampler.endpoint.model", "sampler.endpoint.patience",
+    "sampler.endpoint.publish_dir", "sampler.endpoint.publish_path", "sampler.endpoint.publisher", "sampler.endpoint.timeout",
+    "sampler.endpoint.url", "task.text.data_dir", "task.verifier.memory_limit_mb", "task.verifier.num_workers", "task.verifier.time_limit",
 )  # fmt: skip
 
 # The same sums, taken in another order or in other pieces: equal in exact arithmetic, not in the last digits.

@@ -8,14 +8,14 @@ from typing import Any
 from r2vpo_jax import storage
 from r2vpo_jax.config.fields import Options, build, option, require, section
 from r2vpo_jax.config.flags import to_dict, to_open_config_dict
+from r2vpo_jax.config.lora import LoraConfig
 from r2vpo_jax.config.run import (
     HOW_TO_COMPUTE,
     ComputeConfig,
     MeshConfig,
     ModelConfig,
-    ScoreSamplingConfig,
-    StopConfig,
 )
+from r2vpo_jax.config.sampling import ScoreSamplingConfig, StopConfig
 from r2vpo_jax.config.task import (
     ArithmeticConfig,
     DataConfig,
@@ -83,9 +83,10 @@ class EvaluationConfig:
         """Problems that are sampled at one time, k samples each or as many as there is room for."""
         return max(1, self.evaluation.batch_size // self.k)
 
-    def model_config(self, path) -> ModelConfig:
-        """The model in directory `path`, held and computed in one dtype."""
-        return ModelConfig(**vars(self.model) | {"path": str(path), "param_dtype": self.model.compute_dtype})
+    def model_config(self, path, lora: LoraConfig = LoraConfig()) -> ModelConfig:  # noqa: B008 (frozen)
+        """The model in directory `path`, held and computed in one dtype, and beside it adapters as in a run."""
+        held = {"path": str(path), "param_dtype": self.model.compute_dtype, "lora": lora}
+        return ModelConfig(**vars(self.model) | held)
 
     def task_config(self, spec: str) -> TaskConfig:
         """The task behind a name in --tasks: all that a run has of it, of which the test split is read.

@@ -9,25 +9,20 @@ from r2vpo_jax.config.fields import (
     build,
     option,
     require,
-    require_choice,
     require_integers,
     require_range,
     section,
 )
+from r2vpo_jax.config.lora import LoraConfig
 from r2vpo_jax.config.objective import ObjectiveConfig
+from r2vpo_jax.config.sampling import SamplerConfig, ScoreSamplingConfig
 from r2vpo_jax.config.task import TASKS, TaskConfig
 
-SAMPLING_WEIGHTS = ("compute", "bfloat16", "int8")
 ATTENTION = ("auto", "einsum", "blockwise", "cudnn", "splash")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 FLOAT32_SWITCHES = ("float32_residual", "float32_scores", "float32_logits")  # of model, where it computes in 16 bits
 HOW_TO_COMPUTE = (  # what an evaluation takes over
     *("compute_dtype", *FLOAT32_SWITCHES, "scan_layers", "attention", "attention_block_size"),
-)
-SEGMENT_LENGTH = 64  # tokens; the shipped arithmetic tasks, whose responses are shorter than two, keep one program
-_SEGMENT_LENGTH_TEXT = (
-    "tokens that responses are given room for at first, at least: longer ones grow, and those that are done make room "
-    "(0 = room for the longest, and a batch ends together)"
 )
 
 
@@ -67,6 +62,11 @@ class TrainerConfig:
     )
     max_checkpoints: int = option(2, "checkpoints kept, besides the one with the best validation score of its own")
     samples_per_iteration: int = option(2, "responses written to samples.jsonl per iteration")
+    report_every: int = option(
+        10,
+        "iterations between two writings of report/report.html while the run goes on, and between samples that say what was "
+        "done to each token; the first iteration has both (0 = only the page at the end)",
+    )
     max_nonfinite_updates: int = option(0, "updates in a row with NaN or inf that are skipped before the run stops")
     max_noise_floor: float = option(
         1e-6, "start-up limit on E[(r-1)^2] with unchanged weights (bfloat16: budget / 4)", derived=True
@@ -85,7 +85,7 @@ class TrainerConfig:
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
             if item.type is int and item.name != "max_nonfinite_updates":
-                low = 0 if item.name == "samples_per_iteration" else 1
+                low = 0 if item.name in ("samples_per_iteration", "report_every") else 1
                 require(value >= low, f"trainer.{item.name} must be at least {low}, got {value}")
         named = (self.trackers,) if isinstance(self.trackers, str) else self.trackers
         trackers = [name.strip() for text in named for name in str(text).split(",") if name.strip()]
@@ -104,66 +104,10 @@ class TrainerConfig:
     def updates_per_rollout(self) -> int:
         return self.num_minibatches * self.num_epochs
 
-
-@dataclasses.dataclass(frozen=True)
-class StopConfig:
-    """Where responses end, besides the model's own ends of text."""
-
-    stop: tuple[str, ...] = option(
-        (), "text tasks: strings that end a response; what follows is neither judged nor learned"
-    )
-
-    def __post_init__(self):
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        require(
-            all(isinstance(string, str) and string for string in self.stop),
-            f"sampler.stop={self.stop!r} must be strings that are not empty",
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplerConfig(StopConfig):
-    """Rollouts. top_k and top_p serve evaluation only: training with them is refused."""
-
-    group_size: int = option(16, "samples per prompt (G)")
-    temperature: float = option(1.0, "softmax temperature; scoring applies the same")
-    batch_size: int = option(1024, "responses sampled at one time, all devices together")
-    segment_length: int = option(SEGMENT_LENGTH, _SEGMENT_LENGTH_TEXT)
-    prompt_buckets: tuple[int, ...] = option((), "prompt lengths below the longest that get a program of their own")
-    weights: str = option(
-        "compute",
-        "what rollouts are sampled with: compute (the learner's weights), or these rounded to bfloat16 or int8",
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        require_choice("sampler", self, {"weights": SAMPLING_WEIGHTS})
-        require(self.group_size >= 2, f"sampler.group_size must be at least 2 (a baseline), got {self.group_size}")
-        require(self.temperature > 0, f"sampler.temperature must be > 0 for training, got {self.temperature}")
-        require(
-            self.batch_size >= self.group_size,
-            f"sampler.batch_size={self.batch_size} counts responses: it must hold a group of "
-            f"sampler.group_size={self.group_size}",
-        )
-        require_range("sampler", self, "segment_length", ">= 0")
-        object.__setattr__(self, "prompt_buckets", tuple(self.prompt_buckets))
-        require_integers("sampler", self, "prompt_buckets", ">= 1")
-
-
-@dataclasses.dataclass(frozen=True)
-class ScoreSamplingConfig:
-    """How responses are sampled for scores: validation and test of a run, and experiments.evaluate."""
-
-    temperature: float = option(1.0, "sampling temperature for scores (0 = greedy)")
-    top_p: float = option(1.0, "nucleus sampling mass (1 = off)")
-    top_k: int = option(0, "most likely tokens that are sampled from (0 = off)")
-    batch_size: int = option(1024, "responses sampled at one time, all devices together")
-    segment_length: int = option(SEGMENT_LENGTH, _SEGMENT_LENGTH_TEXT)
-
-    def __post_init__(self):
-        require_range("evaluation", self, "temperature top_k segment_length", ">= 0")
-        require_range("evaluation", self, "top_p", "in (0, 1]")
-        require_range("evaluation", self, "batch_size", ">= 1")
+    @property
+    def looks_at_tokens(self) -> bool:
+        """Whether some samples say what was done to each of their tokens."""
+        return self.report_every > 0 and self.samples_per_iteration > 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,7 +256,9 @@ class ComputeConfig:
     """Which model, and how its forward pass is computed."""
 
     path: str = option(
-        "arithmetic_base", "Hugging Face directory, or a shipped model, such as arithmetic_base or word_problems_base"
+        "arithmetic_base",
+        "Hugging Face directory, its name on the Hub (hf://OWNER/NAME@REVISION), or a shipped model, such as arithmetic_base or "
+        "word_problems_base",
     )
     compute_dtype: str = option("float32", "dtype of activations and matrix products: float32 or bfloat16")
     float32_residual: bool = option(
@@ -356,6 +302,8 @@ class ModelConfig(ComputeConfig):
         "stored",
         "dtype of the weights in hf/: float32, bfloat16 or float16; stored: the base model's, to which small updates round away",
     )
+    # Without adapters a configuration is what it was before there were any: --config.model.lora.rank brings them.
+    lora: LoraConfig = section(LoraConfig, when=lambda s: s.lora.rank > 0)
 
     def __post_init__(self):
         super().__post_init__()
@@ -399,6 +347,10 @@ class Config:
         )
         require(self.seed >= 0, f"seed must be >= 0, got {self.seed}")
         require(
+            self.sampler.engine == "own" or not self.mesh.sampler_devices,
+            f"with sampler.engine={self.sampler.engine} no device here samples rollouts: leave mesh.sampler_devices out",
+        )
+        require(
             not self.objective.advantage.by_function
             or self.task.name not in TASKS  # one's own: its first verdicts tell
             or (self.task.name == "text" and self.task.reward.num_parts > 1),
@@ -422,7 +374,7 @@ class Config:
             "before the updates that replay.overlap makes meanwhile; switch one of them off",
         )
         require(
-            self.trainer.updates_per_rollout > 1 or self.trainer.allow_single_update or self.replay.stale,
+            self.trainer.updates_per_rollout > 1 or self.trainer.allow_single_update or self.stale,
             "with one update a rollout on fresh data the ratio is 1 throughout and every objective is the same; raise "
             "trainer.num_minibatches or trainer.num_epochs, set replay.lag, or say "
             "--config.trainer.allow_single_update=True",
@@ -432,6 +384,11 @@ class Config:
     def prompts_at_once(self) -> int:
         """Prompts whose groups are sampled at one time."""
         return min(self.sampler.batch_size // self.sampler.group_size, self.trainer.prompts_per_rollout)
+
+    @property
+    def stale(self) -> bool:
+        """Whether the first update on a batch may find r != 1: by replay, or since an engine has older weights."""
+        return self.replay.stale or (self.sampler.engine == "endpoint" and self.sampler.endpoint.publish_every > 1)
 
     @property
     def num_updates(self) -> int:

@@ -10,7 +10,7 @@ import fractions
 import pathlib
 from collections.abc import Collection
 
-from r2vpo_jax import storage
+from r2vpo_jax import hub, storage
 from r2vpo_jax.data import files, generators, gsm8k, rows, specs
 from r2vpo_jax.data.base import Dataset, Example, InMemoryDataset, same_question
 from r2vpo_jax.data.known import KNOWN, LOCAL_FILE, RENAMED, KnownDataset
@@ -44,7 +44,8 @@ def load(
       spec: one source, or several with ' + ' between them.
       split: train, validation or test: how positions are used, and which files are read unless the text says split=.
       data_dir: folder of known data sets; relative paths are looked up there first, then in the working directory. What is
-        at an address (gs://bucket/data) is fetched once (storage.local_copy).
+        at an address (gs://bucket/data) is fetched once (storage.local_copy), and what has a name on the Hub
+        (hf://datasets/OWNER/NAME@REVISION/path) likewise (hub.py).
       columns: top-level columns of rows that are kept in `Example.columns`; None: all.
 
     Raises:
@@ -58,7 +59,8 @@ def load(
         if source.weight is not None and split != "train":
             raise ValueError(f"{source.text!r}: weight= is for training; {split} has all problems of all its sources")
     columns = None if columns is None else frozenset(columns)
-    parts = [_load_one(source, split, data_dir, columns) for source in sources]
+    with hub.resolving():
+        parts = [_load_one(source, split, data_dir, columns) for source in sources]
     if len(parts) == 1:
         return parts[0]
     return Mixture(parts, [source.weight or fractions.Fraction(1) for source in sources], split)
@@ -83,6 +85,8 @@ def _load_one(spec: SourceSpec, split: str, data_dir, columns) -> Dataset:
 
 
 def _load_path(spec: SourceSpec, split: str, data_dir, columns) -> InMemoryDataset:
+    if hub.is_name(spec.name):
+        return _load_from_hub(spec, split, columns)
     if storage.is_address(spec.name):
         path = storage.path(spec.name, spec.text)
         tried = [path]
@@ -96,6 +100,26 @@ def _load_path(spec: SourceSpec, split: str, data_dir, columns) -> InMemoryDatas
     plan, stated = rows.make_plan(spec, LOCAL_FILE, path.stem)
     plan = dataclasses.replace(plan, kept=columns)
     return rows.from_files(plan, files.find(base, stated or split, stated=stated is not None), split)
+
+
+def _load_from_hub(spec: SourceSpec, split: str, columns) -> InMemoryDataset:
+    name = hub.Name(spec.name)
+    if name.kind != "dataset":
+        raise ValueError(f"{spec.text!r} names a model; a data set is hf://datasets/OWNER/NAME@REVISION/path")
+    plan, stated = rows.make_plan(spec, LOCAL_FILE, pathlib.PurePosixPath(name.path or name.id).stem)
+    plan = dataclasses.replace(plan, kept=columns)
+
+    def chosen(base: pathlib.Path) -> list[pathlib.Path]:
+        try:
+            return files.find(base, stated or split, stated=stated is not None)
+        except FileNotFoundError:
+            there = sorted(str(p.relative_to(base)) for p in base.rglob("*") if p.suffix in files.SUFFIXES)
+            raise FileNotFoundError(
+                f"{spec.text!r}: no {stated or split} data there, but {', '.join(there[:8]) or 'no files that are read'}; name a file or "
+                "a folder of it, or say split="
+            ) from None
+
+    return rows.from_files(plan, hub.files(spec.name, chosen), split)
 
 
 def _load_known(spec: SourceSpec, known: KnownDataset, split: str, data_dir, columns) -> InMemoryDataset:

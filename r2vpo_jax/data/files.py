@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import pathlib
 from collections.abc import Iterator
 
@@ -37,7 +38,7 @@ def read_rows(path: pathlib.Path, columns: set[str] | None) -> Iterator[tuple[in
 def columns_of(path: pathlib.Path) -> list[str]:
     """The columns, for messages: fields of nested ones by dotted path."""
     if path.suffix in _TABLES:
-        top = _open_table(path)[0]
+        top = open_table(path)[0]
         _, first = next(read_rows(path, set(top)), (0, dict.fromkeys(top)))
     else:
         _, first = next(read_rows(path, set()), (0, {}))
@@ -102,17 +103,40 @@ def _stem(path: pathlib.Path) -> str:
     return path.parent.name if path.match(_SAVED) else path.stem.partition("-0")[0]
 
 
+def read_places(path: pathlib.Path, columns: set[str] | None) -> Iterator[tuple[int, int, dict]]:
+    """(place, row number from 1, row) of a .jsonl, .parquet or .arrow file as `read_rows` reads it; the place is where the line
+    of a .jsonl begins, in bytes, and of the others the number of the row from 0."""
+    refuse_pointer(path)
+    if path.suffix in _TABLES:
+        return ((number - 1, number, row) for number, row in _table(path, columns))
+    return _placed_lines(path)
+
+
+def json_line(path: pathlib.Path, descriptor: int, place: int) -> dict:
+    """The row of a .jsonl file, opened as `descriptor`, whose line begins at a place."""
+    parts = []
+    while not parts or (parts[-1] and b"\n" not in parts[-1]):
+        parts.append(os.pread(descriptor, 1 << 14, place + sum(map(len, parts))))
+    line = b"".join(parts).partition(b"\n")[0]
+    return _object(path, 0, _loads(path, f"byte {place}", line))
+
+
 def _json_lines(path: pathlib.Path) -> Iterator[tuple[int, dict]]:
-    empty = None
+    return ((number, row) for _, number, row in _placed_lines(path))
+
+
+def _placed_lines(path: pathlib.Path) -> Iterator[tuple[int, int, dict]]:
+    empty, place = None, 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):  # on \n only: text may hold other line separators
+            begin, place = place, place + len(line)
             line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
             if not line.strip():
                 empty = empty or number
                 continue
             if empty:
                 raise ValueError(f"{path}, row {empty} is empty")
-            yield number, _object(path, number, _loads(path, f"row {number}", line))
+            yield begin, number, _object(path, number, _loads(path, f"row {number}", line))
 
 
 def _json(path: pathlib.Path, head: bytes, columns: set[str] | None) -> Iterator[tuple[int, dict]]:
@@ -186,8 +210,12 @@ def _object(path: pathlib.Path, number: int, row) -> dict:
     return row
 
 
-def _open_table(path: pathlib.Path):
-    """(names of the columns, columns -> batches of rows) of a Parquet or Arrow file."""
+def open_table(path: pathlib.Path):
+    """(names of the columns, columns -> batches of rows) of a Parquet or Arrow file.
+
+    Raises:
+      ValueError: it is none, or broken.
+    """
     import pyarrow.parquet
 
     try:
@@ -208,7 +236,7 @@ def _open_table(path: pathlib.Path):
 
 
 def _table(path: pathlib.Path, columns: set[str] | None) -> Iterator[tuple[int, dict]]:
-    there, batches_of = _open_table(path)
+    there, batches_of = open_table(path)
     wanted = [name for name in there if columns is None or name in columns]
     if not wanted:
         yield 1, {}  # for the reader to say which fields it misses

@@ -30,7 +30,7 @@ from r2vpo_jax.models import attention
 from r2vpo_jax.models.base import BaseModel, open_base_model
 from r2vpo_jax.models.identity import digest
 from r2vpo_jax.run import console, files, instruments
-from r2vpo_jax.run.directory import claim_file, folder, lock
+from r2vpo_jax.run.directory import claim_file, folder, lock, record_names, resolving
 from r2vpo_jax.run.interrupts import any_process, graceful_stop
 from r2vpo_jax.sampler import Sampling
 from r2vpo_jax.tasks.base import Outcome, Problems, Task, stop_of
@@ -219,9 +219,10 @@ def run(config: EvaluationConfig, output, *, say=console.say) -> dict:
     folder(output, "--output")
     with contextlib.ExitStack() as stack:
         with usage_errors():
+            stack.enter_context(resolving(output, config.model.path))
             mesh = sharding.make_mesh((config.mesh.data, config.mesh.fsdp, config.mesh.tensor))
             source = model_source.find(config.model.path, config.checkpoint)
-            base = open_base_model(config.model_config(source.directory))
+            base = open_base_model(config.model_config(source.directory, source.lora))
             attention.check(base.model.config, mesh.devices.flat[0])
             benchmarks = []
             for spec in config.tasks:  # 1
@@ -236,6 +237,7 @@ def run(config: EvaluationConfig, output, *, say=console.say) -> dict:
             if chief:
                 stack.enter_context(lock(output, say=say, flag="--output"))
                 claim()
+                record_names(path, say)
             problems = [(b.spec, i) for b in benchmarks for i in b.index]
             rows = _read_outcomes(path / _OUTCOMES, problems) if chief else []
         if source.run and (differs := settings.differences(config, source.run)):

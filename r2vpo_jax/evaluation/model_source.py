@@ -7,9 +7,11 @@ import jax
 import orbax.checkpoint as ocp
 
 from r2vpo_jax import config as config_lib
-from r2vpo_jax import models, sharding, storage
+from r2vpo_jax import hub, models, sharding, storage
 from r2vpo_jax.config import Config
+from r2vpo_jax.config.lora import LoraConfig
 from r2vpo_jax.errors import UsageError
+from r2vpo_jax.models import lora
 from r2vpo_jax.models.base import BaseModel, find_directory
 from r2vpo_jax.models.identity import differing
 from r2vpo_jax.models.tensor_files import read_object
@@ -21,7 +23,7 @@ class ModelSource:
     """Where architecture and tokenizer are, and where the weights."""
 
     name: str  # as the user said it: `find` finds the same again
-    directory: Any  # path; Hugging Face: architecture, tokenizer, and weights unless there is a checkpoint
+    directory: Any  # path, or name on the Hub; architecture, tokenizer, and weights unless there is a checkpoint
     checkpoint: Any = None  # folder of one step of a run
     iteration: int | None = None  # that step
     run: Config | None = None  # what it was trained with
@@ -41,8 +43,9 @@ class ModelSource:
                 f"{self.directory} is not the base model that {self.name} was started from: it differs in "
                 f"{', '.join(others)}; put back what model.path named then"
             )
-        abstract = models.abstract_params(base.model)
-        where = sharding.tree_shardings(models.logical_axes(base.model), abstract, mesh)
+        # Of a run with adapters it holds these alone.
+        abstract, frozen = lora.split(models.abstract_params(base.model))
+        where = sharding.tree_shardings(lora.split(models.logical_axes(base.model))[0], abstract, mesh)
         target = {
             "params": jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, where)
         }
@@ -55,7 +58,12 @@ class ModelSource:
                     partial_restore=True,  # not the optimizer
                 ),
             )
-        return restored["params"]
+        return lora.join(lora.without_adapters(base.load_params(mesh)) if frozen else {}, restored["params"])
+
+    @property
+    def lora(self) -> LoraConfig:
+        """The adapters that the weights are beside; in a Hugging Face directory they have been merged."""
+        return LoraConfig() if self.checkpoint is None else self.run.model.lora
 
     def identity(self, base: BaseModel) -> dict[str, str]:
         """Digests of weights, architecture, tokenizer, chat template and ends of text (models/identity.py)."""
@@ -68,7 +76,8 @@ def find(path: str | None, checkpoint: str | None = None) -> ModelSource:
     """What `path` means.
 
     Args:
-      path: a Hugging Face directory, a run directory, or the name of a shipped model; None: the arithmetic one.
+      path: a Hugging Face directory or its name on the Hub, a run directory, or the name of a shipped model; None: the
+        arithmetic one.
       checkpoint: of a run directory, an iteration, "last" (also "latest") or "best" (on the validation split). Default: the exported
         model if the run has finished, else the latest.
 
@@ -85,7 +94,7 @@ def find(path: str | None, checkpoint: str | None = None) -> ModelSource:
     config = read_object(directory / "config.json")
     if not {"model", "trainer"} <= config.keys():
         _refuse_checkpoint(checkpoint, str(directory))
-        return ModelSource(path, directory)
+        return ModelSource(path, path if hub.is_name(path) else directory)
     try:
         run = config_lib.from_dict(config)
     except ValueError as error:

@@ -12,6 +12,7 @@ from r2vpo_jax.config.run import HOW_TO_COMPUTE, ModelConfig
 from r2vpo_jax.errors import usage_errors
 from r2vpo_jax.evaluation import model_source
 from r2vpo_jax.models.base import open_base_model
+from r2vpo_jax.run import directory
 
 _LENGTH = 1024  # most tokens of prompts and of responses, where neither run nor flag says anything
 
@@ -36,7 +37,7 @@ def resolve(
     Raises:
       UsageError: what is unknown, out of range, not there, or does not go together.
     """
-    with usage_errors():
+    with usage_errors(), directory.resolving(model):
         source = model_source.find(model, checkpoint)
         own = tasks is None and source.run is not None
         specs = [spec_of(source.run.task)] if own else [spec.strip() for spec in (tasks or "").split(",")]
@@ -85,7 +86,7 @@ def _values_of(run: Config, *, own_task: bool) -> dict[str, Any]:
 
 def _values_for(source: model_source.ModelSource, given: Mapping[str, Any]) -> dict[str, Any]:
     """How data sets are put to a model of which no run says it: by its chat template, within its positions."""
-    base = open_base_model(ModelConfig(path=str(source.directory)))
+    base = open_base_model(ModelConfig(path=str(source.directory)), weights=False)
     room = base.model.config.max_position_embeddings
     response = given.get("text", {}).get("max_response_length")
     prompt = given.get("prompt", {}).get("max_length") or max(min(_LENGTH, 3 * room // 4, room - (response or 0)), 1)

@@ -7,15 +7,18 @@ import os
 import pathlib
 from typing import Any
 
-from r2vpo_jax import models, storage
+from r2vpo_jax import hub, models, storage
 from r2vpo_jax.config import ModelConfig
 from r2vpo_jax.config.run import FLOAT32_SWITCHES
 from r2vpo_jax.errors import UsageError
+from r2vpo_jax.models import lora, peft, tensor_files, tokenizer_files
 from r2vpo_jax.models.identity import identity
 from r2vpo_jax.models.tokenizer import end_of_text_ids, load_tokenizer
 
 # Of a model in a store; repositories hold the same weights in other formats too.
 _WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+# Of one on the Hub, besides the weights: what is read of any model, and nothing else.
+_SETTINGS = ("config.json", "generation_config.json", tensor_files.INDEX, *tokenizer_files.NAMES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,18 +50,23 @@ class BaseModel:
         except (OSError, ValueError) as error:
             raise UsageError(f"cannot read the base model: {error}") from error
 
-    def load_params(self, mesh=None):
-        """The parameters, placed on the mesh as they are read.
+    def load_params(self, mesh=None, *, seed: int = 0):
+        """The parameters, placed on the mesh as they are read; adapters are as before training.
+
+        Args:
+          mesh: None: NumPy arrays.
+          seed: of the run, for the adapters.
 
         Raises:
           UsageError: a tensor is missing or does not fit.
         """
         try:
-            return models.load_params(self.path, self.model, mesh=mesh)
+            weights = models.load_params(self.path, self.model, mesh=mesh)
+            return weights if self.model.config.lora is None else lora.join(weights, lora.init(self.model, seed, mesh))
         except (OSError, ValueError) as error:
             raise UsageError(f"cannot load the base model: {error}") from error
 
-    def export(self, path, params, *, dtype: str = "stored", write: bool = True) -> float | None:
+    def export(self, path, params, *, dtype: str = "stored", write: bool = True, compare: bool = True) -> float | None:
         """Write what this model has become as a Hugging Face directory, with tokenizer and generation settings of its own.
 
         Args:
@@ -66,9 +74,11 @@ class BaseModel:
           params: the parameters now.
           dtype: of the written weights, or "stored": that of the weights on disk here.
           write: False on all processes of a pod but one.
+          compare: whether the weights are compared with this model's.
 
         Returns:
-          The share of the written weights that are still those of this model, bit for bit; None where `write` is False.
+          The share of the written weights that are still those of this model, bit for bit; None where `write` or `compare`
+          is False.
 
         Raises:
           ValueError, FileNotFoundError: as `models.save_pretrained`.
@@ -84,16 +94,30 @@ class BaseModel:
                 dtype=models.stored_dtype(self.path) if dtype == "stored" else dtype,
                 eos_ids=self.eos_ids,
                 write=write,
+                compare=compare,
             )
 
+    def export_adapters(self, path, params, *, write: bool = True) -> None:
+        """Write the adapters alone, as a PEFT directory (`peft.save_adapters`). Arguments and errors are its."""
+        path = storage.path(path)
+        with storage.staged(path, last=peft.CONFIG) if write else contextlib.nullcontext(path) as folder:
+            peft.save_adapters(folder, self.model, params, base=str(self.path), write=write)
 
-def open_base_model(config: ModelConfig) -> BaseModel:
+
+def open_base_model(config: ModelConfig, *, weights: bool = True) -> BaseModel:
     """Look at `config.path` (default: the shipped arithmetic base model): architecture, tokenizer, end of text.
+
+    Args:
+      config: of the model.
+      weights: False: they will not be wanted, and are not fetched where the path is a name on the Hub.
 
     Raises:
       UsageError: the directory or one of its files is missing, or asks for what is not implemented.
     """
-    path, _ = find_directory(config.path)
+    with hub.resolving():
+        path, _ = find_directory(config.path)
+        if weights and config.path is not None and hub.is_name(config.path):
+            _fetch_weights(config.path, path)
     try:
         path = storage.local_copy(path, _WANTED)
         models.read_config(path)
@@ -108,6 +132,7 @@ def open_base_model(config: ModelConfig) -> BaseModel:
             attention=config.attention,
             attention_block_size=config.attention_block_size,
             matmul_precision=config.matmul_precision,
+            lora=config.lora if config.lora.rank else None,
             num_tokens=1 + max(tokenizer.get_vocab().values()),
         )
         eos_ids = end_of_text_ids(path, tokenizer)
@@ -116,17 +141,30 @@ def open_base_model(config: ModelConfig) -> BaseModel:
         if len(eos_ids) > 1:
             ends = ", ".join(f"{tokenizer.convert_ids_to_tokens(i)} ({i})" for i in eos_ids)
             notices = (*notices, f"responses end at any of {ends}")
+        if model.config.lora is not None:
+            notices = (*notices, lora.notice(model))
         return BaseModel(path, model, tokenizer, eos_ids, notices)
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot load the base model: {error}") from error
 
 
+def _fetch_weights(name: str, path: pathlib.Path) -> None:
+    """Those that are read of a name on the Hub, into the folder that has its other files."""
+    hub.folder(name, [tensor_files.SINGLE, tensor_files.INDEX])
+    if not (path / tensor_files.SINGLE).is_file() and (path / tensor_files.INDEX).is_file():
+        hub.folder(name, tensor_files.names_of_weights(path))
+
+
 def find_directory(name: str | None) -> tuple[Any, bool]:
     """(directory, whether it ships with the package): a path, a shipped model's name, or None: the arithmetic one.
 
+    Of a name on the Hub (hf://OWNER/NAME@REVISION) it is the folder that its files were fetched into, without the weights.
+
     Raises:
-      UsageError: an address of a kind that cannot be read.
+      UsageError: an address of a kind that cannot be read, or a name that cannot be fetched.
     """
+    if name is not None and hub.is_name(name):
+        return hub.folder(name, _SETTINGS), False
     if name is not None and storage.is_address(name):
         return storage.path(name, "model.path"), False
     shipped = (

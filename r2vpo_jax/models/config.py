@@ -6,6 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from r2vpo_jax.config.lora import LoraConfig
 from r2vpo_jax.config.run import ATTENTION, FLOAT32_SWITCHES
 
 
@@ -86,6 +87,7 @@ class DecoderConfig:
     matmul_precision: str = "highest"  # of float32 products on TPUs and GPUs: highest, high, or default
     attention: str = "auto"  # over whole rows: one of ATTENTION
     attention_block_size: int = 0  # queries at a time of "blockwise"; 0: 512, in "auto" from 1,024 columns on
+    lora: LoraConfig | None = None  # adapters, which have param_dtype; None: there are none
 
     def __post_init__(self):
         # Names and scalar types become dtypes: the decoder compares them, and equal configs must hash the same.
@@ -121,6 +123,13 @@ class DecoderConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even (rotary embedding turns pairs)")
+
+    @property
+    def weights_dtype(self):
+        """Of the weights that are no adapters."""
+        if self.lora is None:
+            return self.param_dtype
+        return self.compute_dtype if self.lora.base_dtype == "compute" else jnp.dtype(self.lora.base_dtype)
 
     @property
     def residual_dtype(self):

@@ -22,6 +22,7 @@ from flax import struct
 from r2vpo_jax.models import attention
 from r2vpo_jax.models.config import DecoderConfig
 from r2vpo_jax.models.products import MASKED, einsum, product_in_parts, project
+from r2vpo_jax.models.projection import Projection
 from r2vpo_jax.sharding import constrain
 
 _ONE_HOT_VOCAB = 256  # up to here a one-hot matmul beats gather and scatter-add (measured on CPU)
@@ -104,43 +105,6 @@ def join_cache(cache: Cache) -> Cache:
     )
 
 
-class Projection(nn.Module):
-    """`einsum(spec, x, kernel) (+ bias)` with logical axis names on every parameter."""
-
-    config: DecoderConfig
-    spec: str
-    kernel_shape: tuple[int, ...]
-    kernel_axes: tuple[str | None, ...]
-    num_inputs: int = 1  # leading axes of the kernel that are contracted
-    dtype: Any = None  # of the product; None: the compute dtype
-    use_bias: bool = False
-
-    @nn.compact
-    def __call__(self, x):
-        config = self.config
-        axes = tuple(range(len(self.kernel_shape)))
-        init = nn.initializers.variance_scaling(
-            1.0, "fan_in", "normal", in_axis=axes[: self.num_inputs], out_axis=axes[self.num_inputs :]
-        )
-        kernel = self.param(
-            "kernel",
-            nn.with_logical_partitioning(init, self.kernel_axes),
-            self.kernel_shape,
-            config.param_dtype,
-        )
-        kernel = kernel.astype(config.compute_dtype)
-        y = project(self.spec, x, kernel, self.num_inputs, config, preferred_element_type=self.dtype)
-        if self.use_bias:
-            bias = self.param(
-                "bias",
-                nn.with_logical_partitioning(nn.initializers.zeros, self.kernel_axes[self.num_inputs :]),
-                self.kernel_shape[self.num_inputs :],
-                config.param_dtype,
-            )
-            y = y + bias.astype(config.compute_dtype)
-        return y
-
-
 class RMSNorm(nn.Module):
     """Over the last axis (arXiv 1910.07467)."""
 
@@ -153,7 +117,7 @@ class RMSNorm(nn.Module):
             "scale",
             nn.with_logical_partitioning(nn.initializers.ones, (None,)),
             x.shape[-1:],
-            self.config.param_dtype,
+            self.config.weights_dtype,
         )
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.config.rms_norm_eps)
@@ -277,7 +241,7 @@ class Decoder(nn.Module):
             "embed",
             nn.with_logical_partitioning(nn.initializers.normal(c.hidden_size**-0.5), ("vocab", "embed")),
             (c.vocab_size, c.hidden_size),
-            c.param_dtype,
+            c.weights_dtype,
         )
         self.layers = nn.scan(
             layer,
@@ -294,7 +258,7 @@ class Decoder(nn.Module):
                 "lm_head",
                 nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "logits")),
                 (c.hidden_size, c.vocab_size),
-                c.param_dtype,
+                c.weights_dtype,
             )
 
     def __call__(self, tokens, positions=None, mask=None, cache: Cache | None = None):

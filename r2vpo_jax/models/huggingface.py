@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from r2vpo_jax import sharding
-from r2vpo_jax.models import families, tensor_files, tokenizer_files
+from r2vpo_jax import sharding, waits
+from r2vpo_jax.models import families, lora, tensor_files, tokenizer_files
 from r2vpo_jax.models.config import DecoderConfig
 from r2vpo_jax.models.decoder import Decoder, abstract_params, logical_axes
 from r2vpo_jax.models.families import Weight
@@ -70,7 +70,7 @@ def read_model(path, *, param_dtype=None, compute_dtype=jnp.float32, **runtime) 
       param_dtype: dtype of the parameters, or its name; None keeps the checkpoint's.
       compute_dtype: dtype of activations and matrix products, or its name.
       **runtime: other run-time fields of `DecoderConfig` (scan_layers, remat, num_tokens, attention_block_size,
-        matmul_precision).
+        matmul_precision, lora).
 
     Raises:
       FileNotFoundError: the directory or one of its files is missing.
@@ -85,7 +85,7 @@ def read_model(path, *, param_dtype=None, compute_dtype=jnp.float32, **runtime) 
 
 
 def load_params(path, model: Decoder, mesh: Mesh | None = None) -> dict:
-    """The weights of `path` as parameters of `model`, in its param_dtype.
+    """The weights of `path` as parameters of `model`, in its dtype of weights; adapters are not among them.
 
     Args:
       path: the directory that `model` was read from.
@@ -102,7 +102,7 @@ def load_params(path, model: Decoder, mesh: Mesh | None = None) -> dict:
       ValueError: a tensor is missing, has the wrong shape or dtype, or has no place in this decoder (named).
     """
     tensors = Tensors(path)
-    config, abstract = model.config, abstract_params(model)
+    config, abstract = model.config, lora.without_adapters(abstract_params(model))
     leaves = list(_leaves(config, abstract))
     expected = {}
     for names, leaf, weight in leaves:
@@ -119,19 +119,24 @@ def load_params(path, model: Decoder, mesh: Mesh | None = None) -> dict:
     def read(names, leaf, weight):
         shape = _layer_shape(names, leaf)
         if names[0] != "layers":
-            return weight.from_stored(tensors.get(weight.name), shape).astype(leaf.dtype, copy=False)
+            array = weight.from_stored(tensors.get(weight.name), shape).astype(leaf.dtype, copy=False)
+            wait.add(array.nbytes)
+            return array
         stacked = np.empty(leaf.shape, leaf.dtype)
         for i in range(len(stacked)):
             stacked[i] = weight.from_stored(tensors.get(weight.name.format(layer=i)), shape)
+            wait.add(stacked[i].nbytes)
         return stacked
 
-    if mesh is None:
-        return jax.tree.unflatten(jax.tree.structure(abstract), [read(*entry) for entry in leaves])
-    shardings = jax.tree.leaves(sharding.tree_shardings(logical_axes(model), abstract, mesh))
-    placed: list[Any] = [None] * len(leaves)
-    for i in sorted(range(len(leaves)), key=lambda i: -leaves[i][1].size):
-        placed[i] = _place(read(*leaves[i]), shardings[i])
-    return jax.tree.unflatten(jax.tree.structure(abstract), placed)
+    with waits.told("reading weights", sum(leaf.size * leaf.dtype.itemsize for _, leaf, _ in leaves), "B") as wait:
+        if mesh is None:
+            return jax.tree.unflatten(jax.tree.structure(abstract), [read(*entry) for entry in leaves])
+        axes = lora.without_adapters(logical_axes(model))
+        shardings = jax.tree.leaves(sharding.tree_shardings(axes, abstract, mesh))
+        placed: list[Any] = [None] * len(leaves)
+        for i in sorted(range(len(leaves)), key=lambda i: -leaves[i][1].size):
+            placed[i] = _place(read(*leaves[i]), shardings[i])
+        return jax.tree.unflatten(jax.tree.structure(abstract), placed)
 
 
 def from_pretrained(
@@ -213,17 +218,22 @@ class _Entry:
 
     def fetch(self) -> np.ndarray:
         """It, on the host: on a pod every process takes part."""
-        array = self.leaf
-        if isinstance(array, jax.Array):
-            array = _take(array, self.layer)
-        elif self.layer is not None:
-            array = array[self.layer]
+        array = _of_layer(self.leaf, self.layer)
         return self.weight.to_stored(_cast(np.asarray(sharding.to_host(array)), self.dtype))
 
 
 def _cast(array, dtype):
     with np.errstate(over="ignore"):  # what became infinite is refused by name
         return array.astype(dtype, copy=False)
+
+
+def _of_layer(leaf, layer):
+    """One layer of a parameter (None: all of it), on devices if it is; an adapter is merged into it."""
+    if isinstance(leaf, lora.Adapted):
+        return lora.merged(*(_of_layer(x, layer) for x in (leaf.kernel, leaf.a, leaf.b)), leaf.scale)
+    if isinstance(leaf, jax.Array):
+        return _take(leaf, layer)
+    return leaf if layer is None else leaf[layer]
 
 
 def _take(leaf, layer):
@@ -256,6 +266,8 @@ def _finite_on_devices(leaf, dtype):
 
 def _is_finite(leaf, dtype) -> bool:
     """On a pod every process takes part."""
+    if isinstance(leaf, lora.Adapted):
+        return all(_is_finite(_of_layer(leaf, layer), dtype) for layer in range(leaf.shape[0]))
     if isinstance(leaf, jax.Array):
         return bool(sharding.to_host(_finite_on_devices(leaf, dtype)))
     parts = np.array_split(leaf, min(len(leaf), 64))  # no second copy of a stacked parameter
@@ -273,6 +285,7 @@ def save_pretrained(
     eos_ids=None,
     max_shard_bytes: int = 5_000_000_000,
     write: bool = True,
+    compare: bool = True,
 ) -> float | None:
     """Write a directory that Transformers 4 and 5 (and `from_pretrained` above) open.
 
@@ -282,7 +295,7 @@ def save_pretrained(
     Args:
       path: directory, made if needed; the weights, config.json and tokenizer files in it are replaced.
       model: the decoder.
-      params: its parameters: NumPy, or on devices; fetched a tensor of one layer at a time.
+      params: its parameters: NumPy, or on devices; fetched a tensor of one layer at a time, adapters merged.
       tokenizer: a Transformers tokenizer; saved along unless there is a `base`.
       base: directory of the model that these weights have come from. Its tokenizer files are copied, and what its
         generation_config.json says of sampling is kept (without a base: that of the tokenizer's directory, if it has one).
@@ -290,10 +303,11 @@ def save_pretrained(
       eos_ids: the ids that end a text, for generation_config.json; None: the tokenizer's.
       max_shard_bytes: weights beyond this go to several files with an index (at least one tensor a file).
       write: False on all processes of a pod but one: they only take part in fetching.
+      compare: whether the weights are compared with those of `base`, which are read for that.
 
     Returns:
       The share of the written weights that are those of `base`, rounded to the same dtype, bit for bit: small updates
-      are lost in rounding. None without a base, and where nothing is written.
+      are lost in rounding. None without a base, and where nothing is written or compared.
 
     Raises:
       ValueError: a parameter is not finite (in `dtype`): such weights are of no use to anybody. Or the family
@@ -301,6 +315,8 @@ def save_pretrained(
       FileNotFoundError: a file of `base` is missing.
     """
     path = pathlib.Path(path)
+    if model.config.lora is not None:
+        params = lora.adapted(params, model.config.lora.scale)
     leaves = list(_leaves(model.config, params))
     dtypes = [np.dtype(leaf.dtype if dtype is None else jnp.dtype(dtype)) for _, leaf, _ in leaves]
     raw = families.hf_config(model.config, dtypes[[names for names, _, _ in leaves].index(("embed",))])
@@ -320,7 +336,7 @@ def save_pretrained(
         for entry in entries:
             entry.fetch()
         return None
-    counted = None if base is None else _Unchanged(Tensors(base))
+    counted = _Unchanged(Tensors(base)) if base is not None and compare else None
 
     path.mkdir(parents=True, exist_ok=True)
     for stale in path.glob(".model*.safetensors.partial"):

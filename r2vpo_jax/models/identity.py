@@ -5,6 +5,7 @@ import json
 import pathlib
 from collections.abc import Mapping
 
+from r2vpo_jax import waits
 from r2vpo_jax.errors import UsageError
 from r2vpo_jax.models import tensor_files
 from r2vpo_jax.models.tensor_files import read_object
@@ -30,7 +31,8 @@ def identity(path, tokenizer, eos_ids, *, weights: bytes | None = None) -> dict[
     """
     path = pathlib.Path(path)
     if weights is None:
-        weights = b"".join(f.name.encode() + b"\0" + _content(f) for f in tensor_files.weight_files(path))
+        named = waits.each(tensor_files.weight_files(path), "digests of the base model", None, "files")
+        weights = b"".join(f.name.encode() + b"\0" + _content(f) for f in named)
     settings = path / "tokenizer_config.json"
     settings = read_object(settings) if settings.is_file() else {}
     settings.pop("chat_template", None)

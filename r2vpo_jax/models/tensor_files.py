@@ -99,8 +99,25 @@ def weight_files(path) -> list[pathlib.Path]:
     return [path / name for name in _named(path)[0]]
 
 
+def names_of_weights(path) -> list[str]:
+    """The names of those files, which need not be there, of a directory that has the index if there is one.
+
+    Raises:
+      ValueError: the index is not what it should be.
+    """
+    return _listed(pathlib.Path(path))[0]
+
+
 def _named(path: pathlib.Path) -> tuple[list[str], dict[str, str] | None]:
     """(names of the files of weights, tensor name -> file name if there is an index)."""
+    names, weight_map = _listed(path)
+    missing = [n for n in names if not (path / n).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{path} lacks the weight files {missing} (only safetensors are read)")
+    return names, weight_map
+
+
+def _listed(path: pathlib.Path) -> tuple[list[str], dict[str, str] | None]:
     single, index = path / SINGLE, path / INDEX
     weight_map = None
     if index.is_file() and not single.is_file():  # with both present, Transformers too reads the single file
@@ -111,9 +128,6 @@ def _named(path: pathlib.Path) -> tuple[list[str], dict[str, str] | None]:
         if outside:
             raise ValueError(f"{index} names files outside its directory: {outside}")
     names = [single.name] if weight_map is None else sorted(set(weight_map.values()))
-    missing = [n for n in names if not (path / n).is_file()]
-    if missing:
-        raise FileNotFoundError(f"{path} lacks the weight files {missing} (only safetensors are read)")
     return names, weight_map
 
 

@@ -34,6 +34,9 @@ _NOTES_OF_VERSION_5 = ("backend", "is_local", "local_files_only")
 _SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
 
 
+NAMES = (*_FILES, f"{_MORE_TEMPLATES}/*.jinja")  # patterns of all that a tokenizer is read from
+
+
 def tokenizer_files(path) -> list[pathlib.Path]:
     """The files of a directory that a tokenizer is read from, its chat templates among them."""
     path = pathlib.Path(path)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from r2vpo_jax import cluster, storage
+from r2vpo_jax import cluster, storage, waits
 from r2vpo_jax.errors import UsageError
 from r2vpo_jax.run import files
 
@@ -52,7 +52,8 @@ def problem(directory, iteration: int) -> str | None:
     found = storage.listing(folder)
     if missing := sorted(listed.keys() - found.keys()):
         return f"{missing[0]} is missing"
-    wrong = sorted(n for n, kept in listed.items() if storage.checksum(folder / n, found[n], like=kept) != kept)
+    told = waits.each(listed.items(), f"comparing checkpoint {iteration} with its checksums", len(listed), "files")
+    wrong = sorted(n for n, kept in told if storage.checksum(folder / n, found[n], like=kept) != kept)
     return f"{wrong[0]} is damaged" if wrong else None
 
 
@@ -288,10 +289,11 @@ class Checkpointer:
         target = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract_state, shardings
         )
-        restored = self._manager.restore(
-            iteration,
-            args=ocp.args.Composite(state=ocp.args.StandardRestore(target), progress=ocp.args.JsonRestore()),
-        )
+        with waits.told(f"reading checkpoint {iteration}"):
+            restored = self._manager.restore(
+                iteration,
+                args=ocp.args.Composite(state=ocp.args.StandardRestore(target), progress=ocp.args.JsonRestore()),
+            )
         return restored.state, restored.progress
 
     def close(self) -> None:

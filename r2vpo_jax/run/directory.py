@@ -8,14 +8,15 @@ import pathlib
 import socket
 from collections.abc import Callable
 
+from r2vpo_jax import cluster, hub, storage
 from r2vpo_jax import config as config_lib
-from r2vpo_jax import storage
 from r2vpo_jax.config import Config, continuing
 from r2vpo_jax.config.continuing import Changes
 from r2vpo_jax.errors import UsageError
 from r2vpo_jax.run import files, lease
 
 _CONFIG = "config.json"
+_HUB = "hub.json"  # what names on the Hub were resolved to, where there are any
 _LOCK = "lock"  # a file; what counts is who holds it, not that it is there
 _STORES = ("gs",)  # where Orbax can write
 
@@ -149,6 +150,46 @@ def claim(workdir, config: Config, *, write=True) -> Changes:
 
     claim_file(workdir, _CONFIG, config_lib.to_dict(config), write=write, differences=differences)
     return changes
+
+
+def resolving(workdir, *others):
+    """A context in which names on the Hub are what they were when something in `workdir` was begun (`record_names`).
+
+    Args:
+      workdir: of a run, an evaluation or a sweep, new or not.
+      others: directories, or None, of what this is made of; where they know a name, and `workdir` does not, they count.
+
+    Raises:
+      UsageError: a record cannot be read.
+    """
+    begun = {}
+    for place in (*others, workdir):
+        if place is not None and not hub.is_name(place):
+            begun |= _read_names(storage.path(place))
+    return hub.resolving(begun, cluster.of_first)
+
+
+def _read_names(path) -> dict:
+    file = path / _HUB
+    if not file.exists():
+        return {}
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{file} is not valid JSON ({error}); take it away, and names are resolved anew") from error
+
+
+def record_names(workdir, say: Callable[[str], None]) -> None:
+    """Keep what names on the Hub were resolved to until now, and say it."""
+    found = hub.resolved()
+    if found.found:
+        path = folder(workdir)
+        before = _read_names(path)
+        files_before = {name: before[name]["files"] for name in found.found.keys() & before.keys()}
+        now = {name: {**one, "files": files_before.get(name, {}) | one["files"]} for name, one in found.found.items()}
+        _write(path / _HUB, before | now)
+        for line in found.lines():
+            say(line)
 
 
 def record(workdir, config: Config) -> None:

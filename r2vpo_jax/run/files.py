@@ -17,6 +17,7 @@ import numpy as np
 from r2vpo_jax import storage
 from r2vpo_jax.errors import Stopped, UsageError
 from r2vpo_jax.run import parts
+from r2vpo_jax.run.pages.history import History
 
 # Fields that measure the machine and not the run; everything else is reproducible bit for bit.
 TIME_PREFIXES = ("time/", "throughput/")
@@ -236,9 +237,9 @@ class RunFiles:
             self._files = files | {"events": JsonlWriter(workdir / "events.jsonl")}
         else:
             self._files = {n: NullWriter() for n in (*self._NAMES, "events")}
-        self._trackers = trackers
+        self._history, self._trackers = History(), trackers
         if trackers:
-            trackers.open(_history(workdir), self.event)
+            trackers.open(_rows_so_far(workdir), self.event)
 
     def __enter__(self):
         return self
@@ -256,15 +257,23 @@ class RunFiles:
 
     def metrics(self, row: dict) -> None:
         """One iteration or one evaluation."""
-        self._files["metrics"].write(row)
+        self._write("metrics", row)
 
     def sample(self, row: dict) -> None:
         """One response."""
-        self._files["samples"].write(row)
+        self._write("samples", row)
 
     def event(self, name: str, iteration: int, **details) -> None:
         """Something that is no number: a start, a resume, an alarm."""
-        self._files["events"].write({"event": name, "iteration": iteration, **details})
+        self._write("events", {"event": name, "iteration": iteration, **details})
+
+    def _write(self, file: str, row: dict) -> None:
+        self._files[file].write(row)
+        self._history.add(file, row)
+
+    def follow(self, history: History) -> None:
+        """Every line that is written from now on is also added to what the pages of the run show."""
+        self._history = history
 
     def positions(self) -> dict[str, int]:
         """Bytes written so far, on disk, for a checkpoint."""
@@ -284,7 +293,7 @@ class RunFiles:
             writer.close()
 
 
-def _history(workdir) -> list[tuple[dict, list[dict]]]:
+def _rows_so_far(workdir) -> list[tuple[dict, list[dict]]]:
     """The rows of metrics.jsonl, those of iterations with their samples."""
     samples = collections.defaultdict(list)
     for sample in _rows_of(workdir / "samples.jsonl"):

@@ -6,26 +6,13 @@ import os
 import pathlib
 import threading
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 
 from r2vpo_jax import cluster
-
-
-class _Compiling(threading.local):
-    seconds = 0.0  # of each thread: one may compile while another computes
-
-
-_compiling = _Compiling()
-
-
-def _on_duration(event: str, seconds: float, **_) -> None:
-    if event.startswith("/jax/core/compile/"):  # tracing, lowering and the backend compiler
-        _compiling.seconds += seconds
-
-
-jax.monitoring.register_event_duration_secs_listener(_on_duration)
+from r2vpo_jax.run import compiling
 
 
 class Span(NamedTuple):
@@ -36,41 +23,76 @@ class Span(NamedTuple):
     end: float
 
 
+class _Running:
+    """A phase that a thread is in."""
+
+    def __init__(self, phase: str):
+        self.phase, self.inner, self.inner_compiling = phase, 0.0, 0.0  # seconds of phases inside of it
+
+
 class Timers:
     """Seconds by phase, which is also what this process is doing. Compilation inside a phase is moved to the phase "compile".
 
-    Threads may share it.
+    Threads may share it. A phase inside of another is taken out of it, so the phases of one thread add up.
+
+    Args:
+      programs: what will be compiled, for people (run/compiling.py).
     """
 
-    def __init__(self):
+    def __init__(self, programs: Sequence[str] = ()):
+        """Nothing is timed yet; the thread that makes it is the one that others are beside of (`lap`)."""
+        compiling.expect(programs)
         self.seconds = {"compile": 0.0}
         self._lock, self._spans = threading.Lock(), []
-        self._current: dict[int, str] = {}  # by thread
+        self._running: dict[int, list[_Running]] = {}  # by thread, the innermost last
+        self._thread, self._beside = threading.get_ident(), 0.0
+        self._before: dict[str, float] = {}
+        self.lap()
 
     @contextlib.contextmanager
     def __call__(self, phase: str):
-        thread, start, compiled = threading.get_ident(), time.perf_counter(), _compiling.seconds
-        outside, self._current[thread] = self._current.get(thread), phase
+        thread, start, compiled = threading.get_ident(), time.perf_counter(), compiling.seconds()
+        mine, stack = _Running(phase), self._running.setdefault(thread, [])
+        stack.append(mine)
         try:
             with cluster.phase(phase):
                 yield
         finally:
-            end, compiling = time.perf_counter(), _compiling.seconds - compiled
+            end, spent = time.perf_counter(), compiling.seconds() - compiled
+            compiling.done()
+            stack.pop()
+            if stack:
+                stack[-1].inner += end - start
+                stack[-1].inner_compiling += spent
+            own, own_compiling = end - start - mine.inner, spent - mine.inner_compiling
             with self._lock:
-                self.seconds[phase] = self.seconds.get(phase, 0.0) + max(end - start - compiling, 0.0)
-                self.seconds["compile"] += compiling
+                self.seconds[phase] = self.seconds.get(phase, 0.0) + max(own - own_compiling, 0.0)
+                self.seconds["compile"] += own_compiling
+                if thread != self._thread:
+                    self._beside += own
                 self._spans.append(Span(phase, start, end))
-            self._current[thread] = outside
 
     def phase_of(self, thread: int | None) -> str | None:
         """The phase that a thread is in, by its identifier; None: in none."""
-        return self._current.get(thread)
+        stack = self._running.get(thread)
+        return stack[-1].phase if stack else None
 
     def take_spans(self) -> list[Span]:
         """The phases that have ended since they were last asked for, in the order of their ends."""
         with self._lock:
             taken, self._spans = self._spans, []
         return taken
+
+    def lap(self) -> dict[str, float]:
+        """Seconds by phase since the last lap; also "beside", those of all phases in other threads, and "iteration", all.
+
+        The phases less "beside" are part of "iteration"; the rest of it was in no phase.
+        """
+        now = time.perf_counter()
+        with self._lock:
+            seconds = dict(self.seconds) | {"beside": self._beside, "iteration": now}
+        before, self._before = self._before, seconds
+        return {name: value - before.get(name, 0.0) for name, value in seconds.items()}
 
 
 class Profiler:

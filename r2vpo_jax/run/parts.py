@@ -16,10 +16,10 @@ _PART = re.compile(r"(\d{5,})\.jsonl")
 
 def files_of(path) -> list:
     """The file of this name, if there is one, and its parts, in their order: together they are the line file."""
-    return list(_sizes(path))
+    return list(sizes_of(path))
 
 
-def _sizes(path) -> dict:
+def sizes_of(path) -> dict:
     """File -> bytes of the file of this name, if there is one, and of its parts, in their order."""
     folder = path.with_suffix("")
     found = storage.sizes(folder)
@@ -42,7 +42,7 @@ class PartsWriter:
           ValueError: there are fewer bytes: they do not belong to the checkpoint.
         """
         self._folder = path.with_suffix("")
-        found = _sizes(path)
+        found = sizes_of(path)
         there, sizes = list(found), list(found.values())
         if position is not None and sum(sizes) < position:
             raise ValueError(

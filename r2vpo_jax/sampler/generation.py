@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from r2vpo_jax import sharding
-from r2vpo_jax.config.run import SEGMENT_LENGTH
+from r2vpo_jax.config.sampling import SEGMENT_LENGTH
 from r2vpo_jax.rollout import Rollout
 from r2vpo_jax.rows import Rows, all_rows, rows_of_groups
 from r2vpo_jax.sampler.decoding import assemble, sample

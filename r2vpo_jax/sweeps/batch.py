@@ -14,7 +14,8 @@ from r2vpo_jax import sharding
 from r2vpo_jax.errors import Stopped
 from r2vpo_jax.evaluation import validation
 from r2vpo_jax.models.identity import refuse_others
-from r2vpo_jax.run import console, directory, files, report
+from r2vpo_jax.run import console, directory, files
+from r2vpo_jax.run import summary as run_summary
 from r2vpo_jax.run.checkpoints import Checkpointer
 from r2vpo_jax.sweeps import workers
 from r2vpo_jax.sweeps.group import Group
@@ -207,7 +208,7 @@ class Batch:
         if progress.error is not None:
             workers.write_failure(folder, progress.error, collapsed=progress.collapsed)
             return
-        summary = report.summarize(
+        summary = run_summary.summarize(
             config,
             rows,
             **scores,

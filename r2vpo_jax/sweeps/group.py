@@ -12,6 +12,7 @@ from r2vpo_jax import tasks
 from r2vpo_jax.errors import usage_errors
 from r2vpo_jax.evaluation import validation
 from r2vpo_jax.models.base import open_base_model
+from r2vpo_jax.run import compiling
 from r2vpo_jax.run.instruments import Timers
 from r2vpo_jax.sweeps.program import Program, RunState
 from r2vpo_jax.sweeps.scorer import Scorer
@@ -38,7 +39,7 @@ class Group:
     """
 
     def __init__(self, family: Family, runs_at_once: int | None, say):
-        self.family, self.timers = family, Timers()
+        self.family, self.timers = family, Timers(compiling.FUSED)
         self.config = config = family.config
         self._devices = Mesh(np.asarray(jax.local_devices()), ("devices",))
         self._everywhere = NamedSharding(self._devices, PartitionSpec())
@@ -128,8 +129,12 @@ class Group:
         self.abstract_runs = runs = abstract(runs, self.by_run)
         count = jax.ShapeDtypeStruct((), jnp.int32, sharding=self._everywhere)
         self.start = compiled(program.start, (fixed, by_run), params, numbers)
+
+        def advance(*x):
+            return program.advance(*x)[:2]
+
         self.advance = compiled(
-            lambda *x: program.advance(*x)[:2],
+            advance,
             (by_run, by_run, by_run, fixed, fixed, fixed),
             *(runs, numbers, seeds, params, count, count),
             donate_argnums=0,

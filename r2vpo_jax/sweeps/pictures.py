@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from r2vpo_jax.evaluation import estimators
-from r2vpo_jax.run import report
+from r2vpo_jax.run.summary import held_variance
 from r2vpo_jax.sweeps.runs import Axis, Cell, Plan, value_text
 
 _COLUMNS = 4  # of panels
@@ -22,7 +22,7 @@ _DPI = 110
 CURVES = {  # what `curves` needs of a training row of metrics.jsonl
     "iteration": lambda row: float(row["iteration"]),
     "reward": lambda row: float(row["reward/mean"]),
-    "variance": report.held_variance,
+    "variance": held_variance,
 }
 
 

@@ -78,6 +78,10 @@ def refusal(config: Config) -> str | None:
         return "mesh.fsdp and mesh.tensor split a model, and here each run lives on one device"
     if config.mesh.sampler_devices or config.replay.overlap:
         return "mesh.sampler_devices and replay.overlap are for sampling beside learning, and here a run is one program"
+    if config.model.lora.rank:
+        return "model.lora has frozen weights, which each run would hold a copy of here, and adapters that begin by its seed"
+    if config.sampler.engine != "own":
+        return f"sampler.engine={config.sampler.engine} samples elsewhere, and here a run is one program"
     for name, on in {"alarms.stop": config.alarms.stop, "trainer.trackers": config.trainer.trackers}.items():
         if on:
             return f"{name} is the host's, which sees a run only between chunks"

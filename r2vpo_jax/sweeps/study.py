@@ -15,7 +15,7 @@ import numpy as np
 
 from r2vpo_jax.config import SweepConfig
 from r2vpo_jax.errors import UsageError
-from r2vpo_jax.run import report
+from r2vpo_jax.run.summary import held_variance
 from r2vpo_jax.sweeps import pictures, runs
 from r2vpo_jax.sweeps.runs import Axis, Cell, Plan
 
@@ -192,7 +192,7 @@ def _rank(group: Group) -> tuple[float, float]:
 
 # Files ------------------------------------------------------------------------------------------------------------
 
-_VARIANCE = ("ratio/variance", "dual/signal")  # what `report.held_variance` needs
+_VARIANCE = ("ratio/variance", "dual/signal")  # what `held_variance` needs
 
 
 def _rows(path: pathlib.Path, names: Sequence[str]) -> dict[str, list[dict]]:
@@ -219,4 +219,4 @@ def _validation(rows: list[dict]) -> dict[str, np.ndarray]:
 def _training(rows: list[dict]) -> dict[str, np.ndarray]:
     kept = [row for row in rows if row["kind"] == "train"]
     columns = {name: np.array([row.get(name, np.nan) for row in kept], np.float64) for name in ("rollouts", *METRICS)}
-    return columns | {"variance": np.array([report.held_variance(row) for row in kept], np.float64)}
+    return columns | {"variance": np.array([held_variance(row) for row in kept], np.float64)}

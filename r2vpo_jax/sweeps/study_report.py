@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from r2vpo_jax.errors import UsageError
-from r2vpo_jax.run import files, report
+from r2vpo_jax.run import files
+from r2vpo_jax.run.pages import markup
 from r2vpo_jax.sweeps import results, statistics, study_pictures
 from r2vpo_jax.sweeps import study as study_lib
 from r2vpo_jax.sweeps.study import Group, Outcome, Study
@@ -75,12 +76,12 @@ def page(study: Study, pictures: Sequence[study_pictures.Picture], reference: st
         "end, which makes the ratio a bound, or none if runs of both sides were cut off. A and C_mid: R0 + (A − R0) / (1 + (C_mid / C)^B), fitted to each run; means "
         "over the fits that are identified.</p>",
         *(
-            f"<h2>{html.escape(picture.title)}</h2>{report.html_picture(picture.png, picture.title)}"
+            f"<h2>{html.escape(picture.title)}</h2>{markup.picture(picture.png, picture.title)}"
             f"<p>{html.escape(picture.caption)}</p>"
             for picture in pictures
         ),
     ]
-    return report.html_page(f"{study.name}: sweep", "\n".join(sections) + "\n")
+    return markup.page(f"{study.name}: sweep", "\n".join(sections) + "\n")
 
 
 # Tables -----------------------------------------------------------------------------------------------------------

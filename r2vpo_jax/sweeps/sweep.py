@@ -12,7 +12,9 @@ import pathlib
 import time
 from collections.abc import Callable
 
+from r2vpo_jax import hub
 from r2vpo_jax.config import SweepConfig
+from r2vpo_jax.config.flags import leaves
 from r2vpo_jax.errors import UsageError
 from r2vpo_jax.run import console, directory
 from r2vpo_jax.sweeps import fused, results, runs, workers
@@ -63,11 +65,20 @@ def run_sweep(
         return workdir / "runs" / name
 
     _claim(workdir, base, sweep, plan, mode, write=False)
-    with directory.lock(workdir, say=say):
+    with directory.lock(workdir, say=say), directory.resolving(workdir):
         _claim(workdir, base, sweep, plan, mode)
+        _resolve_names(plan)
+        directory.record_names(workdir, say)
         if retry_failed:
             _forget_failures(plan, folder, say)
         return _make_and_write(plan, sweep, folder, workdir, mode, processes, runs_at_once, all_cores, say)
+
+
+def _resolve_names(plan: Plan) -> None:
+    """What has a name on the Hub is the same for all runs, whenever and in whichever process they begin."""
+    texts = {str(value) for cell in plan.cells for _, value in leaves(dataclasses.asdict(cell.config))}
+    for name in (name for text in sorted(texts) for name in hub.names_in(text)):
+        hub.resolved().commit(name)
 
 
 def _forget_failures(plan: Plan, folder: Callable[[str], pathlib.Path], say) -> None:

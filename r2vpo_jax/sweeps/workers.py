@@ -26,7 +26,7 @@ import jax
 
 from r2vpo_jax.config import Config
 from r2vpo_jax.errors import NonFiniteUpdateError, Stopped, UsageError
-from r2vpo_jax.run import files
+from r2vpo_jax.run import directory, files
 from r2vpo_jax.run.interrupts import graceful_stop
 from r2vpo_jax.training import trainer
 
@@ -85,7 +85,8 @@ def attempt(job: Job) -> str | None:
       UsageError: as of `trainer.train`.
     """
     try:
-        trainer.train(job.config, job.folder, say=lambda _: None, started=time.perf_counter())
+        with directory.resolving(job.folder.parents[1]):  # as the sweep has
+            trainer.train(job.config, job.folder, say=lambda _: None, started=time.perf_counter())
     except (UsageError, Stopped):
         raise
     except Exception as error:

@@ -82,8 +82,7 @@ def _put_before(tokenizer) -> list[int]:
 
 def unknown_share(tokenizer, token_rows) -> float:
     """Share of prompt tokens that are the tokenizer's "unknown": high if it does not know the language at all."""
-    unknown = tokenizer.unk_token_id
-    rows = [np.asarray(row) for row in token_rows]
-    if unknown is None or not rows:
-        return 0.0
-    return float(np.mean(np.concatenate(rows) == unknown))
+    unknown, found, total = tokenizer.unk_token_id, 0, 0
+    for row in token_rows:
+        found, total = found + int(np.sum(np.asarray(row) == unknown)), total + len(row)
+    return found / total if total and unknown is not None else 0.0

@@ -9,12 +9,13 @@ processes each judges its own rollouts; what all of them hold (evaluations), pro
 
 import collections
 import contextlib
+import itertools
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from r2vpo_jax import cluster, verifiers
+from r2vpo_jax import cluster, verifiers, waits
 from r2vpo_jax.config.task import TaskConfig
 from r2vpo_jax.data import Example, digest, disjoint, load
 from r2vpo_jax.models.stops import stop_table
@@ -24,6 +25,7 @@ from r2vpo_jax.tasks.responses import CLOSE, OPEN, ResponseTexts
 from r2vpo_jax.tasks.rewards import Responses, Rewards
 from r2vpo_jax.verifiers.outcome import unjudged
 
+_JUDGED_AT_ONCE = 1 << 16  # gold answers
 _LOOKED_AT = 64  # examples of an endless source whose prompts are looked at before the run
 _TRIED = 8  # right answers of a split, of several sources, that reward functions are called on before the run
 _REDRAWS = 32  # other problems that are tried where a prompt of an endless source is too long
@@ -140,36 +142,48 @@ class TextTask:
         )
 
     def _only_short(self, split, data):
-        finite = [self._template.tokens(example.question) for example in data.examples()]
+        told = f"tokenizing the prompts of task.text.{split}", data.num_examples, "prompts"
         endless = range(_LOOKED_AT) if data.num_examples is None else ()
-        rows = finite + [self._template.tokens(data.example(i).question) for i in endless]
-        short = np.array([len(row) <= self.max_prompt_length for row in rows], bool)
-        share = unknown_share(self._tokenizer, rows)
+        examples = itertools.chain(waits.each(data.examples(), *told), map(data.example, endless))
+        lengths = []  # of all; their tokens may be too many to hold
+
+        def rows():
+            for example in examples:
+                tokens = self._template.tokens(example.question)
+                lengths.append(len(tokens))
+                yield tokens
+
+        share = unknown_share(self._tokenizer, rows())
+        short = np.array(lengths, int) <= self.max_prompt_length
         if share > 0.1:
             self.notices.append(
                 f"warning: {100 * share:.0f} % of the prompt tokens of task.text.{split} are unknown to the tokenizer: the "
                 "model cannot read these problems"
             )
-        if rows and not short.any():
+        if lengths and not short.any():
             raise ValueError(
                 f"all prompts of task.text.{split} are longer than task.prompt.max_length={self.max_prompt_length} (the "
-                f"shortest has {min(map(len, rows))} tokens); raise it"
+                f"shortest has {min(lengths)} tokens); raise it"
             )
-        short = short[: len(finite)]
+        short = short[: len(short) - len(endless)]
         return data if short.all() else data.select(short, "too long")
 
     def _only_good_gold(self, split, data):
-        examples, bad = list(data.examples()), {}
-        if not examples:
+        bad, size, rest = {}, 0, data.examples()
+        while examples := list(itertools.islice(rest, _JUDGED_AT_ONCE)):
+            if self._chief:
+                found = self._pool.check_gold([(example.kind, example.gold) for example in examples])
+                bad |= {size + row: reason for row, reason in found.items()}
+            size += len(examples)
+        if not size:
             return data
-        if self._chief:
-            bad = self._pool.check_gold([(example.kind, example.gold) for example in examples])
-        good = self._from_chief(np.array([i not in bad for i in range(len(examples))]))
+        good = self._from_chief(np.array([i not in bad for i in range(size)]))
         if not good.all() and self._config.verifier.bad_gold == "refuse":
             number = int(np.argmin(good))
+            first = next(itertools.islice(data.examples(), number, None))
             raise ValueError(
                 f"{(~good).sum()} of {len(good)} gold answers of task.text.{split} do not verify against themselves, first "
-                f"{examples[number].gold[:80]!r} of the question {examples[number].question[:80]!r} "
+                f"{first.gold[:80]!r} of the question {first.question[:80]!r} "
                 f"({bad.get(number, 'process 0 knows why')}); mend them, choose another kind= in the data set's spec, or "
                 "drop them by task.verifier.bad_gold=drop"
             )

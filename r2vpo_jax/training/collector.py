@@ -5,12 +5,12 @@ import dataclasses
 import jax
 import numpy as np
 
-from r2vpo_jax import sampler
 from r2vpo_jax.config import Config
 from r2vpo_jax.rollout import Rollout
 from r2vpo_jax.rows import Rows, joined, rows_on_both
 from r2vpo_jax.run.instruments import Timers
-from r2vpo_jax.sampler import Sampling
+from r2vpo_jax.sampler import OwnSampler, Sampler, Sampling
+from r2vpo_jax.sampler.endpoint import Endpoint, EndpointSampler
 from r2vpo_jax.tasks.base import Task, Verdicts, judge_of, stop_of
 from r2vpo_jax.training import credit, metrics
 from r2vpo_jax.training.iteration import problem_positions, rollout_key
@@ -44,6 +44,13 @@ def sampling_of(config: Config, task: Task) -> Sampling:
     )
 
 
+def _sampler_of(config: Config, model, mesh, engine: Endpoint | None) -> Sampler:
+    if engine is not None:
+        return EndpointSampler(engine, model, config.sampler.stop)
+    how = {"buckets": config.sampler.prompt_buckets, "segment_length": config.sampler.segment_length}
+    return OwnSampler(model, mesh, batch_size=config.prompts_at_once, **how)
+
+
 class Collector:
     """Samples and verifies.
 
@@ -51,13 +58,18 @@ class Collector:
       config: the run's.
       task, model: the run's.
       mesh: that samples.
-      timers: "rollout" and "verify" are timed.
+      timers: "rollout", "verify" and "sync" are timed.
       learner_mesh: where rollouts go then; default the same.
+      engine: that samples in place of this program.
     """
 
-    def __init__(self, config: Config, task: Task, model, mesh, timers: Timers, learner_mesh=None):
-        self._config, self._task, self._model, self._mesh, self._timers = config, task, model, mesh, timers
+    def __init__(
+        self, config: Config, task: Task, model, mesh, timers: Timers, learner_mesh=None, engine: Endpoint | None = None
+    ):
+        self._config, self._task, self._mesh, self._timers = config, task, mesh, timers
         self._learner_mesh = learner_mesh or mesh
+        self._sampler = _sampler_of(config, model, mesh, engine)
+        self.statistics = self._sampler.statistics
         self._key = jax.random.key(config.seed)
         self.rows = self.rows_of(config.trainer.prompts_per_rollout)
         self.sampling = sampling_of(config, task)
@@ -81,19 +93,14 @@ class Collector:
     def sample(self, params, index, *, iteration: int, version: int) -> Rollout:
         """This process's rows of G responses to each of the train problems at `index`, not verified, on the host."""
         problems = self._task.problems("train", index)
-        return sampler.generate(
-            self._model,
+        return self._sampler.sample(
             params,
             problems.tokens,
             problems.length,
             rollout_key(self._key, iteration),
             self.sampling,
-            mesh=self._mesh,
             problem_ids=problems.index,
-            version=np.int32(version),
-            batch_size=self._config.prompts_at_once,
-            buckets=self._config.sampler.prompt_buckets,
-            segment_length=self._config.sampler.segment_length,
+            version=version,
             rows=self.rows_of(len(index)),
         )
 
@@ -137,7 +144,8 @@ class Collector:
                 rollout, said = self.verify(index, rollout)
             parts.append(rollout)
             verdicts.append(said)
-            outlines.append(self.rows.outline(rollout))
+            with self._timers("sync"):  # where the processes meet
+                outlines.append(self.rows.outline(rollout))
             differing += credit.groups_differ(outlines[-1], objective, self.sampling.group_size).sum()
             if differing >= wanted:
                 break

@@ -9,12 +9,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from r2vpo_jax import models, sharding
 from r2vpo_jax.config import Config
-from r2vpo_jax.models import attention
+from r2vpo_jax.models import attention, lora
 from r2vpo_jax.rollout import Rollout
 from r2vpo_jax.sampler import rounded_weights
-from r2vpo_jax.training import critic, update
+from r2vpo_jax.training import critic, token_gradients, update
+from r2vpo_jax.training.learner_state import LearnerState, Optimizers, frozen_of, with_frozen, without_frozen
 from r2vpo_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from r2vpo_jax.training.update import LearnerState, Optimizers, RolloutReport, UpdateSettings
+from r2vpo_jax.training.update import RolloutReport, UpdateSettings
 
 
 def settings_of(config: Config) -> UpdateSettings:
@@ -28,15 +29,41 @@ def settings_of(config: Config) -> UpdateSettings:
         micro_batch_size=trainer.micro_batch_size,
         scoring_chunk_size=trainer.scoring_chunk_size,
         packing=trainer.packing,
-        stale=config.replay.enabled,
+        stale=config.replay.enabled or config.stale,
     )
+
+
+class _Update:
+    """The optimizer step beside adapters: what is trained is donated, and the frozen weights are not, so that others may
+    hold these too.
+    """
+
+    def __init__(self, step, shardings: LearnerState, rows, replicated):
+        def of_parts(state: LearnerState, frozen, batch):
+            state, stats = step(with_frozen(state, frozen), batch)
+            return without_frozen(state), stats
+
+        trained, frozen = without_frozen(shardings), frozen_of(shardings)
+        self._jitted = jax.jit(
+            of_parts, in_shardings=(trained, frozen, rows), out_shardings=(trained, replicated), donate_argnums=0
+        )
+
+    def __call__(self, state: LearnerState, batch: Rollout):
+        frozen = frozen_of(state)
+        state, stats = self._jitted(without_frozen(state), frozen, batch)
+        return with_frozen(state, frozen), stats
+
+    def lower(self, state: LearnerState, batch: Rollout):
+        """As of a jitted function."""
+        return self._jitted.lower(without_frozen(state), frozen_of(state), batch)
 
 
 class Learner:
     """The jitted functions of one run. Holds no state: `LearnerState` goes in and comes out (donated).
 
     Attributes:
-      update: (state, minibatch) -> (state, TrainStats). The optimizer step; the state is donated.
+      update: (state, minibatch) -> (state, TrainStats). The optimizer step; the state is donated, but for weights that are
+        frozen beside adapters.
       score: (params, rollout) -> log-probabilities f32 [B, T] of its responses, by the same code as the update.
       values: (params, critic state, rollout) -> the critic's values f32 [B, T] before each response token.
       minibatch: (rollout, key, number) -> the minibatch of update `number`.
@@ -44,6 +71,7 @@ class Learner:
       move_baseline: (params, rollout) -> the rollout with advantages from the baseline of least variance.
       variance: (state, rollout) -> V of the rollout under the state's parameters.
       step_multipliers: (dual state, kl coefficient, statistics of each update) -> (dual state, kl coefficient, report).
+      token_gradients: (state, what `watch` gave, numbers of rows in it) -> `TokenGradients` of these.
       state_shardings: where each part of a LearnerState lives.
     """
 
@@ -86,7 +114,7 @@ class Learner:
                 self.optimizers.policy,
                 lambda _, where: where,
                 self.abstract_state.opt_state,
-                self.param_shardings,
+                lora.split(self.param_shardings)[0],
                 transform_non_params=lambda _: replicated,
             ),
             dual=jax.tree.map(lambda _: replicated, self.abstract_state.dual),
@@ -95,21 +123,31 @@ class Learner:
             version=replicated,
         )
         rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+        step = self._on_mesh(update.update, optimizers=self.optimizers, **run)
         self.update = jax.jit(
-            self._on_mesh(update.update, optimizers=self.optimizers, **run),
+            step,
             in_shardings=(self.state_shardings, rows),
             out_shardings=(self.state_shardings, replicated),
             donate_argnums=0,
         )
+        if model.config.lora is not None:
+            self.update = _Update(step, self.state_shardings, rows, replicated)
         self.score = jax.jit(self._on_mesh(update.score, **run), out_shardings=rows)
         self.values = jax.jit(self._on_mesh(update.values, **run), out_shardings=rows)
         self.variance = jax.jit(self._on_mesh(update.variance, **run), out_shardings=replicated)
         self.correct = jax.jit(self._on_mesh(update.correct, **run), out_shardings=rows)
         self.move_baseline = jax.jit(self._on_mesh(update.move_baseline, **run), out_shardings=rows)
         self.minibatch = jax.jit(functools.partial(update.take_minibatch, settings=self.settings), out_shardings=rows)
+        self._first_minibatch = jax.jit(
+            functools.partial(token_gradients.first_minibatch, settings=self.settings), out_shardings=rows
+        )
+        self.token_gradients = jax.jit(self._on_mesh(token_gradients.of_rows, **run), out_shardings=replicated)
         self.step_multipliers = jax.jit(functools.partial(update.step_multipliers, settings=self.settings))
         self._sampling_weights = config.sampler.weights
-        self.cast_params = jax.jit(self.as_compute, out_shardings=self.param_shardings)
+        # Frozen weights that have the compute dtype are not copied: the update leaves them where they are.
+        self._shares = model.config.lora is not None and model.config.weights_dtype == model.config.compute_dtype
+        cast = lora.split(self.param_shardings)[0] if self._shares else self.param_shardings
+        self.cast_params = jax.jit(self.as_compute, out_shardings=cast)
         self._round = jax.jit(self._rounded, out_shardings=self.param_shardings)
 
     def _on_mesh(self, function, **fixed):
@@ -119,6 +157,7 @@ class Learner:
             with sharding.activate(self.mesh):
                 return function(*args, **fixed)
 
+        traced.__name__ = function.__name__  # what is said to be compiled
         return traced
 
     def init_state(self, params) -> LearnerState:
@@ -138,8 +177,15 @@ class Learner:
         return jax.jit(self._init, out_shardings=self.state_shardings, donate_argnums=0)(params)
 
     def sampler_params(self, state: LearnerState) -> dict:
-        """A copy of the parameters in the compute dtype, for the sampler or as a frozen reference."""
-        return self.cast_params(state.params)
+        """The parameters in the compute dtype, for the sampler: what is trained is a copy."""
+        if not self._shares:
+            return self.cast_params(state.params)
+        trained, frozen = lora.split(state.params)
+        return lora.join(frozen, self.cast_params(trained))
+
+    def reference_params(self, state: LearnerState) -> dict:
+        """The same as a frozen reference. Of a model with adapters that is the model under them."""
+        return lora.without_adapters(self.sampler_params(state))
 
     def rollout_params(self, state: LearnerState) -> dict:
         """The same for rollouts: rounded as `sampler.weights` says."""
@@ -168,6 +214,15 @@ class Learner:
           key: decides the shuffle.
         """
         return update.train_on_rollout(state, rollout, key, self)
+
+    def watch(self, params, rollout: Rollout) -> Rollout:
+        """The first rows of a batch, ready for `token_gradients` after its updates.
+
+        Args:
+          params: before the first update.
+          rollout: as for `train_on_rollout`.
+        """
+        return update.before_updates(params, self._first_minibatch(rollout), self)
 
     def each_update(self, step, state: LearnerState):
         """(state, list of results) of `step(state, number)` for each update of a rollout batch."""

@@ -5,18 +5,24 @@ import dataclasses
 import math
 import time
 
+import jax
+
 import r2vpo_jax
 from r2vpo_jax import cluster, storage
+from r2vpo_jax import config as config_lib
 from r2vpo_jax.config import Config
-from r2vpo_jax.errors import UsageError, usage_errors
+from r2vpo_jax.errors import EngineError, UsageError, usage_errors
 from r2vpo_jax.models.identity import refuse_others
 from r2vpo_jax.rows import Rows
 from r2vpo_jax.run import directory, files, instruments, report, trackers
 from r2vpo_jax.run.alarms import Alarms
 from r2vpo_jax.run.checkpoints import Checkpointer
+from r2vpo_jax.run.pages.history import History
+from r2vpo_jax.run.pages.live import LivePage
+from r2vpo_jax.run.pages.reader import Reader
 from r2vpo_jax.training.learner import Learner
+from r2vpo_jax.training.learner_state import LearnerState, frozen_of, with_frozen, without_frozen
 from r2vpo_jax.training.replay import ReplayBuffer, ReplayError
-from r2vpo_jax.training.update import LearnerState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +78,8 @@ class Lifecycle:
 
     Attributes:
       workdir: the directory.
-      files: metrics, samples and events; there after `open`.
+      files: metrics, samples and events; there after `open`, as is
+      live: the page that shows the run.
       replay, alarms: whose state goes into checkpoints.
     """
 
@@ -97,6 +104,8 @@ class Lifecycle:
             if chief:
                 self._check_held = stack.enter_context(directory.lock(workdir, say=say))
             self._changes = directory.claim(workdir, config, write=chief)
+            if chief:
+                directory.record_names(workdir, say)
             self._checkpointer = Checkpointer(
                 self.workdir / "checkpoints", max_to_keep=config.trainer.max_checkpoints, write=chief
             )
@@ -137,10 +146,12 @@ class Lifecycle:
             restored = (
                 None
                 if problem
-                else self._checkpointer.restore(iteration, learner.abstract_state, learner.state_shardings)
+                else self._checkpointer.restore(
+                    iteration, *map(without_frozen, (learner.abstract_state, learner.state_shardings))
+                )
             )
             if restored is not None:
-                state, saved = restored
+                state, saved = with_frozen(restored[0], frozen_of(state)), restored[1]
                 try:
                     self.replay.restore(saved.pop("replay"))
                 except ReplayError as error:
@@ -205,6 +216,10 @@ class Lifecycle:
             self.files = files.RunFiles(
                 self.workdir, self._positions, write=self._chief, trackers=told if self._chief else None
             )
+        history = Reader(self.workdir).read() if self._chief else History()
+        self.files.follow(history)
+        every = self._config.trainer.report_every
+        self.live = LivePage(self.workdir, config_lib.to_dict(self._config), history, every=every, write=self._chief)
         for notice in self._notices:
             self.files.event(**notice)
         details = {"version": r2vpo_jax.__version__, "machine": instruments.machine()}
@@ -235,7 +250,21 @@ class Lifecycle:
             "alarms": self.alarms.state,
         }
         with cluster.phase("saving"):
-            self._checkpointer.save(counters.iteration, state, saved, score=counters.own_score)
+            self._checkpointer.save(counters.iteration, without_frozen(state), saved, score=counters.own_score)
+
+    @contextlib.contextmanager
+    def saving_if_the_engine_is_gone(self, state: LearnerState, counters: Counters):
+        """Around what takes nothing from the state: if the engine that samples does not answer, the run is saved as it is.
+
+        On several processes others may not know of it, and saving takes all of them.
+        """
+        try:
+            yield
+        except EngineError:
+            if jax.process_count() == 1:
+                self.save(state, counters)
+                self.wait()
+            raise
 
     def seconds(self, counters: Counters) -> float:
         """Seconds that the run has taken, over all processes that worked on it one after the other."""

@@ -1,6 +1,5 @@
-"""What is written of an iteration: its line of metrics.jsonl (docs/metrics.md explains every name) and its samples."""
+"""What is written of an iteration: its line of metrics.jsonl; docs/metrics.md explains every name."""
 
-import itertools
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -10,9 +9,8 @@ import numpy as np
 from r2vpo_jax import ratio_stats
 from r2vpo_jax.config.objective import ObjectiveConfig
 from r2vpo_jax.rollout import Rollout
-from r2vpo_jax.rows import Rows
-from r2vpo_jax.run.report import held_variance
-from r2vpo_jax.tasks.base import Outcome, Task
+from r2vpo_jax.run.summary import held_variance
+from r2vpo_jax.tasks.base import Outcome
 from r2vpo_jax.training import credit, critic
 from r2vpo_jax.training.update import RolloutReport
 from r2vpo_jax.verifiers.outcome import unjudged
@@ -139,18 +137,24 @@ def row(
     return _plain(result)
 
 
-def of_time(sampled_tokens: float, trained_tokens: float | None, spent: dict) -> dict:
+_PHASES = ("rollout", "verify", "score", "update", "sync", "evaluation", "checkpoint", "report", "compile", "iteration")
+
+
+def of_time(sampled_tokens: float, trained_tokens: float | None, spent: dict, seconds: float) -> dict:
     """What is reported of the time that an iteration took.
 
     Args:
       sampled_tokens: sampled in this iteration.
       trained_tokens: trained on in this iteration, each epoch counted; None while the queue fills.
-      spent: seconds of this iteration by phase.
+      spent: seconds by phase since the line of the iteration before (`Timers.lap`).
+      seconds: that the run has taken so far.
     """
     result = {
         "throughput/rollout_tokens_per_second": sampled_tokens / max(spent["rollout"], 1e-9),
-        **{f"time/{phase}": spent.get(phase, 0.0) for phase in ("rollout", "verify", "update", "compile")},
+        **{f"time/{phase}": spent.get(phase, 0.0) for phase in _PHASES},
         **{f"time/{phase}": spent[phase] for phase in ("weights", "wait") if phase in spent},
+        **({"time/beside": spent["beside"]} if "wait" in spent else {}),
+        "time/run": seconds,
     }
     if trained_tokens is not None:
         result["throughput/update_tokens_per_second"] = trained_tokens / max(spent["update"], 1e-9)
@@ -194,37 +198,6 @@ def _optional(objective: ObjectiveConfig, report: RolloutReport, variance_coef: 
             "correction/response_effective_sample_size": mean**2 / second if second > 0 else 0.0,
         }
     return result
-
-
-def samples(rollout: Rollout, task: Task, number: int, rows: Rows) -> list[dict]:
-    """The first responses of a batch, readable, as rows of samples.jsonl: the same on all processes.
-
-    Args:
-      rollout: verified, with advantages, this process's rows.
-      task: decodes tokens.
-      number: of responses.
-      rows: how the batch is spread over processes.
-    """
-    if number == 0:
-        return []
-    mine = [(int(row), _sample(rollout, task, i)) for i, row in enumerate(rows.index) if row < number]
-    return [sample for _, sample in sorted(itertools.chain(*rows.exchange(mine)), key=lambda pair: pair[0])]
-
-
-def _sample(rollout: Rollout, task: Task, i: int) -> dict:
-    prompt = rollout.tokens[i, rollout.prompt_size - rollout.prompt_length[i] : rollout.prompt_size]
-    advantage = rollout.advantage[i]
-    if advantage.ndim == 1:  # of each token, from a critic
-        advantage = np.mean(advantage, where=rollout.response_mask[i])
-    return {
-        "version": int(rollout.version[i]),
-        "problem": int(rollout.group_id[i]),
-        "prompt": task.decode(prompt),
-        "response": task.decode(rollout.response_tokens[i, : rollout.response_length[i]]),
-        "reward": float(rollout.reward[i]),
-        "outcome": Outcome(int(rollout.outcome[i])).name.lower(),
-        "advantage": float(advantage),
-    }
 
 
 def progress_text(row: dict, *, validation: float, budget: float | None, seconds: float) -> str:

@@ -8,11 +8,15 @@ from collections.abc import Callable
 
 import numpy as np
 
+from r2vpo_jax import sharding
 from r2vpo_jax.config import Config
 from r2vpo_jax.config.run import FLOAT32_SWITCHES
 from r2vpo_jax.errors import UsageError
 from r2vpo_jax.models.attention import KERNELS
 from r2vpo_jax.rollout import Rollout
+from r2vpo_jax.training.collector import Collector
+from r2vpo_jax.training.learner import Learner
+from r2vpo_jax.training.update import LearnerState
 
 
 def measure(logp: np.ndarray, rollout: Rollout) -> tuple[float, float]:
@@ -29,6 +33,26 @@ def _of_all(logp: np.ndarray, rollout: Rollout, exchange) -> tuple[float, float]
     return floor, float(np.max(largest))
 
 
+def sampled_and_scored(
+    config: Config, state: LearnerState, iteration: int, learner: Learner, collector: Collector, weights
+) -> tuple[np.ndarray, Rollout]:
+    """(log-probabilities, rollout) as `check` takes them: responses to the first problems of the train split.
+
+    Args:
+      config: the run's.
+      state: whose weights sample and score.
+      iteration: whose key they are sampled with.
+      learner, collector, weights: of a run, or made for another way to compute its model.
+    """
+    params = weights.for_rollouts(state, iteration)
+    index = collector.problem_index(0)[: num_prompts(config)]
+    version = int(sharding.to_host(state.version))
+    rollout = collector.sample(params, index, iteration=iteration, version=version)
+    collector.statistics()  # no part of the next row
+    rows = collector.learner_rows_of(len(index))
+    return rows.fetch(learner.score(state.params, rows.put(rollout))), rollout
+
+
 def num_prompts(config: Config) -> int:
     """Prompts that it is measured on: those of one call of the sampler, filled up to whole micro-batches."""
     group = config.sampler.group_size
@@ -42,6 +66,12 @@ _REMEDIES = (
     ("float32_scores",),
     ("float32_residual", "float32_scores"),
     FLOAT32_SWITCHES,
+)
+
+_OF_AN_ENGINE = (
+    "The engine at {url} computes otherwise than the learner: start it in the learner's precision (--dtype float32), and have it "
+    "give log-probabilities of what it samples from (vLLM: --logprobs-mode processed_logprobs; SGLang: without "
+    "SGLANG_RETURN_ORIGINAL_LOGPROB). Or correct what is left (objective.correction, docs/engines.md)"
 )
 
 
@@ -102,6 +132,8 @@ def _refusal(floor: float, limit: float, remedy: str) -> str:
 def _remedy(config: Config, again, say, exchange) -> str:
     """What to change of the model: the cheapest switches under which the floor is within its limit, as measured."""
     model, measured = config.model, []
+    if config.sampler.engine == "endpoint":
+        return _OF_AN_ENGINE.format(url=config.sampler.endpoint.url)
     if model.compute_dtype == "float32":
         return "Use model.compute_dtype=float32"
     missing = [tuple(name for name in names if not getattr(model, name)) for names in _REMEDIES]

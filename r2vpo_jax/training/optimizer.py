@@ -4,6 +4,7 @@ import jax
 import optax
 
 from r2vpo_jax.config.run import OptimizerConfig
+from r2vpo_jax.models import lora
 
 
 def learning_rate_schedule(config: OptimizerConfig, num_updates: int = 0) -> optax.Schedule:
@@ -30,7 +31,7 @@ def make_optimizer(config: OptimizerConfig, num_updates: int = 0) -> optax.Gradi
     """AdamW with a global-norm clip; weight decay on matrices only. Arguments as for `learning_rate_schedule`."""
 
     def is_matrix(params):
-        names = ("kernel", "embed", "lm_head")
+        names = ("kernel", "embed", "lm_head", *lora.FACTORS)
         return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in names, params)
 
     return optax.chain(

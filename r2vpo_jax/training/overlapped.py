@@ -62,6 +62,11 @@ def check(config: Config, mesh: Mesh, sampler_mesh: Mesh) -> None:
     processes = jax.process_count()
     if not config.replay.overlap or processes == 1:
         return
+    if config.sampler.engine != "own":
+        raise ValueError(
+            f"replay.overlap with sampler.engine={config.sampler.engine} is for one process, and there are {processes}: what the "
+            "others are told of rollouts goes over the devices that learn"
+        )
     if sampler_mesh is mesh:
         raise ValueError(
             "replay.overlap on several processes needs devices that sample only: set mesh.sampler_devices, a multiple of the "

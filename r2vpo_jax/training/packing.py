@@ -276,7 +276,12 @@ def score(trained, batch: Rollout, model, settings: UpdateSettings, *, take=None
 
 
 def value_and_grad(
-    loss_of: Callable, trained, batch: Rollout, model, settings: UpdateSettings
+    loss_of: Callable,
+    trained,
+    batch: Rollout,
+    model,
+    settings: UpdateSettings,
+    full: Callable = lambda trained: trained,
 ) -> tuple[jax.Array, Scores, tuple]:
     """Sum of losses and gradients over the micro-batches of packs, and the scores of all rows that take part.
 
@@ -285,6 +290,7 @@ def value_and_grad(
       trained: what gradients are taken of.
       model, settings: as for `score`.
       batch: B rows, of which those with `keep` take part.
+      full: trained -> (params, value head or None), where more parameters than those make the model.
 
     Returns:
       (loss, scores f32 [B, T], float32 gradients).
@@ -293,7 +299,7 @@ def value_and_grad(
 
     def loss_fn(trained, number):
         rows = packed.micro_batch(number)
-        scores, layout = _score_packs(trained, rows, model, settings)
+        scores, layout = _score_packs(full(trained), rows, model, settings)
         return loss_of(_of_rows(scores, layout), rows)[0], scores
 
     loss, scores, grads = accumulation.value_and_grad_of_some(

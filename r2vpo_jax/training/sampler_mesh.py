@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from r2vpo_jax import sharding
 from r2vpo_jax.config.run import RunMeshConfig
+from r2vpo_jax.models import lora
 from r2vpo_jax.run.instruments import Timers
 from r2vpo_jax.training.learner import Learner
 from r2vpo_jax.training.update import LearnerState
@@ -68,7 +69,7 @@ class SamplerWeights:
     """The learner's weights as the sampler computes with them, on its devices.
 
     Attributes:
-      num_bytes: that all devices of the sampler together receive each time; None: they are the learner's.
+      num_bytes: that all devices of the sampler together receive each time, without frozen weights, which stay; None: they are the learner's.
     """
 
     def __init__(self, learner: Learner, mesh: Mesh, timers: Timers):
@@ -85,29 +86,49 @@ class SamplerWeights:
             return
         through = sharding.make_mesh((-1, 1, mesh.shape["tensor"]), learner.mesh.devices.flat)
         axes, abstract = learner.logical_axes, jax.eval_shape(learner.as_compute, learner.abstract_params)
-        self._there = sharding.tree_shardings(axes, abstract, mesh)
-        arranged = sharding.tree_shardings(axes, abstract, through)
-        self._for_rollouts = jax.jit(learner.as_sampled, out_shardings=arranged)
-        self._for_scores = jax.jit(learner.as_compute, out_shardings=arranged)
+        there, arranged = (sharding.tree_shardings(axes, abstract, where) for where in (mesh, through))
+        self._for_rollouts, self._for_scores = (
+            _Move(how, arranged, there) for how in (learner.as_sampled, learner.as_compute)
+        )
         self.num_bytes = sum(
             where.num_devices * x.dtype.itemsize * math.prod(where.shard_shape(x.shape))
-            for x, where in zip(jax.tree.leaves(abstract), jax.tree.leaves(self._there), strict=True)
+            for x, where in zip(*(jax.tree.leaves(lora.split(tree)[0]) for tree in (abstract, there)), strict=True)
         )
 
-    def for_rollouts(self, state: LearnerState) -> dict:
-        """What responses to learn from are sampled with: rounded as `sampler.weights` says."""
+    def for_rollouts(self, state: LearnerState, iteration: int) -> dict:
+        """What the responses of an iteration are sampled with: rounded as `sampler.weights` says."""
         return self._moved(self._for_rollouts, state) if self._separate else self._learner.rollout_params(state)
 
     def for_scores(self, state: LearnerState) -> dict:
         """What responses are sampled with that are only scored."""
         return self._moved(self._for_scores, state) if self._separate else self._learner.sampler_params(state)
 
-    def _moved(self, arrange, state: LearnerState) -> dict:
+    def statistics(self) -> dict[str, int]:
+        """For a row of metrics.jsonl."""
+        return {} if self.num_bytes is None else {"weights/bytes": self.num_bytes}
+
+    def _moved(self, move: "_Move", state: LearnerState) -> dict:
         # The updates before are no part of the time; nor may the next one begin to overwrite what is copied.
         jax.block_until_ready(state.params)
         with self._timers("weights"):
-            arranged = arrange(state.params)
-            return jax.block_until_ready(jax.tree.map(_copied, arranged, self._there))
+            return jax.block_until_ready(move(state.params))
+
+
+class _Move:
+    """Parameters as the sampler has them, on its devices. What is frozen beside adapters goes there once."""
+
+    def __init__(self, how, arranged, there):
+        self._arrange = [jax.jit(how, out_shardings=part) for part in lora.split(arranged)]
+        self._there, self._frozen = lora.split(there), {}
+
+    def __call__(self, params) -> dict:
+        trained, frozen = lora.split(params)
+        if frozen and not self._frozen:
+            self._frozen = self._part(1, frozen)
+        return lora.join(self._frozen, self._part(0, trained))
+
+    def _part(self, number: int, params) -> dict:
+        return jax.tree.map(_copied, self._arrange[number](params), self._there[number])
 
 
 def _copied(x: jax.Array, there: jax.sharding.NamedSharding) -> jax.Array:

@@ -17,7 +17,9 @@ class UpdateSettings:
     micro_batch_size: int | None = None
     scoring_chunk_size: int = 128  # response columns whose logits exist at one time
     packing: bool = False  # whether rows are cut to their tokens, several to a pack (training/packing.py)
-    stale: bool = False  # whether batches may come out of a replay buffer: the dual signal `auto` then is `excess`
+    stale: bool = (
+        False  # whether batches may be of older weights (replay, an engine): the dual signal `auto` then is `excess`
+    )
 
     @property
     def num_updates(self) -> int:

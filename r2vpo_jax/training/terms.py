@@ -129,16 +129,55 @@ def step_scale(stats: TrainStats, correction: CorrectionConfig) -> jax.Array:
     )
 
 
-def gradient_stats(loss_fn, logp, batch: Rollout, version, reduction) -> TrainStats:
-    """`ratio_stats.compute` with g of each token, whatever the objective: elementwise, so cheap."""
+# The objective ----------------------------------------------------------------------------------------------------
+
+
+def policy_loss(logp, *, batch: Rollout, kl_coef, objective: ObjectiveConfig, reduction, normalizer, **given):
+    """(loss, stats) of the objective and its KL divergence, as a function of the log-probabilities.
+
+    Args:
+      logp: f32 [B, T] under the policy.
+      batch: rows of the minibatch, with the weights of `update_weights`.
+      kl_coef: f32 [], beta.
+      objective: of the run.
+      reduction, normalizer: of the loss.
+      **given: what else the loss takes (`losses.computed`).
+    """
+    mask = batch.learning_mask
+    shared = {"reduction": reduction, "normalizer": normalizer}
+    loss, stats = losses.get(objective.loss.name)(
+        logp, anchor(batch), batch.advantage, mask, weights=batch.weights, **shared, **objective.loss.options, **given
+    )
+    if objective.has_kl:
+        estimate = divergence(batch, logp, objective)
+        stats["kl"] = mean_over_tokens(estimate, mask)
+        if objective.kl.where == "loss":
+            loss = loss + kl_coef * losses.reduce(estimate, mask, **shared)
+    return loss, stats
+
+
+def gradient_coefficient(loss_fn, logp, mask, reduction) -> jax.Array:
+    """g of each token, f32 [B, T], whatever the objective: elementwise, so cheap.
+
+    Args:
+      loss_fn: the loss as a function of log-probabilities.
+      logp: f32 [B, T], where the derivative is taken.
+      mask: bool [B, T].
+      reduction: {"reduction": …, "normalizer": …} of the loss.
+    """
     slope = jax.grad(loss_fn)(jax.lax.stop_gradient(logp))
-    weight = losses.token_weights(batch.learning_mask, **reduction)
+    weight = losses.token_weights(mask, **reduction)
+    return -slope / jnp.where(weight == 0, 1.0, weight)
+
+
+def gradient_stats(loss_fn, logp, batch: Rollout, version, reduction) -> TrainStats:
+    """`ratio_stats.compute` with g of each token."""
     return ratio_stats.compute(
         logp,
         anchor(batch),
         batch.advantage,
         batch.learning_mask,
-        coefficient=-slope / jnp.where(weight == 0, 1.0, weight),
+        coefficient=gradient_coefficient(loss_fn, logp, batch.learning_mask, reduction),
         weights=batch.weights,
         age=version - batch.version,
     )

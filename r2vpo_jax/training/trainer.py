@@ -15,10 +15,10 @@ One iteration:
   5. Put the batch into the replay buffer, if there is one, and draw what is trained on: nothing while its queue
      fills. Learn: N minibatch updates, then one step of the multipliers. With `replay.overlap` a thread does 1 to 3
      meanwhile, with the same result (`overlapped`).
-  6. Write metrics and samples; look for signs of a collapse.
+  6. Write metrics and samples, now and then with what was done to each of their tokens; look for signs of a collapse.
   7. Every `eval_every` iterations, score the validation split.
   8. Every `checkpoint_every` iterations, and when the score is the best so far, save everything the run needs to
-     continue.
+     continue. Every `report_every` iterations write the page that shows the run.
 
 After the loop: score the test split once, export the policy as a Hugging Face directory, write the report.
 
@@ -30,7 +30,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import re
 import resource
 from collections.abc import Callable
 
@@ -45,19 +44,28 @@ from r2vpo_jax.evaluation import subsets, validation
 from r2vpo_jax.models import attention
 from r2vpo_jax.models.base import open_base_model
 from r2vpo_jax.rollout import Rollout
-from r2vpo_jax.run import console, directory, files, report, trackers
+from r2vpo_jax.run import compiling, console, directory, files, report, trackers
+from r2vpo_jax.run import summary as run_summary
 from r2vpo_jax.run.instruments import Profiler, Span, Timers
 from r2vpo_jax.run.interrupts import any_process, graceful_stop
-from r2vpo_jax.training import credit, iteration, metrics, noise_floor, overlapped, sampler_mesh
+from r2vpo_jax.training import (
+    credit,
+    engines,
+    iteration,
+    metrics,
+    noise_floor,
+    overlapped,
+    sampler_mesh,
+    token_gradients,
+)
 from r2vpo_jax.training.collector import Collected, Collector
 from r2vpo_jax.training.learner import Learner
 from r2vpo_jax.training.lifecycle import Lifecycle, refuse_in_store
 from r2vpo_jax.training.overlapped import Beside
+from r2vpo_jax.training.record import Record
 from r2vpo_jax.training.replay import ReplayError
 from r2vpo_jax.training.sampler_mesh import SamplerWeights
 from r2vpo_jax.training.update import LearnerState, RolloutReport
-
-_of_sampled = jax.jit(metrics.of_sampled, static_argnums=(0, 2))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,9 +124,9 @@ def train(
             return {}
         summary = report.read_summary(workdir)
         say(f"{workdir} holds a finished run; its result:\n")
-        say(report.table(summary))
+        say(run_summary.table(summary))
         return summary
-    with contextlib.closing(_Run(config, workdir, profile_steps, say, started)) as run:
+    with directory.resolving(workdir), contextlib.closing(_Run(config, workdir, profile_steps, say, started)) as run:
         return run.go(stop_after_iteration, on_iteration or (lambda _: None))
 
 
@@ -153,23 +161,25 @@ class _Run:
         """The weights, the last checkpoint, and the parts that need the run directory or the task."""
         config = self.config
         with usage_errors():
-            self.base.check_length(self.task.max_prompt_length + self.task.max_response_length)
+            longest = self.task.max_prompt_length + self.task.max_response_length
+            self.base.check_length(longest)
+            engine = engines.find(config, workdir, longest, self._say)
         with cluster.phase("reading weights"):
-            self.state = self.learner.init_state(self.base.load_params(self.mesh))
-        self.timers = Timers()
-        meshes = {"mesh": self.sampler_mesh, "learner_mesh": self.mesh}
-        self._collector_of = functools.partial(Collector, config, self.task, timers=self.timers, **meshes)
+            self.state = self.learner.init_state(self.base.load_params(self.mesh, seed=config.seed))
+        self.timers = Timers(compiling.TRAINING)
+        where = {"mesh": self.sampler_mesh, "learner_mesh": self.mesh, "engine": engine}
+        self._collector_of = functools.partial(Collector, config, self.task, timers=self.timers, **where)
         self.collector = self._collector_of(self.model)
-        self.weights = SamplerWeights(self.learner, self.sampler_mesh, self.timers)
+        scores = SamplerWeights(self.learner, self.sampler_mesh, self.timers)
+        self.weights = engines.weights_of(engine, scores, self.base, workdir, self.timers)
         self.rows = self.collector.learner_rows_of(config.trainer.prompts_per_rollout)
         self.life = Lifecycle(config, workdir, self.rows, chief=self.chief, say=self._say, started=self._started)
         stack.callback(self.life.close)
         self.workdir, self.replay = self.life.workdir, self.life.replay
         self.profiler = Profiler(self.workdir, profile_steps)
-        self._said_reason: str | None = None  # why most responses have no verdict
         self.key = jax.random.key(config.seed)
         # The reference is the base model itself: it is taken before a checkpoint replaces the state.
-        self.reference = self.learner.sampler_params(self.state) if config.objective.needs_reference else None
+        self.reference = self.learner.reference_params(self.state) if config.objective.needs_reference else None
         with cluster.phase("reading the last checkpoint"):
             self.state, self.counters = self.life.resume(self.state, self.learner, self.task.digest, self.identity)
 
@@ -184,6 +194,7 @@ class _Run:
 
     def go(self, stop_after_iteration, on_iteration) -> dict:
         trainer, total = self.config.trainer, self.config.trainer.num_iterations
+        self._first = True
         self.beside = Beside(self.config.replay.wait_limit, self.timers, self._say)
         with (
             self.life.open(self.counters.iteration),
@@ -191,6 +202,8 @@ class _Run:
             graceful_stop() as stop,
             self.beside,
         ):
+            sampling = (self.collector, self.weights, self.timers, self._say)
+            self.record = Record(self.config, self.life, self.learner, self.task, self.rows, *sampling)
             self._introduce()
             with cluster.phase("noise floor"):
                 self._check_noise_floor()
@@ -198,6 +211,7 @@ class _Run:
                 self._count(base=self._test_scores())
                 self._validate()
             last = total if stop_after_iteration is None else min(total, stop_after_iteration)
+            self.timers.lap()
             bar = console.ProgressBar(total, self.counters.iteration, enabled=self.chief)
             while self._goes_on(last, stop):
                 with self.profiler.iteration(self.counters.iteration + 1):
@@ -207,7 +221,10 @@ class _Run:
                 alarmed = self._sound_alarms(row)
                 better = self._validate() if number % trainer.eval_every == 0 or number == total else False  # 7
                 if better or number % trainer.checkpoint_every == 0 or number == total:
-                    self.life.save(self.state, self.counters)  # 8
+                    with self.timers("checkpoint"):
+                        self.life.save(self.state, self.counters)  # 8
+                with self.timers("report"):
+                    self.life.live.refresh(number, now=alarmed)
                 bar.update(number, self._progress_text(row))
                 if self.life.alarms.is_in_vain(row) or (alarmed and self.config.alarms.stop):
                     break
@@ -217,6 +234,7 @@ class _Run:
             with cluster.phase("waiting for the last checkpoint"):
                 self.life.wait()
             if self.counters.iteration < total:
+                self.life.live.write(stopped=True)
                 raise Stopped(
                     f"stopped after iteration {self.counters.iteration} of {total}; the same command goes on from there"
                 )
@@ -224,19 +242,19 @@ class _Run:
 
     def _goes_on(self, last: int, stop) -> bool:
         cluster.where.iteration, cluster.where.phase = self.counters.iteration + 1, "between two phases"
-        with cluster.phase("asking all whether to stop"):
+        with self.timers("sync"), cluster.phase("asking all whether to stop"):
             return self.counters.iteration < last and not any_process(stop.requested)
 
     def _iterate(self) -> Iteration:
-        before = dict(self.timers.seconds)
         self.timers.take_spans()
+        self._tokens = None
         what = f"the responses of iteration {self.counters.iteration + 1}"
         made = overlapped.iterate(self, self.beside, what) if self.config.replay.overlap else iteration.iterate(self)
         drawn = [self.rows.outline(rollout) for rollout in made.drawn]
         trained = sum(map(metrics.num_kept_tokens, drawn)) * self.config.trainer.num_epochs
         self._count(iteration=self.counters.iteration + 1, trained_tokens=self.counters.trained_tokens + trained)
-        spent = {phase: after - before.get(phase, 0.0) for phase, after in self.timers.seconds.items()}
-        row = self._write_metrics(made, drawn, trained, spent)  # 6
+        after = {"state": self.state, "counters": self.counters, "tokens": self._tokens}
+        row = self.record.write(made, drawn, trained, **after)  # 6
         return Iteration(self.counters.iteration, *made, self.state, row, self.timers.take_spans())
 
     # 0. Before the loop ----------------------------------------------------------------------------------
@@ -259,20 +277,15 @@ class _Run:
     def _check_noise_floor(self) -> None:
         """Refuses a noisy set-up, but warns only of a run that is continued: it is the run that it was."""
 
-        def sampled_and_scored(learner: Learner, collector: Collector, weights: SamplerWeights):
-            params = weights.for_rollouts(self.state)
-            index = collector.problem_index(0)[: noise_floor.num_prompts(self.config)]
-            rollout = collector.sample(params, index, iteration=self.counters.iteration, version=self._version())
-            rows = collector.learner_rows_of(len(index))
-            return rows.fetch(learner.score(self.state.params, rows.put(rollout))), rollout
+        sampled = functools.partial(noise_floor.sampled_and_scored, self.config, self.state, self.counters.iteration)
 
         def again(changes: dict[str, bool]):
             model = models.Decoder(dataclasses.replace(self.model.config, **changes))
             learner, collector = Learner(model, self.config, self.mesh), self._collector_of(model)
-            return sampled_and_scored(learner, collector, SamplerWeights(learner, self.sampler_mesh, self.timers))
+            return sampled(learner, collector, SamplerWeights(learner, self.sampler_mesh, self.timers))
 
         floor = noise_floor.check(
-            *sampled_and_scored(self.learner, self.collector, self.weights),
+            *sampled(self.learner, self.collector, self.weights),
             self.config,
             first=self.counters.noise_floor is None,
             say=self._say,
@@ -286,14 +299,15 @@ class _Run:
     # 1. to 5., called by iteration.iterate and overlapped.iterate ----------------------------------------
 
     def collect(self) -> Collected:
-        return self.counted(self.collection()())
+        with self.life.saving_if_the_engine_is_gone(self.state, self.counters):
+            return self.counted(self.collection()())
 
     def collection(self) -> Callable[[], Collected]:
         counters = self.counters
         self._kl_coef = float(sharding.to_host(self.state.kl_coef))  # for the rewards of what is sampled
         return functools.partial(
             self.collector.collect,
-            self.weights.for_rollouts(self.state),
+            self.weights.for_rollouts(self.state, counters.iteration),
             position=counters.problems,
             first_id=counters.rollouts,
             iteration=counters.iteration,
@@ -315,7 +329,7 @@ class _Run:
         if objective.groups.zero_variance == "resample":
             chosen = credit.chosen_groups(collected.outline, objective, group_size, rows.num_groups)
             rollout = rows.bring(collected.parts, np.stack(np.divmod(chosen, rows.num_groups), axis=1))
-        with self.timers("update"):
+        with self.timers("score"):
             placed = iteration.with_estimates(rows.put(rollout), self.state, self.reference, self.learner)
             estimates = rows.fetch({"reference_logp": placed.reference_logp, "value": placed.value})
             parts = {} if rows.is_all else {"placed": placed, "fetch": rows.fetch}
@@ -351,10 +365,25 @@ class _Run:
         with self.timers("update"):
             batch = self.rows.put(rollout)
             key = iteration.learning_key(self.key, self.counters.iteration, number)
+            watched = self._watched(rollout, batch) if number == 0 else None
             self.state, result = self.learner.train_on_rollout(self.state, batch, key)
             result = sharding.to_host(result)
+        if watched is not None:
+            with self.timers("report"):
+                tokens = sharding.to_host(self.learner.token_gradients(self.state, *watched))
+            self._tokens = tokens if self.life.live.is_due(self.counters.iteration + 1) else None
         self._check_finite(batch, key, result.skipped)
         return result
+
+    def _watched(self, rollout: Rollout, batch: Rollout) -> tuple[Rollout, np.ndarray] | None:
+        """The rows whose tokens are looked at after the updates, if they are; also in the first iteration of a process, so
+        that nothing is compiled later."""
+        trainer, due = self.config.trainer, self.life.live.is_due(self.counters.iteration + 1)
+        if not trainer.looks_at_tokens or not (due or self._first):
+            return None
+        self._first, number, outline = False, trainer.samples_per_iteration, self.rows.outline(rollout)
+        rows = token_gradients.worth_a_look(outline, number, self.learner.settings)
+        return self.learner.watch(self.state.params, batch), rows
 
     def _check_finite(self, batch: Rollout, key, skipped) -> None:
         for number, was_skipped in enumerate(np.asarray(skipped)):
@@ -377,50 +406,7 @@ class _Run:
         """Optimizer updates so far."""
         return int(sharding.to_host(self.state.version))
 
-    # 6. Metrics, samples, alarms -------------------------------------------------------------------------
-
-    def _write_metrics(self, made: iteration.Made, drawn: list[Rollout], trained_tokens: int, spent) -> dict:
-        version, config, counters, sampled = self._version(), self.config, self.counters, made.collected.outline
-        counts = {"iteration": counters.iteration, "version": version}
-        counts |= {"rollouts": counters.rollouts, "rollout_tokens": counters.rollout_tokens}
-        if config.replay.enabled:
-            before = version - len(drawn) * config.trainer.updates_per_rollout
-            counts |= self.replay.statistics(drawn[-1] if drawn else None, before)
-            counts["replay/ratio"] = counters.trained_tokens / max(counters.rollout_tokens, 1)
-        row = metrics.row(
-            config.objective,
-            _of_sampled(config.objective, sampled, config.sampler.group_size),
-            float(metrics.kept(drawn)) if drawn else 0.0,
-            sharding.to_host(metrics.merged(made.reports)) if made.reports else None,
-            counters=counts,
-            variance_coef=float(sharding.to_host(self.state.dual.variance_coef)),
-            kl_coef=float(sharding.to_host(self.state.kl_coef)),
-            learning_rate=float(self.learner.schedule(max(version - 1, 0))),
-        )
-        row |= metrics.of_time(float(sampled.response_length.sum()), trained_tokens if drawn else None, spent)
-        row |= {} if self.weights.num_bytes is None else {"weights/bytes": self.weights.num_bytes}
-        row |= {f"reward/{name}": value for name, value in made.collected.terms.items()}
-        samples = metrics.samples(made.batch, self.task, config.trainer.samples_per_iteration, self.rows)
-        self.life.files.record(row, [{"iteration": counters.iteration, **sample} for sample in samples])
-        if made.collected.num_reasons:
-            self._event("unjudged", responses=made.collected.num_reasons, first=made.collected.first_reason)
-        self._say_unjudged(row["outcome/judged"], made.collected)
-        return row
-
-    def _say_unjudged(self, judged: float, collected: Collected) -> None:
-        """Says why most responses have no verdict: when that begins, and when the reason is of another kind."""
-        if judged >= self.config.alarms.min_judged:
-            self._said_reason = None
-            return
-        reason = collected.first_reason or "the task gives no reason"
-        kind = re.sub(r"\d+", "", reason)
-        if kind != self._said_reason:
-            size = len(collected.outline.reward)
-            self._say(
-                f"iteration {self.counters.iteration}: {size - round(judged * size)} of {size} responses have no verdict; the "
-                f"first reason: {reason}"
-            )
-        self._said_reason = kind
+    # 6. Alarms -------------------------------------------------------------------------------------------
 
     def _sound_alarms(self, row: dict) -> bool:
         raised = self.life.alarms.check(row) if row["kind"] == "train" else []
@@ -483,7 +469,7 @@ class _Run:
             return {}
         self.life.files.flush()
         rows = files.read_jsonl(self.workdir / "metrics.jsonl")
-        summary = report.summarize(
+        summary = run_summary.summarize(
             self.config,
             rows,
             base=self.counters.base,
@@ -495,6 +481,6 @@ class _Run:
             unchanged_weights=unchanged,
         )
         report.write(self.workdir, summary, rows)
-        self._say("\n" + report.table(summary))
+        self._say("\n" + run_summary.table(summary))
         self._say(f"\nreport: {self.workdir / 'report' / 'report.html'}   model: {self.workdir / 'hf'}")
         return summary

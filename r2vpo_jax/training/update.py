@@ -11,7 +11,6 @@ measured before its own update, lambda on that or on the whole batch after the l
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,25 +18,14 @@ import optax
 from flax import struct
 
 from r2vpo_jax import advantages, corrections, dual, kl, losses, scoring
-from r2vpo_jax.config.objective import ObjectiveConfig
+from r2vpo_jax.models import lora
 from r2vpo_jax.rollout import Rollout
 from r2vpo_jax.train_stats import TrainStats
 from r2vpo_jax.training import accumulation, critic, packing, terms
 from r2vpo_jax.training.critic import CriticState
+from r2vpo_jax.training.learner_state import LearnerState, Optimizers
 from r2vpo_jax.training.settings import UpdateSettings
 from r2vpo_jax.training.terms import anchor, mean_over_tokens, normalizer
-
-
-@struct.dataclass
-class LearnerState:
-    """Everything that training changes."""
-
-    params: dict
-    opt_state: optax.OptState
-    dual: dual.DualState
-    kl_coef: jax.Array  # f32 [] beta, the weight of the KL divergence
-    critic: CriticState | None  # the value head, if there is one
-    version: jax.Array  # int32 [] optimizer updates done
 
 
 @struct.dataclass
@@ -50,13 +38,6 @@ class RolloutReport:
     variance_after: jax.Array | None  # f32 [] V of the whole batch after the last update, where that is measured
     dual_signal: jax.Array  # f32 [] what the multiplier was given
     skipped: jax.Array  # f32 [updates] 1 where an update was not finite, and so was not applied
-
-
-class Optimizers(NamedTuple):
-    """Of the policy, and of the value head if there is one."""
-
-    policy: optax.GradientTransformation
-    value: optax.GradientTransformation | None = None
 
 
 def init_state(params, model, optimizers: Optimizers, settings: UpdateSettings) -> LearnerState:
@@ -72,7 +53,7 @@ def init_state(params, model, optimizers: Optimizers, settings: UpdateSettings) 
     return LearnerState(
         params=params,
         # Moments are float32 whatever the parameters are, as the gradients that they are sums of.
-        opt_state=optimizers.policy.init(jax.tree.map(lambda x: x.astype(jnp.float32), params)),
+        opt_state=optimizers.policy.init(jax.tree.map(lambda x: x.astype(jnp.float32), lora.split(params)[0])),
         # Objectives without a penalty have no multiplier: it is 0.
         dual=dual.init(objective.dual.coef if objective.has_multiplier else 0.0),
         kl_coef=jnp.float32(objective.kl.coef),
@@ -99,28 +80,36 @@ def update(
       ValueError: B is not a multiple of the micro-batch size.
     """
     num_micro, whole = settings.num_micro_batches(len(batch.keep)), _of_whole_minibatch(state, batch, model, settings)
+    params, frozen = lora.split(state.params)
     head = None if state.critic is None else (state.critic.kernel, state.critic.bias)
+
+    def full(trained):
+        return lora.join(frozen, trained[0]), trained[1]
+
     if settings.packing:
         loss_of = functools.partial(loss_of_scores, settings=settings, **whole)
-        loss, scores, grads = packing.value_and_grad(loss_of, (state.params, head), batch, model, settings)
+        loss, scores, grads = packing.value_and_grad(loss_of, (params, head), batch, model, settings, full)
         stats = _of_row_micro_batches(lambda *rows: loss_of(*rows)[1], scores, batch, settings)
     else:
-        loss_fn = functools.partial(micro_batch_loss, model=model, settings=settings, **whole)
-        loss, stats, grads = accumulation.value_and_grad(loss_fn, (state.params, head), batch, num_micro)
+
+        def loss_fn(trained, rows):
+            return micro_batch_loss(full(trained), rows, model=model, settings=settings, **whole)
+
+        loss, stats, grads = accumulation.value_and_grad(loss_fn, (params, head), batch, num_micro)
     grads, head_grads = grads
     stats, grad_norm = stats.reduce(), optax.tree.norm((grads, head_grads))
-    updates, opt_state = optimizers.policy.update(grads, state.opt_state, state.params)
+    updates, opt_state = optimizers.policy.update(grads, state.opt_state, params)
     scales = settings.objective.correction.step_scaling != "none"
     if scales:
         # Of the update, weight decay included: it is the learning rate that is scaled.
         scale = terms.step_scale(stats, settings.objective.correction)
         updates = jax.tree.map(lambda x: (scale * x).astype(x.dtype), updates)
-    new = {"params": optax.apply_updates(state.params, updates), "opt_state": opt_state, "critic": None}
+    new = {"params": optax.apply_updates(params, updates), "opt_state": opt_state, "critic": None}
     if head is not None:
         head_updates, head_opt_state = optimizers.value.update(head_grads, state.critic.opt_state, head)
         new["critic"] = CriticState(*optax.apply_updates(head, head_updates), head_opt_state)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    old = {name: getattr(state, name) for name in new}
+    old = {name: getattr(state, name) for name in new} | {"params": params}
     # In the dtypes of `init_state`, whatever the optimizer makes of them: a checkpoint restores these.
     new = jax.tree.map(lambda new, old: jnp.where(finite, new.astype(old.dtype), old), new, old)
     one = jnp.float32(1)
@@ -133,6 +122,7 @@ def update(
     if scales:
         measured["step_scale"] = (scale, one)
     stats = stats.replace(sums=stats.sums | measured)
+    new["params"] = lora.join(frozen, new["params"])
     return state.replace(**new, version=state.version + 1), stats
 
 
@@ -170,7 +160,7 @@ def micro_batch_loss(
     """(loss, statistics) of one micro-batch; losses add up over those of a minibatch.
 
     Args:
-      trained: (params, value head or None), what gradients are taken of.
+      trained: (params, value head or None).
       batch: rows of the minibatch.
       model, settings: of the run.
       **whole: as for `loss_of_scores`.
@@ -203,7 +193,8 @@ def loss_of_scores(
     reduction = {"reduction": objective.loss.reduction, "normalizer": normalizer}
     weights, weight_stats = terms.update_weights(batch, scores.logp, objective)
     weighed = batch.replace(weights=weights)
-    loss_of = functools.partial(_policy_loss, batch=weighed, state=state, objective=objective, **reduction, **computed)
+    shared = {"batch": weighed, "kl_coef": state.kl_coef, "objective": objective}
+    loss_of = functools.partial(terms.policy_loss, **shared, **reduction, **computed)
     loss, stats = loss_of(scores.logp)
     merged = terms.gradient_stats(lambda logp: loss_of(logp)[0], scores.logp, weighed, state.version, reduction)
 
@@ -222,23 +213,6 @@ def loss_of_scores(
         loss = loss + objective.advantage.value_coef * value_loss
         stats |= value_stats
     return loss, merged.replace(sums=merged.sums | jax.lax.stop_gradient(stats))
-
-
-def _policy_loss(
-    logp, *, batch: Rollout, state: LearnerState, objective: ObjectiveConfig, reduction, normalizer, **given
-):
-    """(loss, stats) of the objective and its KL divergence, as a function of the log-probabilities."""
-    mask = batch.learning_mask
-    shared = {"reduction": reduction, "normalizer": normalizer}
-    loss, stats = losses.get(objective.loss.name)(
-        logp, anchor(batch), batch.advantage, mask, weights=batch.weights, **shared, **objective.loss.options, **given
-    )
-    if objective.has_kl:
-        divergence = terms.divergence(batch, logp, objective)
-        stats["kl"] = mean_over_tokens(divergence, mask)
-        if objective.kl.where == "loss":
-            loss = loss + state.kl_coef * losses.reduce(divergence, mask, **shared)
-    return loss, stats
 
 
 # Scoring ----------------------------------------------------------------------------------------------------
@@ -319,15 +293,16 @@ def move_baseline(params, rollout: Rollout, model, settings: UpdateSettings) -> 
     It takes the norm of the gradient of each response's log-probability, one backward pass after the other, before the
     first update.
     """
+    trained, frozen = lora.split(params)
 
     def one(row: Rollout):
         row = jax.tree.map(lambda x: x[None], row)
 
-        def log_probability(params):
-            logp = score_rows(params, None, row, model, settings).logp
+        def log_probability(trained):
+            logp = score_rows(lora.join(frozen, trained), None, row, model, settings).logp
             return jnp.sum(jnp.where(row.learning_mask, logp, 0.0)), logp
 
-        gradient, logp = jax.grad(log_probability, has_aux=True)(params)
+        gradient, logp = jax.grad(log_probability, has_aux=True)(trained)
         weight = corrections.sequence_weights(logp, row.behavior_logp, row.learning_mask)[0]
         return jnp.where(row.keep[0], (weight * optax.tree.norm(gradient)) ** 2, 0.0)
 
@@ -453,6 +428,22 @@ class UpdateFunctions:
         return jax.lax.scan(step, state, jnp.arange(self.settings.num_updates))
 
 
+def before_updates(params, rollout: Rollout, functions) -> Rollout:
+    """The rollout with what is taken once, before its first update: importance weights, and advantages of another baseline.
+
+    Args:
+      params: of the policy before the first update.
+      rollout: with advantages.
+      functions: `UpdateFunctions`, or a `Learner`.
+    """
+    objective = functions.settings.objective
+    if objective.correction.weighs:
+        rollout = functions.correct(params, rollout)
+    if objective.advantage.minimum_variance:
+        rollout = functions.move_baseline(params, rollout)
+    return rollout
+
+
 def train_on_rollout(state: LearnerState, rollout: Rollout, key, functions) -> tuple[LearnerState, RolloutReport]:
     """N minibatch updates, then one step of the multipliers: the order of things, for every way to compute them.
 
@@ -462,11 +453,7 @@ def train_on_rollout(state: LearnerState, rollout: Rollout, key, functions) -> t
       key: decides the shuffle.
       functions: `UpdateFunctions`, or a `Learner`.
     """
-    objective = functions.settings.objective
-    if objective.correction.weighs:
-        rollout = functions.correct(state.params, rollout)
-    if objective.advantage.minimum_variance:
-        rollout = functions.move_baseline(state.params, rollout)
+    rollout = before_updates(state.params, rollout, functions)
 
     def step(state, number):
         return functions.update(state, functions.minibatch(rollout, key, number))

@@ -22,6 +22,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
+from r2vpo_jax import waits
 from r2vpo_jax.verifiers import answers, extraction, functions, notation
 from r2vpo_jax.verifiers.kinds import KINDS
 from r2vpo_jax.verifiers.outcome import Check, Judgement, Outcome
@@ -159,15 +160,18 @@ class VerifierPool:
                 judgements[row] = Judgement(Outcome.WRONG, "empty, too long, or with braces that do not match")
             else:
                 waiting[kind, gold, extraction.extract(rf"\boxed{{{gold}}}")].append(row)
-        self._judge(waiting, judgements)
+        with waits.told("checking gold answers", len(waiting), "answers") as wait:
+            self._judge(waiting, judgements, wait)
         return {
             row: judgement.reason or "is judged wrong against itself"
             for row, judgement in enumerate(judgements)
             if judgement.outcome != Outcome.RIGHT
         }
 
-    def _judge(self, waiting, judgements) -> None:
+    def _judge(self, waiting, judgements, wait: waits.Wait | None = None) -> None:
         def done(rows, reply):
+            if wait is not None:
+                wait.add(1)
             if not isinstance(reply, Judgement):
                 right = reply.get("right")
                 if right not in (True, False):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from planner.topologies import Chip
 from r2vpo_jax import models, sharding
+from r2vpo_jax.models import lora
 from r2vpo_jax.models.decoder import abstract_params, logical_axes
 from r2vpo_jax.sampler.segments import column_sizes
 
@@ -100,6 +101,14 @@ class Arithmetic:
         """A device's part of the parameters, how many."""
         return sum(self.share(axes, shape) for axes, shape, _ in self._parameters)
 
+    def trained(self) -> float:
+        """Those of them that are trained: adapters, where there are any."""
+        if self.config.lora is None:
+            return self.parameters()
+        axes, shapes = (lora.split(tree)[0] for tree in (logical_axes(self.model), abstract_params(self.model)))
+        axes = jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple))
+        return sum(self.share(a, x.shape) for a, x in zip(axes, jax.tree.leaves(shapes), strict=True))
+
     def gathered(self) -> float:
         """Those that a decode step reads: layers whole but for the tensor axis, and the unembedding."""
         layers = sum(
@@ -121,13 +130,14 @@ class Arithmetic:
 
     def least_memory(self) -> dict[str, float]:
         """Bytes that must be there at one time, whatever the compiler does, by program."""
-        c, part = self.config, self.parameters()
-        weights = part * jnp.dtype(c.param_dtype).itemsize
-        moments, copy = 8 * part, jnp.dtype(c.compute_dtype).itemsize
-        sampler = weights + moments + copy * part + self.cache_bytes(self.workload.columns[-1])
+        c, part, trained = self.config, self.parameters(), self.trained()
+        weights = trained * c.param_dtype.itemsize + (part - trained) * c.weights_dtype.itemsize
+        moments, copy = 8 * trained, c.compute_dtype.itemsize
+        copied = trained if c.weights_dtype == c.compute_dtype else part  # frozen weights are shared
+        sampler = weights + moments + copy * copied + self.cache_bytes(self.workload.columns[-1])
         if self.mesh.shape["fsdp"] > 1:  # beside the copy that is split
             sampler += copy * self.gathered()
-        return {"sampler": sampler, "update": weights + moments + 4 * part}
+        return {"sampler": sampler, "update": weights + moments + 4 * trained}
 
     # Operations ----------------------------------------------------------------------------------------------
 
@@ -154,9 +164,13 @@ class Arithmetic:
         row = self._forward(size, self.attended(size), w.response_length)
         group = w.group_size * self._forward(w.response_length, size, w.response_length)
         sampled = w.prompts_at_a_time * (self._forward(prompt, self.attended(prompt), 1) + group)
-        passes = 4 if self.config.remat else 3  # backward costs two, and the forward pass is done twice
+        passes = self._passes()
         counts = {"sampler": sampled, "scoring": w.rows * row, "update": passes * row * w.minibatch}
         return {name: count / self.devices for name, count in counts.items()}
+
+    def _passes(self) -> int:
+        """Forward passes that an update costs. Backward costs two, or one where weights are frozen."""
+        return 3 + self.config.remat - (self.config.lora is not None)
 
     # Time ----------------------------------------------------------------------------------------------------
 
@@ -179,12 +193,12 @@ class Arithmetic:
 
     def update(self, chip: Chip, received: float) -> Bound:
         """One optimizer update."""
-        passes = 4 if self.config.remat else 3
+        passes, trained = self._passes(), self.trained()
         micro = self.workload.minibatch // self.workload.micro_batch_size
         part, fsdp = self.parameters(), self.mesh.shape["fsdp"]
         itemsize = jnp.dtype(self.config.compute_dtype).itemsize
         # Each pass reads the weights; a micro-batch adds to the gradients; the optimizer reads four and writes three.
-        size = micro * (passes * itemsize * part * fsdp + 8 * part) + 28 * part
+        size = micro * (passes * itemsize * part * fsdp + 8 * trained) + 28 * trained
         return Bound(self.flops()["update"] / chip.flops, size / chip.bandwidth, received / chip.links)
 
     def scoring(self, chip: Chip, received: float) -> Bound:
@@ -205,13 +219,14 @@ class Arithmetic:
         c, w = self.config, self.workload
         data, fsdp, tensor = (self.mesh.shape[axis] for axis in ("data", "fsdp", "tensor"))
         itemsize, size = jnp.dtype(c.compute_dtype).itemsize, w.prompt_length + w.response_length
-        micro, part = w.minibatch // w.micro_batch_size, self.parameters()
+        micro, part, trained = w.minibatch // w.micro_batch_size, self.parameters(), self.trained()
 
         def of(devices):
             return (devices - 1) / devices
 
         rows = self.share(("batch",), (w.prompts_at_a_time,)) * w.group_size
         sums = 2 * 2 * of(tensor) * c.num_layers * c.hidden_size * itemsize  # of a token, after attention and the MLP
-        per_update = fsdp * part * of(fsdp) * (2 * itemsize + 4) + 2 * of(data) * 4 * part  # weights twice, gradients
+        # Weights twice, and gradients.
+        per_update = fsdp * of(fsdp) * (2 * itemsize * part + 4 * trained) + 2 * of(data) * 4 * trained
         per_update += 3 * sums * w.micro_batch_size / (data * fsdp) * size
         return {"step": rows * sums, "update": micro * per_update}

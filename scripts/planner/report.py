@@ -12,6 +12,7 @@ from planner.hlo import COLLECTIVES, Traffic
 from planner.programs import SAMPLING, Report
 from planner.search import Candidate
 from planner.topologies import Chip
+from r2vpo_jax.models import lora
 from r2vpo_jax.training.learner import Learner
 
 
@@ -42,21 +43,25 @@ class Plan:
 
     def __post_init__(self):
         run = self.run
+        config = run.model.config
         self.weights = device_bytes(run.abstract_params, run.param_shardings)
-        self.copy = device_bytes(run.abstract_params, run.param_shardings, run.model.config.compute_dtype)
+        self.sampled = device_bytes(run.abstract_params, run.param_shardings, config.compute_dtype)
+        # Frozen weights that have the compute dtype are the sampler's too.
+        frozen = device_bytes(*(lora.split(tree)[1] for tree in (run.abstract_params, run.param_shardings)))
+        self.shared = frozen if config.weights_dtype == config.compute_dtype else 0
         self.optimizer = device_bytes(run.abstract_state.opt_state, run.state_shardings.opt_state)
 
     def parameters(self, name: str) -> int:
         """Bytes of those that a program reads."""
-        return {"segment": self.copy, "sampler": self.copy, "regroup": 0}.get(name, self.weights)
+        return {"segment": self.sampled, "sampler": self.sampled, "regroup": 0}.get(name, self.weights)
 
     def moments(self, name: str) -> int:
         return self.optimizer if name == "update" else 0
 
     def beside(self, name: str) -> int:
         """Bytes of what the program does not read and stays on the device all the same."""
-        learner = self.weights + self.optimizer
-        return {"scoring": self.optimizer, "update": 0, "regroup": learner + self.copy}.get(name, learner)
+        learner = self.weights + self.optimizer - self.shared
+        return {"scoring": self.optimizer, "update": 0, "regroup": learner + self.sampled}.get(name, learner)
 
     def total(self, name: str) -> int:
         report = self.reports[name]

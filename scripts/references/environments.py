@@ -43,13 +43,17 @@ def execute(command, doing):
         raise EnvironmentFailedError(f"{doing}: {reason(error.stderr, error.returncode)}") from None
 
 
-def interpreter(package):
+def interpreter(package, pins=None):
     """The Python of a package's own environment, made or brought to the pinned versions if need be.
+
+    Args:
+      package: names the environment.
+      pins: its packages with their versions; default those of `PINS`.
 
     Raises:
       EnvironmentFailedError: it cannot be made.
     """
-    folder, pins, versions = REFERENCES.parents[1] / ".cache" / "references" / package, PINS[package], {}
+    folder, pins, versions = REFERENCES.parents[1] / ".cache" / "references" / package, pins or PINS[package], {}
     python = folder / "bin" / "python"
     if python.exists():
         listed = json.loads(execute([python, "-m", "pip", "list", "--format=json"], f"looking at {folder}"))

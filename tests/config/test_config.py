@@ -9,6 +9,7 @@ from r2vpo_jax.config import (
     AlarmConfig,
     ArithmeticConfig,
     Config,
+    LoraConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
@@ -92,6 +93,19 @@ SPLITS = {"train": "word_problems", "validation": "word_problems", "test": "word
         (ModelConfig, {"param_dtype": "int8"}, "model.param_dtype='int8'"),
         (ModelConfig, {"export_dtype": "int8"}, "model.export_dtype='int8'"),
         (ModelConfig, {"attention_block_size": -1}, "model.attention_block_size must be at least 0"),
+        (LoraConfig, {"rank": -1}, "model.lora.rank must be at least 0"),
+        (LoraConfig, {"alpha": 0.0}, "model.lora.alpha must be a number > 0"),
+        (
+            LoraConfig,
+            {"base_dtype": "int8"},
+            "model.lora.base_dtype='int8' is unknown; one of compute, float32, bfloat16",
+        ),
+        (LoraConfig, {"target_modules": ()}, "model.lora.target_modules is empty: nothing would be trained"),
+        (
+            LoraConfig,
+            {"target_modules": ("q_proj", "lm_head")},
+            r"model.lora.target_modules has \['lm_head'\], .* there are for q_proj, k_proj, .*, down_proj",
+        ),
     ],
 )
 def test_values_out_of_range_name_their_field(section, fields, message):

@@ -24,8 +24,9 @@ def compared(here, there=None):
 
 
 def test_every_name_on_the_lists_is_a_field_or_a_section():
-    made = config.make(task=TEXT, model=IN_16_BITS, replay=OVERLAPPED, trainer={"trackers": ("wandb",)})
-    fields = {path for path, _ in config.leaves(config.to_dict(config.from_flags(made)))}
+    shared = {"task": TEXT, "model": IN_16_BITS, "replay": OVERLAPPED, "trainer": {"trackers": ("wandb",)}}
+    made = [config.make(**shared, sampler={"engine": engine}) for engine in ("own", "endpoint")]
+    fields = {path for each in made for path, _ in config.leaves(config.to_dict(config.from_flags(each)))}
     sections = {path.partition(".")[0] for path in fields}
     assert not {*continuing.FREE, *continuing.ROUNDING} - fields - sections
 
@@ -67,6 +68,7 @@ def test_a_run_may_sample_beside_learning_from_now_on():
         ({"model": {"compute_dtype": "bfloat16"}, "trainer": {"max_noise_floor": 1e-6}}, "refused"),
         ({"objective": {"name": "grpo"}}, "refused"),
         ({"sampler": {"temperature": 0.9}}, "refused"),
+        ({"model": {"lora": {"rank": 2}}}, "refused"),
     ],
 )  # fmt: skip
 def test_a_change_of_one_field(changed, kind):

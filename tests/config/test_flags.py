@@ -215,6 +215,15 @@ CONDITIONAL = [
     ({"objective.correction.step_scaling": "sqrt"}, {"objective.correction.step_reference": 0.5}),
     ({"replay.draw": "mixed", "replay.capacity": 2}, {"replay.stale_fraction": 0.25}),
     ({"model.compute_dtype": "bfloat16"}, {f"model.{name}": True for name in FLOAT32_SWITCHES}),
+    (
+        {"model.lora.rank": 4},
+        {
+            "model.lora.alpha": 8.0,
+            "model.lora.target_modules": ("q_proj", "down_proj"),
+            "model.lora.use_rslora": True,
+            "model.lora.base_dtype": "bfloat16",
+        },
+    ),
     ({"task.name": "arithmetic"}, {"task.arithmetic.max_operands": 3}),
     (
         {"task.name": "text", **{f"task.text.{split}": "gsm8k" for split in ("train", "validation", "test")}},

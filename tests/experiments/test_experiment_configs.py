@@ -38,6 +38,7 @@ def test_small_runs(name):
     [
         ("sweep_variance", (), {"r2vpo_fixed": 4, "r2vpo": 4, "ppo_clip": 4}, 36),
         ("sweep_variance", ("smoke",), {"r2vpo_fixed": 2, "r2vpo": 2, "ppo_clip": 2}, 24),
+        ("sweep_lora", (), {"r2vpo": 4}, 12),
         ("sweep_presets", (), dict.fromkeys(config.PRESETS, 1), len(config.PRESETS)),
     ],
 )

@@ -15,7 +15,7 @@ def random_params(model, seed=0):
     generator = np.random.default_rng(seed)
 
     def draw(path, leaf):
-        spread = {"embed": 0.6, "lm_head": 0.3, "kernel": 0.3, "bias": 0.3, "scale": 0.2}[path[-1].key]
+        spread = {"embed": 0.6, "scale": 0.2}.get(path[-1].key, 0.3)
         center = 1.0 if path[-1].key == "scale" else 0.0
         return np.asarray(center + spread * generator.standard_normal(leaf.shape), leaf.dtype)
 

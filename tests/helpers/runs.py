@@ -12,6 +12,7 @@ from r2vpo_jax.errors import Stopped
 from r2vpo_jax.run import files
 from r2vpo_jax.run.checkpoints import Checkpointer
 from r2vpo_jax.training.learner import Learner
+from r2vpo_jax.training.learner_state import without_frozen
 from r2vpo_jax.training.trainer import train
 from tests.helpers.paths import ROOT
 
@@ -45,7 +46,8 @@ def final_state(workdir, config, tiny_model, mesh):
     """What the last checkpoint holds, on the host, and the progress saved with it."""
     learner = Learner(tiny_model[0], config, mesh)
     checkpointer = Checkpointer(workdir / "checkpoints", max_to_keep=2)
-    state, progress = checkpointer.restore(checkpointer.latest(), learner.abstract_state, learner.state_shardings)
+    there = map(without_frozen, (learner.abstract_state, learner.state_shardings))
+    state, progress = checkpointer.restore(checkpointer.latest(), *there)
     checkpointer.close()
     return sharding.to_host(state), progress
 

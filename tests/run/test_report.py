@@ -5,12 +5,13 @@ import json
 import pytest
 from matplotlib.figure import Figure
 
-from r2vpo_jax import ratio_stats
-from r2vpo_jax.run import report
+from r2vpo_jax import config, ratio_stats
+from r2vpo_jax.run import figures, report
+from r2vpo_jax.run import summary as run_summary
 
 
 def rows_and_arguments():
-    """The rows of a run of 4 iterations, and what `report.summarize` is given besides."""
+    """The rows of a run of 4 iterations, and what `summary.summarize` is given besides."""
     names = (
         "policy/entropy", "ratio/max", "clip/fraction", "clip/gradient_share", "reward/mean", "optimizer/grad_norm",
         "ratio/variance_mean", "ratio/top_permille_share", "keeps/at_stake", "keeps/top_permille_gradient",
@@ -46,7 +47,7 @@ def rows_and_arguments():
 @pytest.fixture
 def summary(tiny_config):
     rows, others = rows_and_arguments()
-    return report.summarize(tiny_config(), rows, **others), rows
+    return run_summary.summarize(tiny_config(), rows, **others), rows
 
 
 def test_summary(summary):
@@ -67,28 +68,28 @@ def test_a_summary_has_a_budget_only_if_it_is_adaptive(name, coef, tiny_config, 
     rows, others = rows_and_arguments()
     if not coef:
         rows = [{key: value for key, value in row.items() if not key.startswith("dual/")} for row in rows]
-    made = report.summarize(tiny_config(objective={"name": name}), rows, **others)
+    made = run_summary.summarize(tiny_config(objective={"name": name}), rows, **others)
     assert (made["adaptive"], made["variance_budget"], made["final_variance_coef"]) == (False, None, coef)
-    assert "budget" not in report.table(made)
+    assert "budget" not in run_summary.table(made)
     if not coef:  # drawn without the curve of a multiplier
-        (tmp_path / "config.json").write_text("{}")
+        (tmp_path / "config.json").write_text(json.dumps(config.to_dict(tiny_config(objective={"name": name}))))
         report.write(tmp_path, made, rows)
         assert report.read_summary(tmp_path) == made
 
 
-def test_report_files_and_rewrite(summary, tmp_path):
+def test_report_files_and_rewrite(summary, tiny_config, tmp_path):
     made, rows = summary
     with pytest.raises(ValueError, match="does not hold a finished run"):
         report.rewrite(tmp_path)
-    (tmp_path / "config.json").write_text('{"seed": 0}')
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict(tiny_config())))
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     report.write(tmp_path, made, rows)
     assert report.read_summary(tmp_path) == made
-    text = report.table(made)
+    text = run_summary.table(made)
     assert "0.500 [0.200, 0.300]" in text
     assert "1+2= | 3<eos> | 3<eos>" in text
     assert "25 % retained, restoring 200 %" in text
-    assert "retained" not in report.table(made | {"retained": None, "restoring": None})
+    assert "retained" not in run_summary.table(made | {"retained": None, "restoring": None})
     page = (tmp_path / "report" / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 2
     assert "3&lt;eos&gt;" in page, "model output is escaped"
@@ -103,7 +104,7 @@ def drawn(made, rows, draw):
 
 def test_the_two_panels_say_what_they_show(summary):
     made, rows = summary
-    left, right, second = drawn(made, rows, report._draw_summary)
+    left, right, second = drawn(made, rows, figures._draw_summary)
     assert (left.get_ylabel(), right.get_ylabel(), second.get_ylabel()) == ("pass@1", "V = E[(r − 1)²]", "multiplier λ")
     assert all(ax.get_title() and ax.get_xlabel() for ax in (left, right))
     curves = {line.get_label(): line.get_xydata() for ax in (left, right, second) for line in ax.get_lines()}
@@ -117,14 +118,14 @@ def test_the_two_panels_say_what_they_show(summary):
 def test_a_figure_without_a_multiplier_has_neither_budget_nor_second_axis(summary):
     made, rows = summary
     rows = [{name: value for name, value in row.items() if not name.startswith("dual/")} for row in rows]
-    _, right = drawn(made | {"variance_budget": None, "adaptive": False}, rows, report._draw_summary)
+    _, right = drawn(made | {"variance_budget": None, "adaptive": False}, rows, figures._draw_summary)
     assert right.get_title() == "Ratio variance V"
     assert not [line for line in right.get_lines() if "budget" in line.get_label()]
 
 
 def test_the_nine_panels_have_titles_and_axis_names(summary):
-    axes = drawn(*summary, report._draw_curves)
+    axes = drawn(*summary, figures._draw_curves)
     assert len(axes) == 9
     assert all(ax.get_title() and ax.get_ylabel() for ax in axes)
     assert len([ax for ax in axes if ax.get_xlabel() == "iteration (rollout batch)"]) == 8, "one has bars"
-    assert list(report._KINDS_OF_TOKENS) == list(ratio_stats.SPLITS[1:])
+    assert list(figures._KINDS_OF_TOKENS) == list(ratio_stats.SPLITS[1:])

@@ -332,6 +332,7 @@ def test_a_kill_while_results_are_written_is_made_good(whole, configs, tmp_path,
         ({"mesh": {"fsdp": 2}}, "mesh.fsdp and mesh.tensor split a model"),
         ({"mesh": {"tensor": 2}}, "mesh.fsdp and mesh.tensor split a model"),
         ({"seed": 2**31}, "seed=2147483648: "),
+        ({"model": {"lora": {"rank": 2}}}, "model.lora has frozen weights, which each run would hold a copy of"),
     ],
 )
 def test_what_only_a_host_can_do_is_refused(make, sections, reason):

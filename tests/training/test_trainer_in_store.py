@@ -12,10 +12,12 @@ from r2vpo_jax import storage
 from r2vpo_jax.errors import UsageError
 from r2vpo_jax.evaluation import benchmarks, exports, settings
 from r2vpo_jax.run import checkpoints, directory, files, report
+from r2vpo_jax.run import summary as run_summary
 from r2vpo_jax.training.trainer import train
 from tests.helpers.paths import ROOT
+from tests.helpers.processes import free_port
 from tests.helpers.runs import assert_same_run, rows
-from tests.test_distributed import finish, free_port, start
+from tests.test_distributed import finish, start
 
 KILLED = """
 import json, os, pathlib, signal, sys
@@ -61,7 +63,7 @@ def test_killed_and_continued_it_is_the_run_that_a_disk_has(
     assert f"checkpoint {last} is torn (state/{file} is damaged); falling back to the one before" in said
     assert_same_run(there, here, config, tiny_model, mesh)
     assert not storage.sizes(there / "lease"), "the lease was given back"
-    assert report.rewrite(str(there)) == report.table(summary)
+    assert report.rewrite(str(there)) == run_summary.table(summary)
     for model in (here, there):
         exports.export(str(model), "last", (tmp_path if model is here else store) / "exported", say=lambda _: None)
         chosen = settings.resolve(model=str(model), num_problems=8, k=2)
