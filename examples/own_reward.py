@@ -10,11 +10,8 @@ LONGEST = 56  # tokens
 
 
 def brevity(questions, responses, answers, response_lengths):
-    """1 for nothing at all, 0 for the longest response. None, "does not apply", for one without a box."""
-    return [
-        1 - length / LONGEST if "\\boxed" in response else None
-        for response, length in zip(responses, response_lengths, strict=True)
-    ]
+    """1 for nothing at all, 0 for the longest response. (None would say: does not apply to this one.)"""
+    return [1 - length / LONGEST for length in response_lengths]
 
 
 def get_config():
