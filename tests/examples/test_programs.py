@@ -27,6 +27,7 @@ def test_the_reward_of_the_language_model_by_hand():
     assert mask.sum(axis=1).tolist() == [4, 2, 6, 2]
 
 
+@pytest.mark.slow
 def test_the_language_model_learns(capsys):
     """A few batches, by the adaptive multiplier; the whole of it is what examples/README.md says."""
     rewards = nnx_language_model.train(iterations=20)
@@ -35,6 +36,7 @@ def test_the_language_model_learns(capsys):
     assert re.fullmatch(r"iteration  20  reward 0\.\d{3}  V 0\.\d{4}  lambda \d\.\d\d", line)
 
 
+@pytest.mark.slow
 def test_the_step_of_tunix_and_its_stand_in():
     """One update of the whole batch is four micro-batches, each a quarter of it; with tunix installed, its own step is the same."""
     rewards = tunix_grpo.train(iterations=3, stand_in=True)
@@ -42,6 +44,7 @@ def test_the_step_of_tunix_and_its_stand_in():
     assert all(map(math.isfinite, rewards))
 
 
+@pytest.mark.slow
 def test_the_real_tunix_comes_to_the_same():
     pytest.importorskip("tunix", reason="pip install google-tunix==0.1.7; it is in no extra")
     from tunix.rl import function_registry

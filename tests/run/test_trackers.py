@@ -184,6 +184,7 @@ def killed_after(number):
     return on_iteration
 
 
+@pytest.mark.slow
 def test_a_run_killed_and_continued_is_one_run_in_all_of_them(wandb, no_network, tiny_config, tmp_path):
     """Killed after 3, with a checkpoint at 2. In the sweep that it is of; nothing is sent anywhere."""
     sweep = tmp_path / "grid"
