@@ -171,6 +171,8 @@ def torn_groups_are_held_by_all(*_):
     """Six groups of two rows over four devices: a device has one and a half."""
     spread = rows.rows_of(sharding.make_mesh((2, 2, 1)), 6, 2)
     assert spread.is_all == (jax.process_count() != 2)
+    if spread.is_all:
+        assert spread.told(np.float32([jax.process_index()])) == 0, "what process 0 says"
     if jax.process_count() == 4:
         assert "6 groups of 2 rows are not spread over the 4 processes" in spread.why_all()
 

@@ -2,8 +2,14 @@
 
 import http.client
 import json
+import os
+import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
+import types
 import urllib.parse
 
 import jax
@@ -17,6 +23,7 @@ from r2vpo_jax.rows import all_rows
 from r2vpo_jax.sampler.endpoint import Endpoint, EndpointSampler
 from r2vpo_jax.sampler.protocol import OwnSampler, Published
 from tests.helpers.engines import served, wait_for
+from tests.helpers.paths import ROOT
 
 KEY = jax.random.key(3)
 
@@ -61,7 +68,7 @@ def sample(with_sampler, weights, batch, mesh):
 def through(server, batch, model, mesh, **settings):
     endpoint = Endpoint(EndpointConfig(url=server.url, **settings))
     endpoint.check(20)
-    return sample(EndpointSampler(endpoint, model), Published(0), batch, mesh)
+    return sample(EndpointSampler(endpoint, model), Published(0, "default"), batch, mesh)
 
 
 def test_it_gives_the_tokens_that_a_run_would_have_drawn_itself(server, batch, rollout, tiny_model, mesh):
@@ -216,3 +223,22 @@ def test_it_ends_whatever_is_going_on(tiny_checkpoint):
         with pytest.raises(OSError, match="refused"):
             ask(server, "/health", None, "GET")
         server.close = lambda: None
+
+
+@pytest.mark.slow  # a process that starts JAX
+def test_the_command(tiny_checkpoint):
+    """It says where it is, serves, and ends at a signal."""
+    command = [sys.executable, "-m", "experiments.serve", f"--model={tiny_checkpoint}", "--name=policy", "--port=0"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        line = process.stdout.readline()
+        (url,) = re.findall(r"^serving policy at (http://127.0.0.1:\d+); Ctrl-C ends it$", line)
+        there = types.SimpleNamespace(url=url)
+        assert complete(there)["model"] == "policy"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.communicate()

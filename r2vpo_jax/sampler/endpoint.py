@@ -84,8 +84,12 @@ class Endpoint:
 
 
 def _listed(names: list[str]) -> str:
-    shown = ", ".join("".join(c if c.isprintable() else "?" for c in name)[:80] for name in names[:5])
+    shown = ", ".join(map(_shown, names[:5]))
     return f"{shown or 'no model'}{' …' if len(names) > 5 else ''}"
+
+
+def _shown(name: str) -> str:
+    return "".join(letter if letter.isprintable() else "?" for letter in name)[:80]
 
 
 class EndpointSampler:
@@ -105,7 +109,7 @@ class EndpointSampler:
         self._biases = {str(i): -100 for i in unknown} if len(unknown) <= _MOST_BIASES else {}
         self._counts = np.zeros(4)  # responses, requests that were repeated, seconds of all requests, tokens
         self._seconds = 0.0
-        self._names_versions = False
+        self._names_weights = False
 
     def sample(
         self, weights: Published, tokens, lengths, key, sampling: Sampling, *, problem_ids, version: int, rows: Rows
@@ -209,16 +213,16 @@ class EndpointSampler:
         limit = _BYTES + _BYTES_A_TOKEN * (len(prompt) + sampling.max_response_length)
         said = self._endpoint.wire.post("/v1/completions", body, limit=limit)
         answer = answers.read(said, prompt, sampling, self._num_tokens)
-        self._check_version(answer.weights, str(weights.version))
+        self._check_weights(answer.weights, weights.name)
         length, ended = answers.cut(answer, sampling, bool(self._stop))
         return answer.tokens[:length], answer.logps[:length], ended, time.perf_counter() - begun
 
-    def _check_version(self, said: str | None, given: str) -> None:
-        """Old servers take no version; one that has named ours names another when it was restarted, or given others."""
-        self._names_versions = self._names_versions or said == given
-        if said is not None and said != given and (self._names_versions or said.isdigit()):
+    def _check_weights(self, said: str | None, given: str) -> None:
+        """A server that takes no name always says the same; one that has named ours was restarted, or given others."""
+        self._names_weights = self._names_weights or said == given
+        if said is not None and said != given and (self._names_weights or said != "default"):
             raise EngineError(
-                f"the engine at {self._endpoint.config.url} answers with weights of version {said}, and was given {given}: it was "
+                f"the engine at {self._endpoint.config.url} answers with the weights {_shown(said)}, and was given {given}: it was "
                 "restarted, or another run uses it; the same command gives it the weights of this run again"
             )
 

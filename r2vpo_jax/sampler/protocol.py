@@ -60,3 +60,4 @@ class Published(NamedTuple):
     """The weights of a server: those that it was last given."""
 
     version: int  # optimizer updates done when they were
+    name: str  # of these and no others: what the server was told that they are called

@@ -67,7 +67,11 @@ class Engine:
 
     def __init__(self, base: BaseModel, *, weights: str = "compute", batch_size: int = 256):
         """Raises UsageError where the weights cannot be read."""
-        self.base, self._weights, self._batch_size = base, weights, batch_size
+        self.base, self._batch_size = base, batch_size
+        dtype = base.model.config.compute_dtype
+        self._as_served = jax.jit(
+            lambda params: rounded_weights(jax.tree.map(lambda x: x.astype(dtype), params), weights)
+        )
         self._stop_table = functools.lru_cache(maxsize=16)(lambda strings: stop_table(strings, base.tokenizer))
         self._mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
         self._params, self.version = self._as_served(base.load_params(self._mesh)), "default"
@@ -155,11 +159,6 @@ class Engine:
         path, version = work[0]
         self._params, self.version = self._as_served(models.load_params(path, self.base.model, self._mesh)), version
         return [None]
-
-    def _as_served(self, params):
-        dtype = self.base.model.config.compute_dtype
-        cast = jax.jit(lambda params: rounded_weights(jax.tree.map(lambda x: x.astype(dtype), params), self._weights))
-        return cast(params)
 
     def _answer(self, requests: list[Request]) -> list[Response]:
         settings = requests[0].settings

@@ -142,6 +142,13 @@ def _mode(plan: Plan, mode: str, processes: int | None, runs_at_once: int | None
         if refusal:
             say(f"the runs are made one by one, not fused: {refusal}")
         mode = "processes" if refusal else "fused"
+    if mode == "processes" and (processes or 1) > 1:
+        served = [run.name for run in plan.runs if run.config.sampler.engine != "own"]
+        if served:
+            raise UsageError(
+                f"--processes={processes}: {served[0]} is sampled by a server, which has the weights of one run at a time; leave "
+                "--processes out"
+            )
     if mode == "processes" and runs_at_once is not None:
         raise UsageError("--runs_at_once is for --mode=fused; of --mode=processes, --processes is what is alike")
     return mode

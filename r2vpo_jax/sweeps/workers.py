@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 import jax
 
 from r2vpo_jax.config import Config
-from r2vpo_jax.errors import NonFiniteUpdateError, Stopped, UsageError
+from r2vpo_jax.errors import EngineError, NonFiniteUpdateError, Stopped, UsageError
 from r2vpo_jax.run import directory, files
 from r2vpo_jax.run.interrupts import graceful_stop
 from r2vpo_jax.training import trainer
@@ -70,6 +70,7 @@ def train_here(jobs: Sequence[Job], say: Callable[[str], None]) -> None:
     Raises:
       Stopped: a run was stopped before its end (Ctrl-C); it goes on from there when it is given again.
       UsageError: something the user can put right, for this run and probably for all.
+      EngineError: the server that samples does not answer, this run and probably all.
     """
     for number, job in enumerate(jobs, 1):
         say(f"[{number}/{len(jobs)}] {job.name}")
@@ -82,12 +83,12 @@ def attempt(job: Job) -> str | None:
 
     Raises:
       Stopped: before its end, and saved.
-      UsageError: as of `trainer.train`.
+      UsageError, EngineError: as of `trainer.train`.
     """
     try:
         with directory.resolving(job.folder.parents[1]):  # as the sweep has
             trainer.train(job.config, job.folder, say=lambda _: None, started=time.perf_counter())
-    except (UsageError, Stopped):
+    except (UsageError, EngineError, Stopped):
         raise
     except Exception as error:
         collapsed = isinstance(error, NonFiniteUpdateError)

@@ -4,7 +4,9 @@ Weights are published as a Hugging Face directory on a disk that the server read
 follows is sampled with them, and stamped with their version, so that all that counts the age of data counts it right.
 """
 
+import hashlib
 import pathlib
+import secrets
 import shutil
 from collections.abc import Callable
 
@@ -48,16 +50,16 @@ def find(config: Config, workdir, tokens: int, say: Callable[[str], None]) -> En
     return engine
 
 
-def posts(config: EndpointConfig, path: str, version: int) -> list[tuple[str, dict]]:
+def posts(config: EndpointConfig, path: str, name: str) -> list[tuple[str, dict]]:
     """What a server is told of new weights: (path, body) of each request.
 
     Args:
       config: how.
       path: the directory.
-      version: optimizer updates done.
+      name: what they are called.
     """
     if config.publisher == "sglang":
-        body = {"model_path": path, "weight_version": str(version), "flush_cache": True}
+        body = {"model_path": path, "weight_version": name, "flush_cache": True}
         return [(config.publish_path or "/update_weights_from_disk", body)]
     body = {"method": "reload_weights", "kwargs": {"weights_path": path}}
     # vLLM keeps what it has computed of prompts, with the weights that were.
@@ -83,10 +85,8 @@ class PublishedWeights:
     def __init__(self, engine: Endpoint, scores: SamplerWeights, base: BaseModel, workdir, timers: Timers):
         self._engine, self._base, self._timers = engine, base, timers
         self.for_scores = scores.for_scores
-        given = engine.config.publish_dir
-        self._folder, self._is_ours = pathlib.Path(given or workdir / "published").resolve(), not given
-        self._now: Published | None = None
-        self._before: pathlib.Path | None = None
+        self._folder, self._now = _folder(engine.config, workdir), None
+        self._process = secrets.token_hex(4)  # so that no two runs give weights the same name
 
     def for_rollouts(self, state: LearnerState, iteration: int) -> Published:
         """What the server has from now on: the weights of this state, or older ones where it is not their turn.
@@ -103,7 +103,7 @@ class PublishedWeights:
         """
         version = int(jax.device_get(state.version))
         due = self._now is None or iteration % self._engine.config.publish_every == 0
-        if due and self._now != Published(version):
+        if due and (self._now is None or self._now.version != version):
             jax.block_until_ready(state.params)  # the updates before are no part of the time
             with self._timers("weights"):
                 self.publish(version, state.params)
@@ -117,31 +117,34 @@ class PublishedWeights:
         """Give the server these parameters.
 
         Args:
-          version: what they are called.
+          version: optimizer updates done.
           params: the learner's.
         """
         chief, path = jax.process_index() == 0, self._folder / f"version_{version:08d}"
         how = {"dtype": self._engine.config.publish_dtype, "write": chief, "compare": False}
         with usage_errors():
             self._base.export(path, params, **how)
+        name = f"{version}-{self._process}"
         if chief:
-            self._tell(path, version)
-            self._tidy(path)
-        cluster.of_first("weights of the engine", version)  # nobody asks for responses before
-        self._now = Published(version)
+            self._tell(path, name)
+            for folder in self._folder.glob("version_*"):
+                if folder != path:
+                    shutil.rmtree(folder)
+        # Nobody asks for responses before.
+        self._now = Published(version, cluster.of_first("weights of the engine", name))
 
-    def _tell(self, path: pathlib.Path, version: int) -> None:
-        for where, body in posts(self._engine.config, str(path), version):
+    def _tell(self, path: pathlib.Path, name: str) -> None:
+        for where, body in posts(self._engine.config, str(path), name):
             said = self._engine.wire.post(where, body, limit=_ANSWER_BYTES)
             if isinstance(said, dict) and said.get("success") is False:
                 raise UsageError(
                     f"the engine at {self._engine.config.url} does not take the weights in {path}: {str(said.get('message'))[:300]}"
                 )
 
-    def _tidy(self, path: pathlib.Path) -> None:
-        """Takes older weights away: what else is in a folder of the user's own is left alone."""
-        older = self._folder.glob("version_*") if self._is_ours else [self._before] if self._before else []
-        for folder in older:
-            if folder != path:
-                shutil.rmtree(folder)
-        self._before = path
+
+def _folder(config: EndpointConfig, workdir) -> pathlib.Path:
+    """Where weights are published. Runs may share a folder of the user's: each has one of its own in there."""
+    if not config.publish_dir:
+        return (workdir / "published").resolve()
+    digest = hashlib.sha256(str(storage.absolute(workdir)).encode()).hexdigest()[:8]
+    return pathlib.Path(config.publish_dir).resolve() / f"{workdir.name}_{digest}"

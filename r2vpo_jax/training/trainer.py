@@ -113,6 +113,7 @@ def train(
     Raises:
       Stopped: the run was stopped before its end, and saved.
       UsageError: bad input, or a directory that is in use, before anything is overwritten.
+      EngineError: the server that samples is gone.
       NonFiniteUpdateError: more non-finite updates in a row than allowed; the batch is saved.
     """
     say = say if jax.process_index() == 0 else lambda _: None

@@ -195,6 +195,11 @@ CONDITIONAL = [
     ({"mesh.sampler_devices": 4}, {"mesh.sampler_tensor": 2}),
     ({"trainer.trackers": ("tensorboard", "wandb")}, {"trainer.tracker_project": "mine"}),
     ({"replay.lag": 1, "replay.overlap": True}, {"replay.wait_limit": 60.0}),
+    (
+        {"sampler.engine": "own"},
+        {"sampler.weights": "int8", "sampler.segment_length": 8, "sampler.prompt_buckets": (4,)},
+    ),
+    ({"sampler.engine": "endpoint"}, {"sampler.endpoint.publish_every": 2, "sampler.endpoint.seeds": False}),
     ({"objective.groups.zero_variance": "resample"}, {"objective.groups.max_resamples": 3}),
     ({"objective.groups.overlong_penalty": 0.5}, {"objective.groups.overlong_buffer": 0.5}),
     (
@@ -242,6 +247,7 @@ PLAIN = {
 @pytest.mark.parametrize(("settings", "fields"), CONDITIONAL, ids=lambda x: ",".join(x))
 def test_a_field_without_effect_is_neither_kept_nor_shown_nor_saved(settings, fields):
     base = {"objective.loss.name": "r2vpo"} if "objective.dual.adaptive" in settings else {}
+    plain = PLAIN | ({"sampler.engine": "endpoint"} if settings == {"sampler.engine": "own"} else {})
     with_effect = nested(PLAIN | base | settings | fields)
     assert config.without_effect(with_effect) == []
     made = config.from_dict(with_effect)
@@ -251,10 +257,10 @@ def test_a_field_without_effect_is_neither_kept_nor_shown_nor_saved(settings, fi
 
     if "task.options.length" in fields:
         return  # options of a shipped task are refused
-    off = nested(PLAIN | fields)
+    off = nested(plain | fields)
     made = config.from_dict(off)
     assert config.without_effect(off) == list(fields)
-    assert made == config.from_dict(nested(PLAIN)), "as if it had not been given"
+    assert made == config.from_dict(nested(plain)), "as if it had not been given"
     assert not fields.keys() & dict(leaves(config.to_dict(made))).keys()
     assert not fields.keys() & shown(config.describe(made)).keys()
 
@@ -274,7 +280,7 @@ def test_every_conditional_field_is_in_the_table():
     visit(Config, "", True)
     tried = {path for settings, fields in CONDITIONAL for path in (*settings, *fields)} | {"task.options"}
     # Of a section that comes or goes as a whole, some fields are enough.
-    whole = ("task.prompt.", "task.verifier.", "task.reward.", "task.arithmetic.", "task.text.")
+    whole = ("sampler.endpoint.", "task.prompt.", "task.verifier.", "task.reward.", "task.arithmetic.", "task.text.")
     assert {path for path in conditional - tried if not path.startswith(whole)} == {"objective.kl.target"}
 
 

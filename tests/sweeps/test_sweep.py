@@ -226,6 +226,11 @@ def test_bad_input_is_refused_before_anything_runs(base, tmp_path, training):
     bad = SweepConfig(cells=grid.product(grid.values("objective.name", "ppo_clip"), grid.values(CLIP, 0.2, 1.5)))
     with pytest.raises(UsageError, match="clip_low"):
         sweep(base, tmp_path / "a", bad)
+    served = base | {"sampler": base.get("sampler", {}) | {"engine": "endpoint"}}
+    with pytest.raises(
+        UsageError, match="--processes=2: .* is sampled by a server, which has the weights of one run at a time"
+    ):
+        sweep(served, tmp_path / "a", processes=2)
     assert training.calls == []
     assert not (tmp_path / "a").exists()
     sweep(base, tmp_path / "b")

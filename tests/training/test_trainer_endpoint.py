@@ -10,6 +10,7 @@ import pytest
 from r2vpo_jax.errors import EngineError, UsageError
 from r2vpo_jax.training import overlapped
 from r2vpo_jax.training.trainer import train
+from tests.helpers import processes
 from tests.helpers.engines import MODELS, served, stub
 from tests.helpers.runs import rows, train_rows, undocumented
 
@@ -28,15 +29,15 @@ CALM = {"epsilon": 1e-2}
 
 @pytest.fixture(scope="module")
 def configure(tiny_config):
-    def make(server=None, *, trainer=None, objective=None, replay=None, **endpoint):
+    def make(server=None, *, trainer=None, optimizer=None, objective=None, replay=None, model=None, **endpoint):
         there = (
             {}
             if server is None
             else {"engine": "endpoint", "endpoint": {"url": server.url, "patience": 2.0} | endpoint}
         )
         return tiny_config(
-            trainer=QUICK | (trainer or {}), optimizer=CALM, evaluation={"batch_size": 64}, sampler=there,
-            objective=objective or {}, replay=replay or {},
+            trainer=QUICK | (trainer or {}), optimizer=CALM | (optimizer or {}), evaluation={"batch_size": 64},
+            sampler=there, objective=objective or {}, replay=replay or {}, model=model or {},
         )  # fmt: skip
 
     return make
@@ -90,7 +91,9 @@ def test_a_run_through_a_server_samples_what_it_would_sample_itself(own, server,
     trained = train_rows(tmp_path / "run")
     assert [row["engine/requests"] for row in trained] == [16] * 3
     assert [row["engine/weights_age"] for row in trained] == [0] * 3
-    assert not undocumented(name for row in trained for name in row)
+    new = set(trained[0]) - set(train_rows(own[0])[0])
+    assert {name.partition("/")[0] for name in new} == {"engine", "time", "throughput"}
+    assert not undocumented(new)
     scores = [[row["pass_at_1"] for row in rows(path) if "pass_at_1" in row] for path in (tmp_path / "run", own[0])]
     assert scores[0] == scores[1]
     (published,) = (tmp_path / "run" / "published").iterdir()
@@ -144,9 +147,10 @@ def test_a_server_may_sample_beside_learning(server, configure, tmp_path):
 
 @pytest.mark.slow
 def test_old_weights_are_stamped_as_such(server, configure, tmp_path):
-    """Every second iteration: what is sampled between is as old as it says, and the multiplier sees what updates add."""
-    config = configure(server, publish_every=2, trainer={"num_iterations": 4}, publish_dir=str(tmp_path / "shared"))
-    (tmp_path / "shared" / "version_of_someone").mkdir(parents=True)
+    """Every second iteration: what is sampled between is as old as it says. Adapters are published merged."""
+    settings = {"trainer": {"num_iterations": 4}, "optimizer": {"learning_rate": 0.03}, "model": {"lora": {"rank": 2}}}
+    config = configure(server, publish_every=2, publish_dir=str(tmp_path / "shared"), **settings)
+    (tmp_path / "shared" / "run_of_someone" / "version_00000004").mkdir(parents=True)
     found, _ = watched(config, tmp_path / "run")
     assert [set(batch.version.tolist()) for batch in found.batches] == [{0}, {0}, {8}, {8}]
     trained = train_rows(tmp_path / "run")
@@ -154,7 +158,9 @@ def test_old_weights_are_stamped_as_such(server, configure, tmp_path):
     assert [row["version"] for row in trained] == [4, 8, 12, 16]
     first = [row["ratio/variance_first"] for row in trained]
     assert max(first[0], first[2]) < 1e-9 < 1e-6 < min(first[1], first[3])
-    assert {path.name for path in (tmp_path / "shared").iterdir()} == {"version_of_someone", "version_00000008"}
+    ours, other = sorted((tmp_path / "shared").iterdir(), key=lambda path: path.name == "run_of_someone")
+    assert [path.name for path in ours.iterdir()] == ["version_00000008"]
+    assert [path.name for path in other.iterdir()] == ["version_00000004"], "what is another's is left alone"
     assert not (tmp_path / "run" / "published").exists()
 
 
@@ -178,6 +184,29 @@ def test_the_mismatch_of_a_server_is_measured_refused_and_corrected(tiny_checkpo
         assert row["correction/weight_mean"] != 1.0
         assert 0 < row["correction/effective_sample_size"] <= 1.0
         assert "correction/left_out" in row
+
+
+@pytest.mark.slow
+def test_processes_ask_for_their_own_rows(own, server, config_file, tmp_path):
+    """Two processes: each response is asked for once, by one of them, and is the one that it is on one process."""
+    fields = {f"trainer.{name}": value for name, value in QUICK.items()} | {"optimizer.epsilon": CALM["epsilon"]}
+    fields |= {"evaluation.batch_size": 64, "mesh.data": 2, "sampler.engine": "endpoint"}
+    asked, submit = [], server._engine.submit
+    server._engine.submit = lambda request: (asked.append(request.seed), submit(request))[1]
+    flags = [f"--config.{name}={value}" for name, value in fields.items()]
+    ended = processes.run(
+        config_file, tmp_path / "run", 2, *flags, f"--config.sampler.endpoint.url={server.url}", heartbeat=60
+    )
+    assert "rollouts: sampled by policy" in ended[0].output
+    assert "rollouts: sampled by policy" not in ended[1].output
+    # The noise floor is measured on the responses of the first iteration.
+    assert sorted(asked) == sorted([*asked[:16], *set(asked)]), "once each"
+    assert len(asked) == 16 * 4
+    trained, expected = train_rows(tmp_path / "run"), train_rows(own[0])
+    assert [row["engine/requests"] for row in trained] == [16] * 3
+    for name in ("rollout_tokens", "reward/mean", "response/length", "response/length_max"):
+        assert [row[name] for row in trained] == [row[name] for row in expected], name
+    assert [path.name for path in (tmp_path / "run" / "published").iterdir()] == ["version_00000008"]
 
 
 def test_what_cannot_work_is_refused_before_weights_are_read(configure, tmp_path, monkeypatch):
