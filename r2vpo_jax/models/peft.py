@@ -14,7 +14,7 @@ from r2vpo_jax.models.decoder import Decoder
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def save_adapters(path, model: Decoder, params, *, base: str, write: bool = True) -> None:
+def save_adapters(path, model: Decoder, params, *, base: str, revision: str | None = None, write: bool = True) -> None:
     """Write the adapters, in their own dtype and under the names that PEFT gives them.
 
     Args:
@@ -22,6 +22,7 @@ def save_adapters(path, model: Decoder, params, *, base: str, write: bool = True
       model: a decoder with adapters.
       params: its parameters: NumPy, or on devices.
       base: where the model under the adapters is, for base_model_name_or_path.
+      revision: its commit, where that is a name on the Hub.
       write: False on all processes of a pod but one: they only take part in fetching.
 
     Raises:
@@ -46,6 +47,7 @@ def save_adapters(path, model: Decoder, params, *, base: str, write: bool = True
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(base),
+        "revision": revision,
         "r": config.rank,
         "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
         "use_rslora": config.use_rslora,
