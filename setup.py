@@ -61,6 +61,7 @@ setup(
         ],
         # Weights & Biases and Trackio (docs/metrics.md)
         "trackers": ["trackio>=0.43,<0.44", "wandb>=0.31,<0.32"],
+        "examples": ["ipykernel>=7,<8", "nbclient>=0.11,<0.12", "nbformat>=5.10,<6", "pandas>=2.3,<4"],
         "libtpu": ["libtpu>=0.0.42,<0.0.43"],
         "dev": [
             "build>=1.2,<2",

@@ -102,6 +102,10 @@ class Resolved:
             self.found[key] = {"commit": self._share(f"the commit of {key}", commit), "files": {}}
         return self.found[key]["commit"]
 
+    def is_begun(self, name: Name) -> bool:
+        """Whether the commit of a name's repository is what something was begun with."""
+        return name.repository in self._begun or (self._outer is not None and self._outer.is_begun(name))
+
     def add(self, name: Name, files: Mapping[str, str]) -> None:
         """Files of a name's repository were read, with these digests.
 
@@ -282,8 +286,10 @@ def _spoken(name: Name, here: Resolved | None = None) -> Iterator[None]:
             f"{name.text}: there is no {name.kind} {name.id} at {constants.ENDPOINT}, or it may not be seen; if it is private, {_LOG_IN}"
         ) from error
     except errors.RevisionNotFoundError as error:
-        if here is None:
-            raise UsageError(f"{name.text}: {name.id} has no branch, tag or commit {name.revision}") from error
+        if here is None or not here.is_begun(name):
+            raise UsageError(
+                f"{name.text}: {name.id} has no branch, tag or commit {name.revision or 'main'}"
+            ) from error
         raise UsageError(
             f"{name.text}: {name.id} no longer has the commit {here.commit(name)}, which this was begun with; put its files back into the "
             f"cache {constants.HF_HUB_CACHE}, or start anew"

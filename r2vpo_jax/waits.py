@@ -1,6 +1,6 @@
 """Long waits, told: what is waited for, how far it has come, and how long it may still take.
 
-A wait that ends within seconds says nothing. A longer one has one line on a terminal, which is rewritten, and elsewhere a few
+A wait of less than ten seconds says nothing. A longer one has one line on a terminal, which is rewritten, and elsewhere a few
 plain lines, each after twice as long as the one before. They go to stderr, of process 0 alone.
 """
 
@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 
-FIRST = 5.0  # seconds until a wait is told
+FIRST = 10.0  # seconds until a wait is told
 LONGEST = 120.0  # between two plain lines
 _REWRITTEN = 1.0  # between two states of a terminal's line
 _UNITS = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))

@@ -7,7 +7,7 @@ extras="[dev,reasoning]"
 if [ "${1:-}" = --all ]; then
   shift
   marker=(-m "slow or not slow")
-  extras="[browser,control,dev,docs,reasoning,libtpu]"
+  extras="[browser,control,dev,docs,examples,reasoning,libtpu,trackers]"
 fi
 install "$extras"
 echo "ruff"

@@ -89,6 +89,7 @@ def tiny_sections(tiny_checkpoint):
             "test_problems": 16,
             "test_samples": 16,
             "checkpoint_every": 2,
+            "report_every": 0,  # looking at tokens is a program more to compile; training/test_trainer_page.py does
         },
         "sampler": {"group_size": 4},
         "optimizer": {"learning_rate": 1e-3, "warmup_updates": 2},

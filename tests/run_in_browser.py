@@ -73,23 +73,26 @@ class _Browser:
     def size(self, width, height):
         self._view.resize(width, height)
 
-    def _painted(self, height):
-        """Until the page has been drawn at this height of its window."""
-        drawn = "requestAnimationFrame(() => requestAnimationFrame(() => { window.drawn = innerHeight }))"
+    def _painted(self):
+        """The window as a picture, once there is something in its lowest part too, and nothing changes any more."""
+        before = None
         for _ in range(100):
-            self.page.runJavaScript(drawn)
-            self.pause(100)
-            self._view.grab()
-            if int(self.evaluate("window.drawn || 0")) == height:
-                break
-        self.pause(500)
+            self.pause(200)
+            picture = self._view.grab().toImage()
+            width, height = picture.width(), picture.height()
+            lowest = {
+                picture.pixel(x, y) for y in range(2 * height // 3, height - 4, 3) for x in range(8, width - 30, 7)
+            }
+            if len(lowest) > 1 and picture == before:
+                return picture
+            before = picture
+        sys.exit("the page was not drawn")
 
     def picture(self, file):
         width, height = self._view.width(), int(self.evaluate("document.documentElement.scrollHeight"))
         before = self._view.height()
         self.size(width, height)
-        self._painted(height)
-        if not self._view.grab().save(file):
+        if not self._painted().save(file):
             sys.exit(f"{file} cannot be written")
         self.size(width, before)
         self.pause(100)

@@ -101,7 +101,7 @@ EVERYTHING = (
     "--config.objective.dual.measure=after",
     "--config.replay.lag=1",
 )
-OF_OVERLAP = {"time/wait", "time/weights", "weights/bytes"}  # training/test_sampler_mesh.py
+OF_OVERLAP = {"time/beside", "time/wait", "time/weights", "weights/bytes"}  # training/test_sampler_mesh.py
 OF_ENGINES = {  # training/test_trainer_endpoint.py
     *("engine/requests", "engine/retries", "engine/weights_age"),
     *("time/engine_request", "throughput/engine_tokens_per_second"),

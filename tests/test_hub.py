@@ -1,15 +1,18 @@
 """Names on the Hub, by the real huggingface_hub and a Hub on the loopback."""
 
+import json
 import pathlib
 
 import pytest
 
-from r2vpo_jax import data, hub
-from r2vpo_jax.config import ModelConfig
+from r2vpo_jax import data, hub, waits
+from r2vpo_jax.config import ModelConfig, SweepConfig
+from r2vpo_jax.config.lora import LoraConfig
 from r2vpo_jax.errors import UsageError
 from r2vpo_jax.evaluation import model_source
 from r2vpo_jax.models import base as base_model
 from r2vpo_jax.run import directory
+from r2vpo_jax.sweeps import runs, sweep
 from tests.helpers import hub as hubs
 from tests.helpers.paths import TINY_BASE
 
@@ -133,6 +136,7 @@ def test_what_cannot_be_fetched_is_one_line_that_says_what_to_do(there, monkeypa
         "hf://spaces/me/tiny": "names a space, and only models and data sets are read",
         "hf://me/none": f"there is no model me/none at {there.url}, or it may not be seen; .*hf auth login",
         "hf://me/tiny@v9": "me/tiny has no branch, tag or commit v9",
+        f"hf://me/tiny@{'1' * 40}": f"me/tiny has no branch, tag or commit {'1' * 40}",
         "hf://me/gated": f"is gated: accept its conditions at {there.url}/me/gated, and log in by `hf auth login`, or set HF_TOKEN",
         "hf://datasets/me/sums": "neither|no config.json",
     }
@@ -229,6 +233,39 @@ def test_what_was_begun_stays_what_it_was(there, tmp_path, monkeypatch):
     del repository.commits[first]
     with directory.resolving(tmp_path / "run"), pytest.raises(UsageError, match=f"no longer has the commit {first}"):
         opened("hf://me/tiny")
+
+
+def test_adapters_name_the_model_under_them_as_everybody_can_find_it(there, tmp_path):
+    base = base_model.open_base_model(ModelConfig(path="hf://me/tiny", lora=LoraConfig(rank=1)))
+    base.export_adapters(tmp_path / "adapters", base.load_params())
+    written = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
+    commit = there.repository("me/tiny").refs["main"]
+    assert (written["base_model_name_or_path"], written["revision"]) == ("me/tiny", commit)
+
+
+def test_the_bytes_of_a_download_are_counted(there, monkeypatch):
+    begun = []
+    monkeypatch.setattr(waits, "start", lambda wait: begun.append(wait) or (lambda done=True: None))
+    opened("hf://me/tiny")
+    settings, weights = (wait for wait in begun if wait.what == "downloading hf://me/tiny")
+    size = len(TINY["model.safetensors"])
+    assert weights.total == weights._done == size
+    assert settings.total == settings._done == sum(map(len, TINY.values())) - size
+
+
+def test_the_runs_of_a_sweep_begin_at_one_commit(there, tmp_path):
+    base = {"model": {"path": "hf://me/tiny"}}
+    cells = ({"optimizer.learning_rate": 1e-3}, {"model.path": "hf://me/tiny@v1"})
+    plan = runs.plan(base, SweepConfig(cells=cells))
+    first = there.repository("me/tiny").refs["main"]
+    there.repository("me/tiny").refs["v1"] = first
+    with directory.resolving(tmp_path):
+        sweep._resolve_names(plan)
+        directory.record_names(tmp_path, lambda _: None)
+    there.repository("me/tiny").commit(TINY | {"README.md": b"newer"})
+    (tmp_path / "runs" / "a_seed=0").mkdir(parents=True)
+    with directory.resolving(tmp_path), directory.resolving(tmp_path / "runs" / "a_seed=0"):
+        assert opened("hf://me/tiny").path.name == opened("hf://me/tiny@v1").path.name == first
 
 
 def test_process_0_says_the_commit(there):

@@ -17,7 +17,7 @@ _counts: dict[str, int] = {}  # how often each question was asked: all processes
 
 def _folder(question: str) -> str:
     _counts[question] = number = _counts.get(question, 0) + 1
-    return f"{question}/{number}"
+    return f"{question.replace('/', ' ')}/{number}"  # the store would take it for a path
 
 
 def _all(store: Store, folder: str, total: int, deadline: float) -> dict[int, str]:

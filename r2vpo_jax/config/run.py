@@ -64,8 +64,8 @@ class TrainerConfig:
     samples_per_iteration: int = option(2, "responses written to samples.jsonl per iteration")
     report_every: int = option(
         10,
-        "iterations between two writings of report/report.html while the run goes on, and between samples that say what was "
-        "done to each token; the first iteration has both (0 = only the page at the end)",
+        "iterations between samples that say what was done to each token, and between writings of report/report.html, which "
+        "is also written once it is two minutes old; the first iteration has both (0 = only the page at the end)",
     )
     max_nonfinite_updates: int = option(0, "updates in a row with NaN or inf that are skipped before the run stops")
     max_noise_floor: float = option(

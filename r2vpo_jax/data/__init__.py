@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Collection
 
 from r2vpo_jax import hub, storage
-from r2vpo_jax.data import files, generators, gsm8k, rows, specs
+from r2vpo_jax.data import files, generators, prepared, rows, specs
 from r2vpo_jax.data.base import Dataset, Example, InMemoryDataset, same_question
 from r2vpo_jax.data.known import KNOWN, LOCAL_FILE, RENAMED, KnownDataset
 from r2vpo_jax.data.mixtures import Mixture
@@ -84,7 +84,7 @@ def _load_one(spec: SourceSpec, split: str, data_dir, columns) -> Dataset:
     return generators.load(spec, split)
 
 
-def _load_path(spec: SourceSpec, split: str, data_dir, columns) -> InMemoryDataset:
+def _load_path(spec: SourceSpec, split: str, data_dir, columns) -> Dataset:
     if hub.is_name(spec.name):
         return _load_from_hub(spec, split, columns)
     if storage.is_address(spec.name):
@@ -99,10 +99,12 @@ def _load_path(spec: SourceSpec, split: str, data_dir, columns) -> InMemoryDatas
     base = storage.local_copy(base)
     plan, stated = rows.make_plan(spec, LOCAL_FILE, path.stem)
     plan = dataclasses.replace(plan, kept=columns)
+    if (found := prepared.find(base)) is not None:
+        return rows.from_records(plan, prepared.Records(found, stated or split), split)
     return rows.from_files(plan, files.find(base, stated or split, stated=stated is not None), split)
 
 
-def _load_from_hub(spec: SourceSpec, split: str, columns) -> InMemoryDataset:
+def _load_from_hub(spec: SourceSpec, split: str, columns) -> Dataset:
     name = hub.Name(spec.name)
     if name.kind != "dataset":
         raise ValueError(f"{spec.text!r} names a model; a data set is hf://datasets/OWNER/NAME@REVISION/path")
@@ -122,7 +124,7 @@ def _load_from_hub(spec: SourceSpec, split: str, columns) -> InMemoryDataset:
     return rows.from_files(plan, hub.files(spec.name, chosen), split)
 
 
-def _load_known(spec: SourceSpec, known: KnownDataset, split: str, data_dir, columns) -> InMemoryDataset:
+def _load_known(spec: SourceSpec, known: KnownDataset, split: str, data_dir, columns) -> Dataset:
     plan, stated = rows.make_plan(spec, known, known.name)
     plan = dataclasses.replace(plan, kept=columns)
     wanted = stated or split
@@ -132,7 +134,7 @@ def _load_known(spec: SourceSpec, known: KnownDataset, split: str, data_dir, col
         raise ValueError(f"{spec.text!r} needs a data folder (task.text.data_dir) with a copy of {known.published}")
     else:
         base = storage.local_copy(storage.path(data_dir, "task.text.data_dir") / known.name)
-    if known.tfds and (prepared := gsm8k.prepared(base)) is not None:
-        return rows.from_rows(plan, str(prepared), gsm8k.read_prepared(prepared, wanted), split)
+    if known.tfds and (found := prepared.find(base)) is not None:
+        return rows.from_records(plan, prepared.Records(found, wanted), split)
     found = files.find(base, wanted, stated=stated is not None, one_split=known.one_split)
     return rows.from_files(plan, found, split)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from r2vpo_jax import waits
-from r2vpo_jax.data import streams
+from r2vpo_jax.data import prepared, streams
 from r2vpo_jax.data.base import Dataset, Example, InMemoryDataset
 from r2vpo_jax.data.fields import ANSWER_STYLES, Columns, MissingError
 from r2vpo_jax.data.files import columns_of, read_rows
@@ -98,17 +98,14 @@ def from_files(plan: RowPlan, paths: list[pathlib.Path], split: str) -> Dataset:
     return _collect(plan, tables, _InMemory(plan), split)
 
 
-def from_rows(plan: RowPlan, name: str, rows: Iterable[tuple[int, dict]], split: str) -> Dataset:
-    """The examples in rows from elsewhere.
+def from_records(plan: RowPlan, records: prepared.Records, split: str) -> Dataset:
+    """The examples of a prepared data set.
 
     Raises:
       ValueError: as `from_files`.
     """
-    if plan.stream:
-        raise ValueError(
-            f"{plan.text!r}: {name} cannot be streamed, only {', '.join(streams.SUFFIXES)}: leave stream= out"
-        )
-    return _collect(plan, [_Table(name, _numbered(rows), None)], _InMemory(plan), split)
+    store = _Streaming(plan, [records]) if plan.stream else _InMemory(plan)
+    return _collect(plan, [_Table(str(records.path), records.rows(), None)], store, split)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +150,7 @@ class _InMemory:
 class _Streaming:
     """Keeps nothing but what `_Collector` notes of each."""
 
-    def __init__(self, plan: RowPlan, files: list[streams.File]):
+    def __init__(self, plan: RowPlan, files: list):
         self._plan, self._files = plan, files
 
     def seen(self, raw: tuple[str, ...]) -> bool:

@@ -44,13 +44,13 @@ class StreamedDataset(Dataset):
     """Examples in files; the same as `InMemoryDataset` would hold.
 
     Args:
-      files: of the data.
+      files: of the data, each a `File` or what has its methods.
       places: of the examples, in the order of the files.
       make: (file, row) -> Example.
       split, counts: as of any data set.
     """
 
-    def __init__(self, files: Sequence["File"], places: Places, make, split: str, counts: dict[str, int] | None = None):
+    def __init__(self, files: Sequence, places: Places, make, split: str, counts: dict[str, int] | None = None):
         self.split, self.counts, self.num_examples = split, dict(counts or {}), len(places)
         self._files, self._places, self._make = files, places, make
 

@@ -2,10 +2,10 @@
 
 import jax
 
-from r2vpo_jax import hub, sharding
+from r2vpo_jax import sharding
 from r2vpo_jax.errors import usage_errors
 from r2vpo_jax.evaluation import model_source
-from r2vpo_jax.models.base import BaseModel, open_base_model
+from r2vpo_jax.models.base import open_base_model
 from r2vpo_jax.run import directory, files
 
 
@@ -40,9 +40,8 @@ def export(run: str, checkpoint: str, output, *, dtype: str | None = None, adapt
         params = source.load_params(base, sharding.make_mesh((1, -1, 1)))
         with files.disk_errors(f"--output={output}"):
             if adapters:
-                name, revision = _name_of(base, source.run.model.path)
-                base.export_adapters(output, params, base=name, revision=revision, write=chief)
-                what = f"the adapters alone, for {name}{f' at {revision}' if revision else ''}"
+                base.export_adapters(output, params, write=chief)
+                what = f"the adapters alone, for {base.path}"
             else:
                 unchanged = base.export(output, params, dtype=dtype or source.run.model.export_dtype, write=chief)
                 what = (
@@ -52,10 +51,3 @@ def export(run: str, checkpoint: str, output, *, dtype: str | None = None, adapt
         for notice in base.notices:
             say(notice)
         say(f"written: {output}, iteration {source.iteration} of {run}; {what}")
-
-
-def _name_of(base: BaseModel, path: str) -> tuple[str, str | None]:
-    """What PEFT finds the base model by: (name on the Hub, commit), or (directory, None)."""
-    if hub.is_name(path) and not (name := hub.Name(path)).path:
-        return name.id, hub.resolved().commit(name)
-    return str(base.path), None

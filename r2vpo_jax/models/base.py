@@ -30,6 +30,7 @@ class BaseModel:
     tokenizer: Any
     eos_ids: tuple[int, ...]
     notices: tuple[str, ...]
+    name: str | None = None  # as the user said it
 
     def check_length(self, tokens: int) -> None:
         """Raises ValueError when prompt and response together are longer than the model's positions."""
@@ -97,9 +98,11 @@ class BaseModel:
                 compare=compare,
             )
 
-    def export_adapters(self, path, params, *, base: str, revision: str | None = None, write: bool = True) -> None:
+    def export_adapters(self, path, params, *, write: bool = True) -> None:
         """Write the adapters alone, as a PEFT directory (`peft.save_adapters`). Arguments and errors are its."""
-        path = storage.path(path)
+        path, base, revision = storage.path(path), str(self.path), None
+        if self.name is not None and hub.is_name(self.name) and not hub.Name(self.name).path:
+            base, revision = hub.Name(self.name).id, self.path.name  # of the cache, which nobody else has, the commit
         with storage.staged(path, last=peft.CONFIG) if write else contextlib.nullcontext(path) as folder:
             peft.save_adapters(folder, self.model, params, base=base, revision=revision, write=write)
 
@@ -143,7 +146,7 @@ def open_base_model(config: ModelConfig, *, weights: bool = True) -> BaseModel:
             notices = (*notices, f"responses end at any of {ends}")
         if model.config.lora is not None:
             notices = (*notices, lora.notice(model))
-        return BaseModel(path, model, tokenizer, eos_ids, notices)
+        return BaseModel(path, model, tokenizer, eos_ids, notices, config.path)
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot load the base model: {error}") from error
 

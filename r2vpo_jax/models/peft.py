@@ -21,8 +21,8 @@ def save_adapters(path, model: Decoder, params, *, base: str, revision: str | No
       path: directory, made if needed.
       model: a decoder with adapters.
       params: its parameters: NumPy, or on devices.
-      base: where the model under the adapters is, for base_model_name_or_path: a directory, or a name on the Hub.
-      revision: of that name.
+      base: where the model under the adapters is, for base_model_name_or_path.
+      revision: its commit, where that is a name on the Hub.
       write: False on all processes of a pod but one: they only take part in fetching.
 
     Raises:
@@ -46,7 +46,7 @@ def save_adapters(path, model: Decoder, params, *, base: str, revision: str | No
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": str(base),
         "revision": revision,
         "r": config.rank,
         "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,

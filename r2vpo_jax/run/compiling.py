@@ -12,6 +12,7 @@ from r2vpo_jax import waits
 _CALLED = {
     **dict.fromkeys(("_sample", "_start", "_advance"), "sampling"),
     **{"score": "scoring", "update": "update", "advance": "training", "respond": "sampling", "start": "start"},
+    "of_rows": "scoring of samples",  # training/token_gradients.py
 }
 TRAINING = ("sampling", "scoring", "update")  # what a run compiles at least
 FUSED = ("start", "training", "sampling")

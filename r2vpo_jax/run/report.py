@@ -38,7 +38,9 @@ def rewrite(workdir) -> str:
     """
     workdir = storage.path(workdir, "--workdir")
     if not is_finished(workdir):
-        raise ValueError(f"{workdir} does not hold a finished run (no report/summary.json)")
+        raise ValueError(
+            f"{workdir} does not hold a finished run (no report/summary.json); --serve shows one that goes on"
+        )
     summary = read_summary(workdir)
     write(workdir, summary, files.read_jsonl(workdir / "metrics.jsonl"))
     return table(summary)

@@ -48,6 +48,7 @@ def scalars(row: Row) -> dict[str, float]:
 
 
 def columns(samples: Sequence[Row]) -> tuple[list[str], list[list]]:
-    """(names, rows of values) of a table."""
-    names = list(dict.fromkeys(name for sample in samples for name in sample))
+    """(names, rows of values) of a table, without what has a value for each token: the run's own pages show that."""
+    plain = (name for sample in samples for name, value in sample.items() if not isinstance(value, (list, tuple)))
+    names = list(dict.fromkeys(plain))
     return names, [[sample.get(name) for name in names] for sample in samples]

@@ -53,7 +53,7 @@ class Record:
           drawn: outlines of the batches that it learned from.
           trained_tokens: in them, each epoch counted.
           state, counters: after it.
-          tokens: of the first rows of the first batch, where they were asked for (`training/token_gradients.py`).
+          tokens: of some rows of the first batch, where they were asked for (`training/token_gradients.py`).
         """
         config, collected, sampled = self._config, made.collected, made.collected.outline
         version = int(sharding.to_host(state.version))

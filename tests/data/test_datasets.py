@@ -221,7 +221,7 @@ def test_fixtures_are_what_the_script_makes(tmp_path):
         if path.suffix != ".parquet":
             assert (FIXTURES / path).read_bytes() == (tmp_path / path).read_bytes(), path
         else:
-            columns = set(files._open_table(FIXTURES / path)[0])
+            columns = set(files.open_table(FIXTURES / path)[0])
             assert list(files.read_rows(FIXTURES / path, columns)) == list(files.read_rows(tmp_path / path, columns)), (
                 path
             )

@@ -17,6 +17,9 @@ class Repository:
     commits: dict[str, dict[str, bytes]] = dataclasses.field(default_factory=dict)
     refs: dict[str, str] = dataclasses.field(default_factory=dict)  # branch or tag -> commit
     gated: bool = False
+    then: dict[str, str] = dataclasses.field(
+        default_factory=dict
+    )  # branch -> commit that it is at after the next question
     says: dict[str, bytes] = dataclasses.field(
         default_factory=dict
     )  # path -> what is sent in the place of its contents
@@ -78,6 +81,9 @@ class Hub:
         if what == "tree":
             return _send(handler, 200, {}, json.dumps([_entry(p, c) for p, c in files.items()]).encode())
         if what != "resolve":
+            ref = urllib.parse.unquote(revision or "main")
+            if ref in repository.then:
+                repository.refs[ref] = repository.then.pop(ref)
             return _send(handler, 200, {}, json.dumps({"id": name, "sha": sha}).encode())
         inside = urllib.parse.unquote(inside)
         if repository.gated:

@@ -10,7 +10,7 @@ import pytest
 
 from r2vpo_jax import config as config_lib
 from r2vpo_jax.run import files
-from r2vpo_jax.run.pages import charts, markup, run_page, times, tokens
+from r2vpo_jax.run.pages import charts, live, markup, run_page, times, tokens
 from r2vpo_jax.run.pages.charts import Line
 from r2vpo_jax.run.pages.history import History
 from r2vpo_jax.run.pages.live import LivePage
@@ -274,13 +274,16 @@ def test_a_page_in_a_store(store, values):
     assert reader.wrote() is None
 
 
-def test_when_a_page_is_due(tmp_path, values):
-    written = []
+def test_when_a_page_is_written(tmp_path, values, monkeypatch):
+    """By the number, when an alarm sounds, by a process that has written none, and two minutes after the last one."""
+    written, now = [], 1000.0
+    monkeypatch.setattr(live.time, "monotonic", lambda: now)
+    monkeypatch.setattr(live.files, "write_atomically", lambda file, _: written.append((i, file.name)))
     page = LivePage(tmp_path, values, History(), every=4, write=True)
-    page.write = lambda: (written.append(i), setattr(page, "_first", False))
-    for i in range(6, 14):  # of a process that goes on after 5
+    for i in range(6, 18):  # of a process that goes on after 5
+        now += 59.0 if i > 12 else 1.0
         page.refresh(i, now=i == 9)
-    assert written == [6, 8, 9, 12]
+    assert written == [(i, "report.html") for i in (6, 8, 9, 12, 15, 16)]
     assert [i for i in range(1, 10) if page.is_due(i)] == [1, 4, 8]
     for off in (
         LivePage(tmp_path, values, History(), every=0, write=True),

@@ -109,6 +109,7 @@ def test_it_answers_to_its_own_name_and_changes_nothing(run):
             status, headers, _ = ask("/", method)
             assert (status, headers["Allow"]) == (405, "GET, HEAD")
         assert ask("/", "TRACE")[0] == 501
+        assert ask("/favicon.ico")[0] == 204
 
 
 def test_addresses_never_become_paths(run, tmp_path):

@@ -38,5 +38,5 @@ def test_two_meshes_do_what_one_does(tmp_path):
             else:  # what is sampled is the same, what is summed is so to rounding
                 np.testing.assert_allclose(a[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
     trained = [row for row in files.read_jsonl(tmp_path / "beside" / "metrics.jsonl") if row["kind"] == "train"]
-    assert {"time/weights", "time/wait", "weights/bytes"} <= trained[0].keys()
+    assert {"time/beside", "time/weights", "time/wait", "weights/bytes"} <= trained[0].keys()
     assert not undocumented(trained[0])

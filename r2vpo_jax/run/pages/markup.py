@@ -58,21 +58,22 @@ def _visible(character: str) -> str:
     return chr(0x2400 + code) if code < 0x20 else f"⟨U+{code:04X}⟩"
 
 
-def page(title: str, body: str, *, style: str = "", refresh: int | None = None) -> str:
+def page(title: str, body: str, *, style: str = "", guarded: bool = False, refresh: int | None = None) -> str:
     """A page that needs no other file and no network.
 
     Args:
       title: a text.
       body: HTML.
       style: more CSS.
+      guarded: whether a browser is told the `POLICY`: where texts of models are on it.
       refresh: seconds after which a browser loads it again; None: it does not.
     """
+    policy = f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">' if guarded else ""
     again = "" if refresh is None else f"<meta http-equiv='refresh' content='{refresh}'>"
     return (
         f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{escaped(title)}</title>"
-        "<meta name='viewport' content='width=device-width,initial-scale=1'>"
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">{again}'
-        f"<link rel='icon' href='data:,'><style>{_STYLE}{style}</style></head><body>{body}</body></html>\n"
+        f"<meta name='viewport' content='width=device-width,initial-scale=1'>{policy}{again}"
+        f"<style>{_STYLE}{style}</style></head><body>{body}</body></html>\n"
     )
 
 

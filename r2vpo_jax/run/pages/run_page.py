@@ -87,7 +87,7 @@ def render(
         f"{_alarms(history, status, pace)}{_cards(config, history)}"
         + "".join(f"<h2>{title}</h2>{content}" for title, content in sections.items() if content)
     )
-    return page(head, body, style=_STYLE, refresh=again)
+    return page(head, body, style=_STYLE, guarded=True, refresh=again)
 
 
 def _percent(history: History, total: int) -> str:

@@ -17,6 +17,7 @@ from r2vpo_jax.run.pages.site import Site
 
 ADDRESS = "127.0.0.1"
 _ALLOWED = "GET, HEAD"
+_ICON = "/favicon.ico"  # browsers ask for it, and complain where there is none
 _HEADERS = {
     "Content-Security-Policy": f"{POLICY}; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -45,6 +46,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._send(HTTPStatus.MISDIRECTED_REQUEST, f"This is {self.server.url} and answers to no other name.")
             return
         parts = urllib.parse.urlsplit(self.path)
+        if parts.path == _ICON:
+            self._send(HTTPStatus.NO_CONTENT, "")
+            return
         try:
             refresh = urllib.parse.parse_qs(parts.query).get("refresh") != ["off"]
             found = self.server.site.page(parts.path.removeprefix("/"), refresh=refresh)
@@ -58,14 +62,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._send(HTTPStatus.OK, found)
 
     def _send(self, status: HTTPStatus, content: str, **headers: str) -> None:
-        if status != HTTPStatus.OK:
+        if status >= HTTPStatus.BAD_REQUEST:
             content = page(status.phrase, f"<h1>{status.phrase}</h1><p>{escaped(content)}</p>")
         body = content.encode("utf-8")
         self.send_response(status)
         for name, value in {**_HEADERS, **headers}.items():
             self.send_header(name, value)
-        self.send_header("Content-Type", "text/html; charset=utf-8")
-        self.send_header("Content-Length", str(len(body)))
+        if body:
+            self.send_header("Content-Type", "text/html; charset=utf-8")
+            self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from r2vpo_jax.run.pages import charts
-from r2vpo_jax.run.pages.markup import duration, escaped, table
+from r2vpo_jax.run.pages.markup import duration, table
 
 _BARS = 60
 PHASES = {  # column of metrics.jsonl -> (name, what it is)
@@ -58,19 +58,14 @@ def section(rows: Sequence[Mapping[str, Any]]) -> str:
     iterations, beside = sum(total.values()), sum(float(row.get("time/beside", 0.0)) for row in rows)
     # What there was before each process came to its loop, and after its last line.
     around = max(float(rows[-1]["time/run"]) - iterations, 0.0)
-    body = [
-        (name, total[phase], what) for phase, (name, what) in PHASES.items() if total[phase] > 0
-    ] + [
-        (OTHER, total[OTHER], "metrics, samples, bookkeeping"),
-        ("all iterations", iterations, f"{len(rows)} of them"),
-        ("around them", around, "start-up, weights read, base scores, noise floor"),
-        ("the run so far", iterations + around, "by the clock"),
-    ]  # fmt: skip
-    cells = [
-        (f"<b>{escaped(name)}</b>" if name in ("all iterations", "the run so far") else escaped(name), escaped(what),
-         duration(seconds), f"{100 * seconds / max(iterations, 1e-9):.1f} %" if seconds <= iterations else "")
-        for name, seconds, what in body
-    ]  # fmt: skip
+    phases = [(name, total[phase], what) for phase, (name, what) in PHASES.items() if total[phase] > 0]
+    phases += [(OTHER, total[OTHER], "metrics, samples, bookkeeping")]
+    phases += [("<b>all iterations</b>", iterations, f"{len(rows)} of them")]
+    cells = [(name, what, duration(s), f"{100 * s / max(iterations, 1e-9):.1f} %") for name, s, what in phases]
+    cells += [
+        ("around them", "start-up, weights read, base scores, noise floor", duration(around), ""),
+        ("<b>the run so far</b>", "by the clock", duration(iterations + around), ""),
+    ]
     text = f"<p class='small'>Beside the loop, at the same time: {duration(beside)} of sampling and verifying.</p>" * (
         beside > 0
     )

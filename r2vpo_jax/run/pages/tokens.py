@@ -16,7 +16,7 @@ FULL_COLOR = 0.5  # |log r| of the strongest color
 _UNTOUCHED = 0.05  # kept within so much of 1 needs no line
 _CUT = 0.005  # kept within so much of 0
 _THICKEST = 4.0  # pixels
-_TOKENS = 1500  # of a response that are shown at most, half of them from its end
+_TOKENS, _FEWER = 1500, 300  # of a response that are shown at most, half of them from its end; of earlier iterations
 
 STYLE = """
 .sample{border:1px solid var(--line);border-radius:6px;padding:.6em .8em;margin:.7em 0}
@@ -31,8 +31,8 @@ STYLE = """
 """
 
 
-def sample(row: Mapping[str, Any]) -> str:
-    """A line of samples.jsonl as HTML."""
+def sample(row: Mapping[str, Any], limit: int = _TOKENS) -> str:
+    """A line of samples.jsonl as HTML, with so many tokens of its response at most."""
     sign = {"right": "✓", "wrong": "✗"}.get(row["outcome"], "–")
     verdict = (
         f"<b class='{'right' if row['outcome'] == 'right' else 'wrong'}'>{sign} {escaped(row['outcome'])}</b>, "
@@ -45,12 +45,12 @@ def sample(row: Mapping[str, Any]) -> str:
         about.append("took no part in learning")
     if "kept" in row:
         about.append(_counts(row))
-        text = _colored(row["token_texts"], row["log_ratios"], row["kept"])
+        text = _colored(row["token_texts"], row["log_ratios"], row["kept"], limit)
     else:
-        text = _cut(visible(row["response"]))
+        text = _cut(visible(row["response"]), limit)
     return (
         f"<div class='sample'><div class='small'>{' · '.join(about)}</div>"
-        f"<div class='text prompt'>{_cut(visible(row['prompt']))}</div><div class='text'>{text}</div></div>"
+        f"<div class='text prompt'>{_cut(visible(row['prompt']), limit)}</div><div class='text'>{text}</div></div>"
     )
 
 
@@ -73,12 +73,12 @@ def legend() -> str:
     )
 
 
-def _colored(texts: Sequence[str], log_ratios: Sequence[float], kept: Sequence[float | None]) -> str:
-    tokens = [_token(*token) for token in zip(texts, log_ratios, kept, strict=True)]
-    if len(tokens) <= _TOKENS:
-        return "".join(tokens)
-    half, left_out = _TOKENS // 2, len(tokens) - 2 * (_TOKENS // 2)
-    return "".join(tokens[:half]) + f"<span class='gap'> … {left_out} tokens … </span>" + "".join(tokens[-half:])
+def _colored(texts: Sequence[str], log_ratios: Sequence[float], kept: Sequence[float | None], limit: int) -> str:
+    tokens, half = list(zip(texts, log_ratios, kept, strict=True)), limit // 2
+    if len(tokens) <= limit:
+        return "".join(_token(*token) for token in tokens)
+    first, last = ("".join(_token(*token) for token in part) for part in (tokens[:half], tokens[-half:]))
+    return f"{first}<span class='gap'> … {len(tokens) - 2 * half} tokens … </span>{last}"
 
 
 def _token(text: str, log_ratio: float, kept: float | None) -> str:
@@ -130,12 +130,14 @@ def _counts(row: Mapping[str, Any]) -> str:
     return f"{len(row['kept'])} tokens: {', '.join(parts) or 'all untouched'}"
 
 
-def _cut(text: str) -> str:
-    limit = 4 * _TOKENS
-    if len(text) <= limit:
+def _cut(text: str, tokens: int) -> str:
+    """The text, or as much of its two ends as so many tokens are about."""
+    half = 2 * tokens
+    if len(text) <= 2 * half:
         return escaped(text)
-    half = limit // 2
-    return f"{escaped(text[:half])}<span class='gap'> … {len(text) - limit} characters … </span>{escaped(text[-half:])}"
+    return (
+        f"{escaped(text[:half])}<span class='gap'> … {len(text) - 2 * half} characters … </span>{escaped(text[-half:])}"
+    )
 
 
 def _float(value) -> float:
@@ -153,7 +155,7 @@ def sections(samples: Sequence[tuple[int, Sequence[Mapping[str, Any]]]]) -> str:
     told = any("kept" in row for _, rows in samples for row in rows)
     parts = [legend()] if told else []
     for place, (iteration, rows) in enumerate(samples):
-        shown = "".join(map(sample, rows[:8]))
+        shown = "".join(sample(row, _FEWER if place else _TOKENS) for row in rows[:8])
         parts.append(
             f"<details{' open' if place == 0 else ''}><summary>iteration {iteration}</summary>{shown}</details>"
         )
