@@ -26,6 +26,7 @@ from tests.helpers.engines import served, wait_for
 from tests.helpers.paths import ROOT
 
 KEY = jax.random.key(3)
+JSON = "Content-Type: application/json"
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +35,11 @@ def server(tiny_checkpoint):
         yield made
 
 
-def ask(server, path, body, method="POST"):
+def ask(server, path, body, method="POST", kind="application/json"):
     """(status, answer) of a request."""
     connection = http.client.HTTPConnection(urllib.parse.urlsplit(server.url).netloc, timeout=60)
     content = body if isinstance(body, bytes) else json.dumps(body)
-    connection.request(method, path, None if method == "GET" else content)
+    connection.request(method, path, None if method == "GET" else content, {"Content-Type": kind})
     response = connection.getresponse()
     answer = json.loads(response.read())
     connection.close()
@@ -170,9 +171,10 @@ def test_what_it_cannot_do_it_refuses(server):
         assert ask(server, "/v1/completions", content)[0] == 400
     assert ask(server, "/v1/chat/completions", {})[0] == 404
     assert ask(server, "/etc/passwd", None, "GET")[0] == 404
+    assert ask(server, "/update_weights_from_disk", {}, kind="text/plain")[0] == 415
     for length, status in (("", b"411"), ("Content-Length: 5000000\r\n", b"413"), ("Content-Length: -1\r\n", b"411")):
         with socket.create_connection(urllib.parse.urlsplit(server.url).netloc.split(":"), timeout=20) as raw:
-            raw.sendall(f"POST /v1/completions HTTP/1.1\r\nHost: x\r\n{length}\r\n".encode())
+            raw.sendall(f"POST /v1/completions HTTP/1.1\r\nHost: x\r\n{JSON}\r\n{length}\r\n".encode())
             assert status in raw.recv(64), length
     assert complete(server)["choices"], "it goes on"
 

@@ -137,6 +137,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def _body(self) -> dict[str, Any]:
+        if self.headers.get_content_type() != "application/json":  # a page in a browser cannot send that unasked
+            raise _Refused(415, "a request must have the Content-Type application/json")
         length = self.headers.get("Content-Length", "")
         if not length.isdecimal():
             raise _Refused(411, "a request must say its Content-Length")
