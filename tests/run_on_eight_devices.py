@@ -324,7 +324,7 @@ def frozen_weights_go_to_a_mesh_of_the_sampler_once():
     learner = Learner(model, make_config(), mesh)
     weights = sampler_mesh.SamplerWeights(learner, other, Timers())
     state = learner.init_state(random_params(model))
-    moved, again = weights.for_rollouts(state), weights.for_rollouts(state)
+    moved, again = weights.for_rollouts(state, 0), weights.for_rollouts(state, 1)
     jax.tree.map(np.testing.assert_array_equal, sharding.to_host(again), sharding.to_host(state.params))
     (trained, frozen), (trained_again, frozen_again) = lora.split(moved), lora.split(again)
     for x, y in zip(jax.tree.leaves(frozen), jax.tree.leaves(frozen_again), strict=True):
