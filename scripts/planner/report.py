@@ -203,13 +203,21 @@ ROW_TITLES = """\
 |---|---|---|---|---|---|---|---|---|---|---|---|"""
 
 
+def _why(candidates: list[Candidate], plans: list[Plan]) -> str:
+    """What the most promising mesh that was compiled lacks; where none was, the mesh that lacks least by arithmetic."""
+    if plans:
+        plan, mesh = plans[0], ", ".join(map(str, plans[0].sizes))
+        wanted = {name: plan.reports[name].error or f"{plan.total(name) / 2**30:.1f} GiB" for name in plan.reports}
+        return f"{mesh}: " + ", ".join(f"{name} {text[:100]}" for name, text in wanted.items() if not plan.fits(name))
+    short = [candidate for candidate in candidates if candidate.memory]
+    return min(short, key=lambda candidate: candidate.memory).reason if short else "no mesh divides it"
+
+
 def row(model: str, topology: str, work: Workload, candidates: list[Candidate], plans: list[Plan]) -> tuple[str, bool]:
     """A row for the documents, and whether something fits."""
     cells = [model, topology, f"{work.prompt_length:,} + {work.response_length:,}"]
     if not plans or not plans[0].all_fit:
-        short = [candidate for candidate in candidates if candidate.memory]
-        why = min(short, key=lambda candidate: candidate.memory).reason if short else "no mesh divides it"
-        return f"| {' | '.join(cells)} | does not fit: {why} |" + " |" * 8, False
+        return f"| {' | '.join(cells)} | does not fit: {_why(candidates, plans)} |" + " |" * 8, False
     plan = plans[0]
     sampling, update = plan.peaks()
     step = plan.of_step()
