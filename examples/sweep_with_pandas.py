@@ -11,7 +11,10 @@ row begins with run, cell, seed, status and one column for each swept field (doc
 import argparse
 import pathlib
 
-import pandas as pd
+try:
+    import pandas as pd
+except ModuleNotFoundError as error:
+    raise SystemExit(f"error: {error}: pip install -e '.[examples]'") from error
 
 
 def final_scores(results: pd.DataFrame) -> pd.DataFrame:

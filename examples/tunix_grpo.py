@@ -139,4 +139,7 @@ if __name__ == "__main__":
     parser.add_argument("--iterations", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stand_in", action="store_true", help="without tunix")
-    train(**vars(parser.parse_args()))
+    try:
+        train(**vars(parser.parse_args()))
+    except ModuleNotFoundError as error:
+        parser.exit(2, f"error: {error}: pip install google-tunix==0.1.7, or try --stand_in, which does without\n")
