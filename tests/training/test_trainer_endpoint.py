@@ -29,7 +29,7 @@ CALM = {"epsilon": 1e-2}
 
 @pytest.fixture(scope="module")
 def configure(tiny_config):
-    def make(server=None, *, trainer=None, optimizer=None, objective=None, replay=None, model=None, **endpoint):
+    def make(server=None, *, trainer=None, optimizer=None, objective=None, replay=None, policy=None, **endpoint):
         there = (
             {}
             if server is None
@@ -37,7 +37,7 @@ def configure(tiny_config):
         )
         return tiny_config(
             trainer=QUICK | (trainer or {}), optimizer=CALM | (optimizer or {}), evaluation={"batch_size": 64},
-            sampler=there, objective=objective or {}, replay=replay or {}, model=model or {},
+            sampler=there, objective=objective or {}, replay=replay or {}, model=policy or {},
         )  # fmt: skip
 
     return make
@@ -148,7 +148,7 @@ def test_a_server_may_sample_beside_learning(server, configure, tmp_path):
 @pytest.mark.slow
 def test_old_weights_are_stamped_as_such(server, configure, tmp_path):
     """Every second iteration: what is sampled between is as old as it says. Adapters are published merged."""
-    settings = {"trainer": {"num_iterations": 4}, "optimizer": {"learning_rate": 0.03}, "model": {"lora": {"rank": 2}}}
+    settings = {"trainer": {"num_iterations": 4}, "optimizer": {"learning_rate": 0.03}, "policy": {"lora": {"rank": 2}}}
     config = configure(server, publish_every=2, publish_dir=str(tmp_path / "shared"), **settings)
     (tmp_path / "shared" / "run_of_someone" / "version_00000004").mkdir(parents=True)
     found, _ = watched(config, tmp_path / "run")
