@@ -125,13 +125,14 @@ class Learner:
         )
         rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
         step = self._on_mesh(update.update, optimizers=self.optimizers, **run)
-        self.update = jax.jit(
-            step,
-            in_shardings=(self.state_shardings, rows),
-            out_shardings=(self.state_shardings, replicated),
-            donate_argnums=0,
-        )
-        if model.config.lora is not None:
+        if model.config.lora is None:
+            self.update = jax.jit(
+                step,
+                in_shardings=(self.state_shardings, rows),
+                out_shardings=(self.state_shardings, replicated),
+                donate_argnums=0,
+            )
+        else:
             self.update = _Update(step, self.state_shardings, rows, replicated)
         self.score = jax.jit(self._on_mesh(update.score, **run), out_shardings=rows)
         self.values = jax.jit(self._on_mesh(update.values, **run), out_shardings=rows)
