@@ -137,9 +137,9 @@ def decoder_config(model: str) -> models.DecoderConfig:
     how = {"compute_dtype": jnp.bfloat16, "scan_layers": True, "remat": True}
     if base is not None:
         how = {name: getattr(base.model, name) for name in (*how, "param_dtype", "attention", "attention_block_size")}
-        how["lora"] = base.model.lora if base.model.lora.rank else None
+        how["lora"] = base.model.lora
     if FLAGS.lora_rank is not None:
-        how["lora"] = config.LoraConfig(rank=FLAGS.lora_rank) if FLAGS.lora_rank else None
+        how["lora"] = config.LoraConfig(rank=FLAGS.lora_rank)
     if FLAGS.attention is not None:
         how["attention"] = FLAGS.attention
     try:

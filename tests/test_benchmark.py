@@ -82,6 +82,15 @@ def table(text):
 
 
 @pytest.mark.slow
+def test_an_update_of_adapters():
+    done = benchmark("cpu-reference", "--tiny", "--rounds=1", "--programs=update", "--set=model.lora.rank=2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "model.lora.rank=2" in done.stdout
+    (cells,) = table(done.stdout).values()
+    assert float(cells[0]) > 0
+
+
+@pytest.mark.slow
 def test_all_programs_of_a_workload(tmp_path):
     names = ("rollout", "scoring", "update", "iteration")
     outputs = ("--json=results.json", "--markdown=results.md", "--profile=traces")

@@ -135,7 +135,7 @@ def open_base_model(config: ModelConfig, *, weights: bool = True) -> BaseModel:
             attention=config.attention,
             attention_block_size=config.attention_block_size,
             matmul_precision=config.matmul_precision,
-            lora=config.lora if config.lora.rank else None,
+            lora=config.lora,
             num_tokens=1 + max(tokenizer.get_vocab().values()),
         )
         eos_ids = end_of_text_ids(path, tokenizer)

@@ -87,12 +87,14 @@ class DecoderConfig:
     matmul_precision: str = "highest"  # of float32 products on TPUs and GPUs: highest, high, or default
     attention: str = "auto"  # over whole rows: one of ATTENTION
     attention_block_size: int = 0  # queries at a time of "blockwise"; 0: 512, in "auto" from 1,024 columns on
-    lora: LoraConfig | None = None  # adapters, which have param_dtype; None: there are none
+    lora: LoraConfig | None = None  # adapters, which have param_dtype; None, which rank 0 becomes: there are none
 
     def __post_init__(self):
         # Names and scalar types become dtypes: the decoder compares them, and equal configs must hash the same.
         for field in ("param_dtype", "compute_dtype"):
             object.__setattr__(self, field, jnp.dtype(getattr(self, field)))
+        if self.lora is not None and not self.lora.rank:
+            object.__setattr__(self, "lora", None)
         if self.compute_dtype.itemsize > 2:
             for field in FLOAT32_SWITCHES:
                 object.__setattr__(self, field, False)

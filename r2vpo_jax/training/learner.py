@@ -55,7 +55,7 @@ class _Update:
         return with_frozen(state, frozen), stats
 
     def lower(self, state: LearnerState, batch: Rollout):
-        """As of a jitted function."""
+        """As of a jitted function, for its figures: what is compiled of it takes the parts of the state."""
         return self._jitted.lower(without_frozen(state), frozen_of(state), batch)
 
 

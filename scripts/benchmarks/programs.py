@@ -49,8 +49,10 @@ class Programs(Steps):
     def describe(self) -> dict:
         """The fields of the configuration that decide how fast it is."""
         trainer, model = self.config.trainer, self.config.model
-        skipped = ("path", "export_dtype", "param_dtype")
+        skipped = ("path", "export_dtype", "param_dtype", "lora")
         said = {f"model.{f.name}": getattr(model, f.name) for f in dataclasses.fields(model) if f.name not in skipped}
+        if getattr(model, "lora", None) and model.lora.rank:  # not every revision has adapters
+            said |= {f"model.lora.{name}": value for name, value in vars(model.lora).items()}
         chosen = ("micro_batch_size", "scoring_chunk_size", "packing")  # not every revision has all of them
         said |= {f"trainer.{name}": getattr(trainer, name) for name in chosen if hasattr(trainer, name)}
         return said | {f"sampler.{name}": value for name, value in self._segments().items()}
@@ -220,4 +222,5 @@ def _compiled(function, *args):
     if (memory := compiled.memory_analysis()) is not None:
         parts = (memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes)
         facts["program_bytes"] = sum(parts) - memory.alias_size_in_bytes
-    return compiled, facts
+    # What stands before a jitted function, as that of a model with adapters, is called as before.
+    return (compiled if isinstance(function, jax.stages.Wrapped) else function), facts

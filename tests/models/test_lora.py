@@ -64,6 +64,7 @@ def test_parts_are_joined_again(params):
     assert lora.split(frozen) == (frozen, {})
     assert lora.split([1, 2]) == ([1, 2], {})
     assert lora.join({}, [1, 2]) == [1, 2]
+    assert with_config(PLAIN, lora=LoraConfig()).config == PLAIN.config, "rank 0"
 
 
 def test_each_target_has_factors_of_its_own_shape():
